@@ -1,0 +1,23 @@
+"""One-pass Spatial Credit Redistribution (arXiv 2602.22469) for vision-language models."""
+
+from scr_runtime import errors
+from scr_runtime.artifact import load_predictor, save_predictor
+from scr_runtime.capture import Capture, capture
+from scr_runtime.config import SCRConfig
+from scr_runtime.families import describe_model
+from scr_runtime.network import PredictorConfig, SourcePredictor
+from scr_runtime.runtime import SCR, ImageReport
+
+__all__ = [
+    "SCR",
+    "Capture",
+    "ImageReport",
+    "PredictorConfig",
+    "SCRConfig",
+    "SourcePredictor",
+    "capture",
+    "describe_model",
+    "errors",
+    "load_predictor",
+    "save_predictor",
+]

@@ -1,0 +1,98 @@
+"""The diagnostic run alone: what the harvest collects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scr_runtime.attention import select_wrapper
+from scr_runtime.config import SCRConfig
+from scr_runtime.errors import PrefillError
+from scr_runtime.families import family_of, is_image_prefill
+from scr_runtime.layout import visual_layout
+from scr_runtime.redistribute import Grid, credit_entropy
+from scr_runtime.sources import Prefill
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One image of a batch, as the diagnostic run sees it.
+
+    Attributes:
+        row: Batch row of the image.
+        states: [N, d] block-0 states of the patches, in the model's dtype.
+        attention: [N] float32 attention from text to patches, averaged over text rows, heads and
+            ``attention_layers``; not normalised.
+        question: [d] float32 mean block-0 state of the text after the image.
+        grid: Rows and columns of patches.
+        entropy: Credit entropy of the states, eq. (2) of arXiv 2602.22469, in nats.
+    """
+
+    row: int
+    states: Tensor
+    attention: Tensor
+    question: Tensor
+    grid: Grid
+    entropy: float
+
+
+class _Captured(Exception):  # noqa: N818 - a signal, not an error
+    """Leaves the model once the diagnostic run inside block 0 is done."""
+
+
+@torch.no_grad()
+def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any]) -> list[Capture]:
+    """Runs vision tower, block 0 and the diagnostic blocks of a batch; never an edit, later blocks or the head.
+
+    Args:
+        model: A model of a supported family in eval mode, without an SCR attached.
+        config: Which layers to read.
+        inputs: Keyword arguments of the model's forward, as its processor returns them.
+
+    Returns:
+        One capture per image, in order of appearance over (row, position). Its tensors are on the model's device.
+
+    Raises:
+        PrefillError: If the batch has no image, or its visual tokens don't fit the images.
+        ConfigurationError: If the layers are beyond the model's depth.
+    """
+    family = family_of(model)
+    blocks = family.blocks(model)
+    config.check_depth(len(blocks))
+    token = family.image_token_id(model)
+    input_ids: Tensor = inputs["input_ids"]
+    if not is_image_prefill(inputs) or not bool((input_ids == token).any()):
+        raise PrefillError(
+            "a prompt without an image: the diagnostic run needs pixel_values and an image placeholder in the text"
+        )
+    layout = visual_layout(input_ids, inputs.get("attention_mask"), token, family.image_grids(model, inputs))
+    captures: list[Capture] = []
+
+    def after_block_0(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        prefill = Prefill(hidden, layout, config, blocks, args[1:], kwargs)
+        found: dict[int, Capture] = {}
+        for group, attention in zip(layout.groups, prefill.diagnose(), strict=True):
+            states, question = prefill.states(group), prefill.question(group)
+            entropy = credit_entropy(torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32))
+            for index, (image, row, value) in enumerate(
+                zip(group.images, group.rows.tolist(), entropy.tolist(), strict=True)
+            ):
+                found[image] = Capture(row, states[index], attention[index], question[index], group.grid, value)
+        captures.extend(found[image] for image in sorted(found))
+        raise _Captured
+
+    restore = select_wrapper(family.text_config(model))
+    hook = blocks[0].register_forward_hook(after_block_0, with_kwargs=True)
+    try:
+        model(**{**inputs, "use_cache": False})
+    except _Captured:
+        return captures
+    finally:
+        hook.remove()
+        restore()
+    raise PrefillError("the model ran to its end without passing block 0's hook; is it compiled as a whole?")

@@ -1,0 +1,102 @@
+"""SCRConfig: the settings of the method itself, shared by training and deployment."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from scr_runtime.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class SCRConfig:
+    """Settings of Spatial Credit Redistribution.
+
+    The defaults are the paper's for LLaVA-1.5 (arXiv 2602.22469): 32 sources of 24 x 24 patches, strength 1.10,
+    edits after blocks 0-11, attention of layers 8-16, 8-connected neighbours, border patches never sources.
+
+    Attributes:
+        num_sources: K, source patches per image. Capped at half the eligible patches of a small grid.
+        strength: lambda of eq. (1). A neighbour gains ``(strength - 1)`` times its source, and a source is divided
+            by ``strength``. The paper finds 1.05-1.15 usable.
+        edit_layers: first and last decoder block whose output is edited, both included.
+        attention_layers: first and last decoder block whose text-to-image attention is averaged, both included.
+            The first must be at least 1: block 0 has already run when the sources are asked for.
+        connectivity: 8 or 4 neighbours per source.
+        exclude_border: whether patches of the outer rows and columns (attention sinks) can't be sources.
+
+    Raises:
+        ConfigurationError: If a value is out of range; the message names every such field.
+    """
+
+    num_sources: int = 32
+    strength: float = 1.10
+    edit_layers: tuple[int, int] = (0, 11)
+    attention_layers: tuple[int, int] = (8, 16)
+    connectivity: int = 8
+    exclude_border: bool = True
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        for name in ("edit_layers", "attention_layers"):
+            value: Any = getattr(self, name)
+            if not _is_layer_range(value):
+                problems.append(f"{name}={value!r}: expected (first, last) with 0 <= first <= last")
+            else:
+                object.__setattr__(self, name, (int(value[0]), int(value[1])))  # YAML and JSON give lists
+        if not problems and self.attention_layers[0] < 1:
+            problems.append(f"attention_layers={self.attention_layers}: must start at block 1 or later")
+        if self.num_sources < 1:
+            problems.append(f"num_sources={self.num_sources}: expected at least 1")
+        if not (math.isfinite(self.strength) and 1.0 <= self.strength <= 2.0):
+            problems.append(f"strength={self.strength}: expected 1.0 to 2.0 (the paper uses 1.05 to 1.15)")
+        if self.connectivity not in (4, 8):
+            problems.append(f"connectivity={self.connectivity}: expected 4 or 8")
+        if problems:
+            raise ConfigurationError("SCRConfig: " + "; ".join(problems))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values that JSON can hold."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SCRConfig:
+        """Builds a config from ``to_dict``'s result.
+
+        Raises:
+            ConfigurationError: If a key is unknown or a value is out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigurationError(f"SCRConfig: unknown keys {unknown}; the known ones are {sorted(known)}")
+        return cls(**values)
+
+    def check_depth(self, num_blocks: int) -> None:
+        """Checks the layer ranges against a model's depth.
+
+        Args:
+            num_blocks: Decoder blocks of the model.
+
+        Raises:
+            ConfigurationError: If a range reaches beyond the last block.
+        """
+        for name in ("edit_layers", "attention_layers"):
+            last = getattr(self, name)[1]
+            if last >= num_blocks:
+                raise ConfigurationError(
+                    f"SCRConfig.{name} ends at block {last}, but the model has {num_blocks} decoder blocks "
+                    f"(0-{num_blocks - 1}). Set {name} within that range."
+                )
+
+
+def _is_layer_range(value: Any) -> bool:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:  # pyright: ignore[reportUnknownArgumentType]
+        return False
+    first, last = value  # pyright: ignore[reportUnknownVariableType]
+    return isinstance(first, int) and isinstance(last, int) and 0 <= first <= last

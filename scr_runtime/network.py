@@ -1,0 +1,245 @@
+"""SourcePredictor: the 120K-parameter network that guesses SCR's sources from block-0 states.
+
+Training and deployment share this one definition.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scr_runtime.errors import ConfigurationError
+from scr_runtime.redistribute import Grid
+
+_FREQUENCIES = (1.0, 2.0, 4.0)
+_POSITION_FEATURES = 3 + 4 * len(_FREQUENCIES)  # row, column, distance to the border, and their Fourier features
+_MAX_RANK = 512
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    """Sizes and features of a SourcePredictor.
+
+    Attributes:
+        hidden_size: d, width of the VLM's residual stream.
+        rank: r, width of the factorised first layer. ``None`` takes the rank whose parameter count is nearest to
+            ``budget`` (decision D3), which is within 3 % of it for every hidden size from 1,024 on.
+        width: Hidden units, 256 in the paper.
+        budget: Trainable parameters aimed at, 120,000 in the paper.
+        position: Whether row, column and distance to the border are features.
+        question: Whether the mean block-0 state of the question's tokens gates the patch's projection.
+        context: Whether the mean projection over the image and over the 3 x 3 neighbourhood are features.
+    """
+
+    hidden_size: int
+    rank: int | None = None
+    width: int = 256
+    budget: int = 120_000
+    position: bool = True
+    question: bool = True
+    context: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "width", "budget"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"PredictorConfig.{name}={getattr(self, name)}: expected at least 1")
+        if self.rank is None:
+            ranks = range(1, min(self.hidden_size, _MAX_RANK) + 1)
+            nearest = min(ranks, key=lambda rank: abs(self._count(rank) - self.budget))
+            object.__setattr__(self, "rank", nearest)
+        elif not 1 <= self.rank <= self.hidden_size:
+            raise ConfigurationError(
+                f"PredictorConfig.rank={self.rank}: expected 1 to hidden_size={self.hidden_size}, or None"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PredictorConfig:
+        """Builds a config from ``to_dict``'s result.
+
+        Raises:
+            ConfigurationError: If a key is unknown or missing, or a value is out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != known:
+            raise ConfigurationError(f"PredictorConfig: expected the keys {sorted(known)}, got {sorted(values)}")
+        return cls(**values)
+
+    def _count(self, rank: int) -> int:
+        blocks = 1 + self.question + 2 * self.context
+        features = blocks * rank + self.position * _POSITION_FEATURES
+        gate = self.question * rank * (rank + 1)
+        return self.hidden_size * rank + gate + (features + 1) * self.width + self.width + 1
+
+
+class SourcePredictor(nn.Module):
+    """Scores every visual token of an image as a source of SCR.
+
+    ``score_j = w2 . gelu(U f_j + b) + b2`` with ``f_j = [V z_j, (V z_j) * g(V q), mean, 3x3 mean, position_j]``:
+    ``z`` and ``q`` are block-0 states of the patch and of the question, standardised by training statistics,
+    ``V: d -> r`` is the factorised first layer that a 120K budget forces (decision D3), ``g`` a small gate.
+
+    Attributes:
+        config: Sizes and features.
+        info: What the predictor was fitted for: model, SCR settings, metrics, provenance. Filled by
+            ``load_predictor``; empty for a network that is being trained.
+        threshold: Calibrated confidence under which ``mode="auto"`` asks the diagnostic run.
+    """
+
+    state_mean: Tensor
+    state_std: Tensor
+    question_mean: Tensor
+    question_std: Tensor
+    calibration_raw: Tensor
+    calibration_expected: Tensor
+
+    def __init__(self, config: PredictorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.info: dict[str, Any] = {}
+        self.threshold: float = 0.0
+        size, rank = config.hidden_size, config.rank
+        assert rank is not None  # __post_init__ resolved it
+        self.project = nn.Linear(size, rank, bias=False)  # V
+        self.gate = nn.Linear(rank, rank) if config.question else None
+        blocks = 1 + config.question + 2 * config.context
+        self.hidden = nn.Linear(blocks * rank + config.position * _POSITION_FEATURES, config.width)  # U
+        self.score = nn.Linear(config.width, 1)
+        for name in ("state", "question"):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+        self.register_buffer("calibration_raw", torch.tensor([0.0, 1.0]))
+        self.register_buffer("calibration_expected", torch.tensor([0.0, 1.0]))
+        self._positions: dict[tuple[Grid, torch.device], Tensor] = {}
+
+    def forward(self, states: Tensor, grid: Grid, question: Tensor | None = None) -> Tensor:
+        """Scores patches.
+
+        Args:
+            states: [B, N, d] block-0 states of the image's patches, row-major; any float dtype.
+            grid: Rows and columns, ``rows * columns == N``.
+            question: [B, d] mean block-0 state of the question's text tokens. Needed if ``config.question``.
+
+        Returns:
+            [B, N] float32 logits: their softmax over eligible patches estimates the attention map.
+
+        Raises:
+            ValueError: If N or d don't fit, or the question is missing.
+        """
+        batch, patches, size = states.shape
+        rows, columns = grid
+        if size != self.config.hidden_size or patches != rows * columns:
+            raise ValueError(
+                f"states of shape {tuple(states.shape)} don't fit a grid of {rows} x {columns} patches and "
+                f"hidden_size={self.config.hidden_size}"
+            )
+        # Standardising is folded into the projection: V ((h - mean) / std) = (V / std) h - (V / std) mean.
+        weight = self.project.weight / self.state_std  # [r, d]
+        patch = functional.linear(states.float(), weight, -(weight @ self.state_mean))  # [B, N, r]
+        features = [patch]
+        if self.gate is not None:
+            if question is None:
+                raise ValueError("this predictor reads the question: pass question=[B, d]")
+            asked = self.project((question.float() - self.question_mean) / self.question_std)  # [B, r]
+            features.append(patch * self.gate(asked)[:, None, :])
+        if self.config.context:
+            features.append(patch.mean(1, keepdim=True).expand_as(patch))
+            image = patch.transpose(1, 2).reshape(batch, -1, rows, columns)
+            around = functional.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
+            features.append(around.flatten(2).transpose(1, 2))
+        if self.config.position:
+            features.append(self._position_features(grid, states.device).expand(batch, -1, -1))
+        hidden = functional.gelu(self.hidden(torch.cat(features, dim=-1)))  # [B, N, width]
+        return self.score(hidden).squeeze(-1)
+
+    def set_statistics(
+        self,
+        state_mean: Tensor,
+        state_std: Tensor,
+        question_mean: Tensor | None = None,
+        question_std: Tensor | None = None,
+    ) -> None:
+        """Stores the training set's feature statistics, each [d]; a zero deviation is replaced by one."""
+        given = {"state_mean": state_mean, "state_std": state_std}
+        given |= {
+            name: value
+            for name, value in (("question_mean", question_mean), ("question_std", question_std))
+            if value is not None
+        }
+        for name, value in given.items():
+            if name.endswith("std"):
+                value = torch.where(value > 0, value, torch.ones_like(value))
+            getattr(self, name).copy_(value)
+
+    def set_calibration(self, raw: Tensor, expected: Tensor, threshold: float) -> None:
+        """Stores the confidence calibration.
+
+        Args:
+            raw: [M] ascending raw confidences.
+            expected: [M] non-decreasing expected shares of true sources at those.
+            threshold: Calibrated confidence under which ``auto`` falls back.
+
+        Raises:
+            ValueError: If the knots are not ascending or differ in number.
+        """
+        if raw.ndim != 1 or raw.shape != expected.shape or len(raw) < 2:
+            raise ValueError(f"calibration knots of shapes {tuple(raw.shape)} and {tuple(expected.shape)}")
+        if not (bool((raw.diff() > 0).all()) and bool((expected.diff() >= 0).all())):
+            raise ValueError("calibration knots must be ascending in raw and non-decreasing in expected")
+        self.calibration_raw = raw.float().to(self.calibration_raw.device)
+        self.calibration_expected = expected.float().to(self.calibration_raw.device)
+        self.threshold = float(threshold)
+
+    def calibrate(self, raw: Tensor) -> Tensor:
+        """Maps raw confidences [...] to expected shares of true sources [...], piecewise linearly."""
+        knots, values = self.calibration_raw, self.calibration_expected
+        right = torch.searchsorted(knots, raw.contiguous()).clamp(1, len(knots) - 1)
+        left = right - 1
+        step = ((raw - knots[left]) / (knots[right] - knots[left])).clamp(0.0, 1.0)
+        return values[left] + step * (values[right] - values[left])
+
+    def count_parameters(self) -> int:
+        """Number of trainable parameters."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+    def _position_features(self, grid: Grid, device: torch.device) -> Tensor:
+        """[N, P] features of the patches' places, each within [-1, 1]."""
+        key = (grid, device)
+        if key not in self._positions:
+            rows, columns = grid
+            row = torch.linspace(-1, 1, rows)[:, None].expand(rows, columns)
+            column = torch.linspace(-1, 1, columns)[None, :].expand(rows, columns)
+            border = 1 - torch.maximum(row.abs(), column.abs())
+            waves = [
+                wave(torch.pi * frequency * axis)
+                for frequency in _FREQUENCIES
+                for axis in (row, column)
+                for wave in (torch.sin, torch.cos)
+            ]
+            features = torch.stack([row, column, border, *waves], dim=-1).flatten(0, 1)
+            self._positions[key] = features.to(device)
+        return self._positions[key]
+
+
+def raw_confidence(scores: Tensor, sources: Tensor, eligible: Tensor) -> Tensor:
+    """The predictor's own estimate of how much attention its chosen sources hold.
+
+    Args:
+        scores: [I, N] logits of the predictor.
+        sources: [I, K] the chosen patches.
+        eligible: [N] or [I, N] bool, patches that can be sources.
+
+    Returns:
+        [I] float32 in (0, 1]: softmax mass, over eligible patches, of the chosen ones.
+    """
+    share = scores.float().masked_fill(~eligible, float("-inf")).softmax(-1)
+    return share.gather(1, sources).sum(-1)

@@ -1,0 +1,475 @@
+"""SCR: attaches to a transformers model, finds each prefill, asks the provider, edits, and reports what it did."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from scr_runtime import sources as providers
+from scr_runtime.artifact import load_predictor
+from scr_runtime.attention import select_wrapper
+from scr_runtime.config import SCRConfig
+from scr_runtime.errors import (
+    AttachError,
+    ConfigurationError,
+    EditNotFiredError,
+    NonFiniteScoresError,
+    PredictorError,
+    PredictorMismatchError,
+    PrefillError,
+    UnsupportedModelError,
+)
+from scr_runtime.families import family_of, is_image_prefill, model_differences
+from scr_runtime.layout import VisualLayout, visual_layout
+from scr_runtime.network import SourcePredictor
+from scr_runtime.redistribute import (
+    EditPlan,
+    Grid,
+    apply_edit,
+    credit_entropy,
+    effective_num_sources,
+    eligible_patches,
+    merge_plans,
+    plan_edit,
+    select_sources,
+)
+from scr_runtime.sources import Prefill, Scores
+from scr_runtime.types import Mode
+
+logger = logging.getLogger("scr_runtime")
+
+_OWNER = "_scr_attached"
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """What SCR did to one image of the last prefill.
+
+    Attributes:
+        provider: Who chose the sources: ``"one-pass"``, ``"two-pass"`` or ``"uniform"``.
+        fallback_reason: Why the diagnostic run stood in for the predictor; ``None`` if it did not.
+        sources: The chosen patches in row-major order of the grid, best first.
+        confidence: Calibrated expected share of true sources among them; ``None`` if no predictor was asked.
+        entropy: Credit entropy of the block-0 states before the edit, eq. (2), in nats.
+        entropy_normalised: The same divided by ln N, comparable between grids.
+        grid: Rows and columns of patches.
+        layers_edited: The decoder blocks whose output was edited.
+    """
+
+    provider: str
+    fallback_reason: str | None
+    sources: list[int]
+    confidence: float | None
+    entropy: float
+    entropy_normalised: float
+    grid: Grid
+    layers_edited: tuple[int, ...]
+
+
+@dataclass
+class _Choice:
+    """Sources of one prefill, kept so that a ``generate`` without a cache uses them again at every step."""
+
+    sources: list[Tensor]  # per group [I, K]
+    scores: list[Scores]
+    norms: list[Tensor]  # per group [I, N]
+
+
+@dataclass
+class _Generate:
+    """One running ``generate`` call."""
+
+    prompt_length: int | None
+    fresh_cache: bool
+    choice: _Choice | None = None
+
+
+@dataclass
+class _Run:
+    """One running prefill."""
+
+    layout: VisualLayout
+    stack: ExitStack
+    past: bool
+    fired: list[int] = field(default_factory=list[int])
+    choice: _Choice | None = None
+    plan: EditPlan | None = None
+
+
+class SCR:
+    """Spatial Credit Redistribution around a model that is otherwise left as it is.
+
+    Use it as a context manager, or call ``attach`` and ``detach``. While it is attached, each prefill that
+    brings images is edited; text-only calls and decode steps run without any hook on the decoder.
+
+    Args:
+        model: A transformers model of a supported family, in eval mode.
+        config: The method's settings. ``None`` takes those that the predictor was fitted with.
+        predictor: A predictor folder, or a loaded SourcePredictor. ``None`` where the mode needs none.
+        mode: ``"one-pass"``: the predictor chooses. ``"two-pass"``: the nested diagnostic run chooses.
+            ``"auto"``: the predictor, and the diagnostic run for images of low confidence; two-pass with a
+            warning if the predictor can't be used. ``"uniform"``: seeded random sources, the paper's control.
+            ``"off"``: nothing is touched.
+        threshold: Confidence under which ``auto`` falls back. ``None`` takes the predictor's own.
+        seed: Of the uniform draw.
+
+    Attributes:
+        config: The settings in force.
+        mode: As given.
+
+    Raises:
+        ConfigurationError: If the mode is unknown, or it needs a predictor or a config that is not given, or
+            the config doesn't fit the model's depth.
+        UnsupportedModelError: If the model's family is not supported.
+        PredictorError: In mode ``"one-pass"``, if the predictor is missing, corrupt or made for another model.
+
+    Example:
+        >>> with SCR(model, predictor="runs/predictors/scene-llava", mode="auto") as scr:  # doctest: +SKIP
+        ...     tokens = model.generate(**inputs)
+        >>> scr.reports[0].provider  # doctest: +SKIP
+        'one-pass'
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        config: SCRConfig | None = None,
+        predictor: str | os.PathLike[str] | SourcePredictor | None = None,
+        mode: Mode = "auto",
+        threshold: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if mode not in get_args(Mode):
+            raise ConfigurationError(f"mode={mode!r}: expected one of {list(get_args(Mode))}")
+        self.model: Any = model
+        self.mode: Mode = mode
+        self._family = family_of(model)
+        self._blocks = self._family.blocks(model)
+        self._predictor, reason = self._resolve_predictor(predictor) if mode != "off" else (None, None)
+        if config is None:
+            if self._predictor is None or not self._predictor.info:
+                if mode != "off":
+                    raise ConfigurationError(
+                        "no settings: give config=SCRConfig(...), or a predictor folder that holds them"
+                        + (f" ({reason})" if reason else "")
+                    )
+                config = SCRConfig()
+            else:
+                config = SCRConfig.from_dict(self._predictor.info["scr"])
+        if mode != "off":
+            config.check_depth(len(self._blocks))
+        self.config = config
+        if self._predictor is not None and threshold is None:
+            threshold = self._predictor.threshold
+        self._provide = self._build_provider(reason, threshold or 0.0, seed)
+        self._detach: ExitStack | None = None
+        self._generate: _Generate | None = None
+        self._run: _Run | None = None
+        self._last: _Run | None = None
+        self._pending: list[tuple[Tensor, Any]] = []
+        self._parameters = tuple(inspect.signature(self.model.forward).parameters)
+
+    # -- attaching -----------------------------------------------------------------------------------------------
+
+    def attach(self) -> SCR:
+        """Starts to edit the model's prefills.
+
+        Raises:
+            AttachError: If an SCR is attached to this model already.
+            UnsupportedModelError: If the attention implementation can't be wrapped.
+        """
+        if _OWNER in self.model.__dict__:
+            raise AttachError(
+                f"an SCR is attached to this {type(self.model).__name__} already; detach it first "
+                "(two edits of one pass would stack)"
+            )
+        with ExitStack() as stack:
+            self.model.__dict__[_OWNER] = self
+            stack.callback(self.model.__dict__.pop, _OWNER, None)
+            if self.mode != "off":
+                stack.callback(select_wrapper(self._family.text_config(self.model)))
+                pre = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+                stack.callback(pre.remove)
+                post = self.model.register_forward_hook(self._after_forward, always_call=True)
+                stack.callback(post.remove)
+                stack.callback(self._wrap_generate())
+            self._detach = stack.pop_all()
+        return self
+
+    def detach(self) -> None:
+        """Leaves the model as it was. Detaching twice does nothing.
+
+        Raises:
+            AttachError: If a forward pass is running.
+            NonFiniteScoresError: If scores of an earlier prefill on an accelerator were not finite.
+        """
+        if self._run is not None:
+            raise AttachError("a forward pass is running; detach after it has returned")
+        if self._detach is not None:
+            self._detach.close()
+            self._detach = None
+        self._raise_pending(wait=True)
+
+    def __enter__(self) -> SCR:
+        return self.attach()
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._pending.clear()  # the body's own exception is the news
+        self.detach()
+
+    @property
+    def reports(self) -> list[ImageReport]:
+        """One report per image of the last prefill, in order of appearance. Waits for the device.
+
+        Raises:
+            NonFiniteScoresError: If the last prefill's scores were not finite.
+        """
+        self._raise_pending(wait=True)
+        if self._last is None or self._last.choice is None:
+            return []
+        choice, layers = self._last.choice, tuple(self._last.fired)
+        reports: dict[int, ImageReport] = {}
+        for group, chosen, scores, norms in zip(
+            self._last.layout.groups, choice.sources, choice.scores, choice.norms, strict=True
+        ):
+            entropies = credit_entropy(norms)
+            normalised = entropies / torch.log(torch.tensor(float(norms.shape[-1])))
+            sure = scores.confidence
+            if sure is None and self._predictor is not None and providers.ONE_PASS in scores.providers:
+                sure = providers.confidence(self._predictor, scores.scores, group, self.config)
+            for index, image in enumerate(group.images):
+                reports[image] = ImageReport(
+                    provider=scores.providers[index],
+                    fallback_reason=scores.reasons[index],
+                    sources=chosen[index].tolist(),
+                    confidence=None if sure is None else float(sure[index]),
+                    entropy=float(entropies[index]),
+                    entropy_normalised=float(normalised[index]),
+                    grid=group.grid,
+                    layers_edited=layers,
+                )
+        return [reports[image] for image in sorted(reports)]
+
+    # -- the pass ------------------------------------------------------------------------------------------------
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._raise_pending(wait=False)
+        call = dict(zip(self._parameters, args, strict=False)) | kwargs
+        if not is_image_prefill(call):
+            return
+        if module.training:
+            raise UnsupportedModelError("the model is in training mode; call model.eval() before using SCR")
+        run = self._start(call)
+        first, last = self.config.edit_layers
+        with run.stack as stack:
+            hook = self._blocks[0].register_forward_hook(self._after_block_0, with_kwargs=True)
+            stack.callback(hook.remove)
+            for layer in range(max(first, 1), last + 1):
+                hook = self._blocks[layer].register_forward_hook(_EditHook(run, layer))
+                stack.callback(hook.remove)
+            run.stack = stack.pop_all()
+        self._run = run
+
+    def _start(self, call: Mapping[str, Any]) -> _Run:
+        input_ids: Tensor | None = call.get("input_ids")
+        if input_ids is None:
+            raise PrefillError(
+                "a prefill with images but without input_ids: the visual tokens can't be found in "
+                "inputs_embeds. Pass input_ids with pixel_values, or with mm_encoder_outputs."
+            )
+        images = self._family.image_grids(self.model, call)
+        token = self._family.image_token_id(self.model)
+        call_length = self._generate.prompt_length if self._generate is not None else None
+        layout = visual_layout(input_ids, call.get("attention_mask"), token, images, call_length)
+        past = self._has_past(call.get("past_key_values"))
+        return _Run(layout, ExitStack(), past)
+
+    def _has_past(self, cache: Any) -> bool:
+        if cache is None or (self._generate is not None and self._generate.fresh_cache):
+            return False
+        return int(cache.get_seq_length()) > 0
+
+    def _after_block_0(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        run = self._run
+        assert run is not None  # the hook lives as long as the run
+        hidden = _residual_stream(output)
+        with torch.no_grad():
+            frozen = self._generate.choice if self._generate is not None else None
+            if frozen is None:
+                run.choice = self._choose(Prefill(hidden, run.layout, self.config, self._blocks, args[1:], kwargs))
+            else:
+                run.choice = frozen
+            if self._generate is not None:
+                self._generate.choice = run.choice
+            plans = [
+                plan_edit(chosen, group.grid, self.config, group.positions)
+                for group, chosen in zip(run.layout.groups, run.choice.sources, strict=True)
+            ]
+            run.plan = merge_plans(plans)
+        if self.config.edit_layers[0] == 0:
+            _EditHook(run, 0)(module, args, output)
+
+    def _choose(self, prefill: Prefill) -> _Choice:
+        run = self._run
+        assert run is not None
+        if run.past and self.mode in ("two-pass", "auto"):
+            raise PrefillError(
+                "an image in a prompt that continues a filled cache: the diagnostic run would not see the "
+                "earlier turns. Start from an empty cache, or use mode='one-pass'."
+            )
+        norms = [
+            torch.linalg.vector_norm(prefill.states(group), dim=-1, dtype=torch.float32)
+            for group in prefill.layout.groups
+        ]
+        results = self._provide(prefill)
+        chosen: list[Tensor] = []
+        for group, result in zip(prefill.layout.groups, results, strict=True):
+            self._check_finite(result.scores)
+            eligible = eligible_patches(group.grid, self.config.exclude_border, result.scores.device)
+            chosen.append(select_sources(result.scores, eligible, effective_num_sources(group.grid, self.config)))
+        return _Choice(chosen, results, norms)
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        run, self._run = self._run, None
+        if run is None:
+            return
+        run.stack.close()
+        self._last = run
+        first, last = self.config.edit_layers
+        expected = list(range(first, last + 1))
+        # An output of None means that the forward raised: its own exception goes on.
+        if output is not None and run.fired != expected:
+            raise EditNotFiredError(
+                f"blocks {expected} should have been edited in this prefill, but {run.fired} were. Hooks on a "
+                "language model that was compiled as a whole before attach() are ignored: compile its blocks "
+                "one by one, or attach before the first call."
+            )
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _resolve_predictor(
+        self, given: str | os.PathLike[str] | SourcePredictor | None
+    ) -> tuple[SourcePredictor | None, str | None]:
+        """The usable predictor, or why there is none."""
+        if self.mode not in ("one-pass", "auto"):
+            if isinstance(given, SourcePredictor):
+                return given, None
+            return (load_predictor(given), None) if given is not None else (None, None)
+        try:
+            if given is None:
+                raise ConfigurationError("no predictor was given: pass predictor=FOLDER")
+            predictor = given if isinstance(given, SourcePredictor) else load_predictor(given)
+            problems = self._mismatches(predictor)
+            if problems:
+                raise PredictorMismatchError("the predictor is for another model: " + "; ".join(problems))
+        except (PredictorError, ConfigurationError) as error:
+            if self.mode == "one-pass":
+                raise
+            message = f"predictor not usable, every prefill runs two-pass: {error}"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+            logger.warning(message)
+            return None, str(error)
+        weight = self._blocks[0].parameters().__next__()
+        return predictor.to(weight.device), None
+
+    def _mismatches(self, predictor: SourcePredictor) -> list[str]:
+        if predictor.info:
+            return model_differences(predictor.info["model"], self.model)
+        size = self._family.text_config(self.model).hidden_size
+        found = predictor.config.hidden_size
+        return [] if found == size else [f"hidden_size is {size}, the predictor expects {found}"]
+
+    def _build_provider(self, reason: str | None, threshold: float, seed: int) -> providers.Provider:
+        if self.mode == "uniform":
+            return providers.uniform(seed)
+        if self.mode in ("two-pass", "off") or self._predictor is None:
+            return providers.diagnosed(reason)
+        if self.mode == "one-pass":
+            return providers.predicted(self._predictor)
+        return providers.auto(self._predictor, threshold)
+
+    def _wrap_generate(self) -> Callable[[], None]:
+        """Shadows ``model.generate``, so that a prompt's length and a call's end are known; returns the undo."""
+        inner = self.model.generate
+        shadowed = self.model.__dict__.get("generate")
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+            outer = self._generate
+            self._generate = _Generate(
+                prompt_length=prompt.shape[-1] if isinstance(prompt, Tensor) else None,
+                fresh_cache=kwargs.get("past_key_values") is None,
+            )
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self._generate = outer
+
+        self.model.__dict__["generate"] = generate
+
+        def restore() -> None:
+            self.model.__dict__.pop("generate", None)
+            if shadowed is not None:
+                self.model.__dict__["generate"] = shadowed
+
+        return restore
+
+    def _check_finite(self, scores: Tensor) -> None:
+        """Raises at once where reading costs nothing, and at the next free moment on an accelerator."""
+        finite = scores.isfinite().all()
+        if scores.device.type == "cpu":
+            self._pending.append((finite, None))
+            self._raise_pending(wait=True)
+            return
+        flag = torch.empty((), dtype=torch.bool, pin_memory=scores.device.type == "cuda")
+        flag.copy_(finite, non_blocking=True)
+        event = torch.cuda.Event() if scores.device.type == "cuda" else None
+        if event is not None:
+            event.record()
+        self._pending.append((flag, event))
+
+    def _raise_pending(self, *, wait: bool) -> None:
+        while self._pending:
+            flag, event = self._pending[0]
+            if event is not None and not event.query():
+                if not wait:
+                    return
+                event.synchronize()
+            self._pending.pop(0)
+            if not bool(flag):
+                self._pending.clear()
+                raise NonFiniteScoresError(
+                    "the source scores of a prefill hold NaN or infinity, so its output is not usable. Causes "
+                    "seen: no text after the image in the prompt, activations that overflow float16, a damaged "
+                    "predictor. mode='auto' runs two-pass instead of a failing predictor."
+                )
+
+
+class _EditHook:
+    """Forward hook of one edited block."""
+
+    def __init__(self, run: _Run, layer: int) -> None:
+        self.run = run
+        self.layer = layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.run.plan is None:
+            return  # block 0 was never seen: _after_forward tells
+        apply_edit(_residual_stream(output), self.run.plan)
+        self.run.fired.append(self.layer)
+
+
+def _residual_stream(output: Any) -> Tensor:
+    """[B, S, d] residual stream of a block's output, which is a tensor in some families and a tuple in others."""
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,234 @@
+"""Source providers: block-0 output in, one score per visual token out.
+
+The same edit follows whichever provider was asked (decision D2):
+
+    predicted   the SourcePredictor                                              one-pass
+    diagnosed   a nested run of the next blocks on the same block-0 output       two-pass
+    auto        the predictor, and the diagnostic for rows of low confidence
+    uniform     a seeded random draw, the control
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from contextvars import Context
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scr_runtime.attention import AttentionRows, MapComplete
+from scr_runtime.config import SCRConfig
+from scr_runtime.errors import UnsupportedModelError
+from scr_runtime.layout import ImageGroup, VisualLayout
+from scr_runtime.network import SourcePredictor, raw_confidence
+from scr_runtime.redistribute import effective_num_sources, eligible_patches, select_sources
+
+ONE_PASS, TWO_PASS, UNIFORM = "one-pass", "two-pass", "uniform"
+
+
+@dataclass
+class Scores:
+    """What a provider says about the images of one group.
+
+    Attributes:
+        scores: [I, N] float32.
+        providers: Per image, who scored it: ``"one-pass"``, ``"two-pass"`` or ``"uniform"``.
+        reasons: Per image, why the diagnostic run stood in for the predictor; ``None`` where it did not.
+        confidence: [I] calibrated expected share of true sources; ``None`` where no predictor was asked.
+    """
+
+    scores: Tensor
+    providers: list[str]
+    reasons: list[str | None]
+    confidence: Tensor | None = None
+
+
+Provider = Callable[["Prefill"], list[Scores]]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What providers may look at, at the moment block 0 has run.
+
+    Attributes:
+        hidden: [B, S, d] output of block 0, not edited yet.
+        layout: Where the images are.
+        config: The method's settings.
+        blocks: The decoder blocks.
+        args: Positional arguments of block 0's call.
+        kwargs: Keyword arguments of block 0's call.
+    """
+
+    hidden: Tensor
+    layout: VisualLayout
+    config: SCRConfig
+    blocks: Sequence[Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def states(self, group: ImageGroup) -> Tensor:
+        """[I, N, d] block-0 states of a group's patches."""
+        return self.hidden.reshape(-1, self.hidden.shape[-1])[group.positions]
+
+    def question(self, group: ImageGroup) -> Tensor:
+        """[I, d] float32 mean block-0 state of the text that asks about each image."""
+        rows = self.hidden[:, -self.layout.text_rows :].float()  # [B, T, d]
+        return torch.bmm(group.text_weights[:, None, :], rows[group.rows]).squeeze(1)
+
+    def diagnose(self, rows: list[int] | None = None) -> list[Tensor]:
+        """Runs blocks 1..last attention layer on block 0's output and returns the attention maps.
+
+        The run has no cache and is left inside the last attention, so that its block's MLP and all later blocks
+        cost nothing. Blocks are entered through ``forward``: the hooks of the running pass don't see it.
+
+        Args:
+            rows: Batch rows to run; ``None`` for all.
+
+        Returns:
+            Per group, [I, N] float32: attention from text to patches, averaged over text rows, heads and
+            ``attention_layers`` (arXiv 2602.22469). Images in other rows get meaningless values.
+        """
+        batch, length, _ = self.hidden.shape
+        captured = AttentionRows(self.config.attention_layers, self.layout.text_rows)
+        hidden = self.hidden if rows is None else self.hidden[rows]
+        args = tuple(_select_rows(value, rows, batch) for value in self.args)
+        kwargs = {key: _select_rows(value, rows, batch) for key, value in self.kwargs.items()}
+        kwargs |= {key: None for key in ("past_key_values", "past_key_value") if key in kwargs}
+        kwargs |= {key: False for key in ("use_cache", "output_attentions") if key in kwargs}
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            kwargs["attention_mask"] = mask[..., :length]  # a static cache brings columns for later tokens
+
+        def run_blocks(hidden: Tensor) -> None:
+            for block in self.blocks[1:]:
+                output = block.forward(hidden, *args, **kwargs, scr_rows=captured)
+                hidden = output[0] if isinstance(output, tuple) else output
+
+        # An empty context: transformers collects output_attentions through a context variable, and the
+        # diagnostic's own must not be among them.
+        with suppress(MapComplete):
+            Context().run(run_blocks, hidden)
+        total = captured.total
+        if total is None:  # check_depth has seen that the layers exist, so their attention was not the wrapper
+            implementation = self.blocks[0].self_attn.config._attn_implementation
+            raise UnsupportedModelError(
+                f"the attention implementation was changed to {implementation!r} while SCR was attached; "
+                "detach, change it, and attach again"
+            )
+        first, last = self.config.attention_layers
+        place = None
+        if rows is not None:
+            place = torch.zeros(batch, dtype=torch.long)
+            place[rows] = torch.arange(len(rows))
+            place = place.to(self.hidden.device, non_blocking=True)
+        maps: list[Tensor] = []
+        for group in self.layout.groups:
+            source = group.rows if place is None else place[group.rows]
+            columns = torch.bmm(group.text_weights[:, None, :], total[source]).squeeze(1)  # [I, S]
+            maps.append(columns.gather(1, group.positions % length) / (last - first + 1))
+        return maps
+
+
+def predicted(predictor: SourcePredictor) -> Provider:
+    """One-pass: the predictor alone."""
+
+    def provide(prefill: Prefill) -> list[Scores]:
+        results: list[Scores] = []
+        for group in prefill.layout.groups:
+            question = prefill.question(group) if predictor.config.question else None
+            scores = predictor(prefill.states(group), group.grid, question)
+            count = len(group.images)
+            results.append(Scores(scores, [ONE_PASS] * count, [None] * count))
+        return results
+
+    return provide
+
+
+def diagnosed(reason: str | None = None) -> Provider:
+    """Two-pass: the nested diagnostic run, for every image; ``reason`` tells why, where it stands in."""
+
+    def provide(prefill: Prefill) -> list[Scores]:
+        return [Scores(scores, [TWO_PASS] * len(scores), [reason] * len(scores)) for scores in prefill.diagnose()]
+
+    return provide
+
+
+def auto(predictor: SourcePredictor, threshold: float) -> Provider:
+    """The predictor, and the diagnostic run for the images whose confidence is under ``threshold``.
+
+    One host sync per prefill decides whether there is such an image.
+    """
+    ask = predicted(predictor)
+
+    def provide(prefill: Prefill) -> list[Scores]:
+        results = ask(prefill)
+        columns: list[Tensor] = []
+        for group, result in zip(prefill.layout.groups, results, strict=True):
+            result.confidence = confidence(predictor, result.scores, group, prefill.config)
+            finite = result.scores.isfinite().all(-1)
+            columns.append(torch.stack([result.confidence, finite.float(), group.rows.float()]))
+        table = torch.cat(columns, dim=1).T.tolist()  # the one sync: [confidence, finite, row] per image
+
+        verdicts = [_verdict(value, bool(finite), threshold) for value, finite, _ in table]
+        rows = sorted({int(line[2]) for line, verdict in zip(table, verdicts, strict=True) if verdict})
+        if not rows:
+            return results
+        maps = prefill.diagnose(None if len(rows) == len(prefill.hidden) else rows)
+        start = 0
+        for result, scores in zip(results, maps, strict=True):
+            mine = verdicts[start : start + len(scores)]
+            start += len(scores)
+            low = torch.tensor([verdict is not None for verdict in mine], device=scores.device)
+            result.scores = torch.where(low[:, None], scores, result.scores)
+            result.providers = [TWO_PASS if verdict else ONE_PASS for verdict in mine]
+            result.reasons = list(mine)
+        return results
+
+    return provide
+
+
+def uniform(seed: int) -> Provider:
+    """The Uniform-Smooth control of arXiv 2602.22469: sources drawn uniformly, from one seeded stream."""
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def provide(prefill: Prefill) -> list[Scores]:
+        device = prefill.hidden.device
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(seed)
+        return [
+            Scores(
+                torch.rand(group.positions.shape, generator=generators[device], device=device),
+                [UNIFORM] * len(group.images),
+                [None] * len(group.images),
+            )
+            for group in prefill.layout.groups
+        ]
+
+    return provide
+
+
+def confidence(predictor: SourcePredictor, scores: Tensor, group: ImageGroup, config: SCRConfig) -> Tensor:
+    """[I] calibrated expected share of true sources among those that ``scores`` would choose."""
+    eligible = eligible_patches(group.grid, config.exclude_border, scores.device)
+    sources = select_sources(scores, eligible, effective_num_sources(group.grid, config))
+    return predictor.calibrate(raw_confidence(scores, sources, eligible))
+
+
+def _verdict(value: float, finite: bool, threshold: float) -> str | None:
+    if not finite:
+        return "the predictor's scores are not finite"
+    return f"confidence {value:.3f} is under the threshold {threshold:.3f}" if value < threshold else None
+
+
+def _select_rows(value: Any, rows: list[int] | None, batch: int) -> Any:
+    """Takes batch rows out of one argument of block 0: tensors whose first dimension is the batch."""
+    if rows is None:
+        return value
+    if isinstance(value, tuple):
+        return tuple(_select_rows(item, rows, batch) for item in value)  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch and batch > 1:
+        return value[rows]
+    return value
