@@ -17,7 +17,7 @@ from torch.nn import functional
 from scr_runtime.errors import ConfigurationError
 from scr_runtime.redistribute import Grid
 
-_FREQUENCIES = (1.0, 2.0, 4.0)
+_FREQUENCIES = (1.0,)
 _POSITION_FEATURES = 3 + 4 * len(_FREQUENCIES)  # row, column, distance to the border, and their Fourier features
 _MAX_RANK = 512
 
