@@ -1,0 +1,84 @@
+"""What can go wrong with images, models and shards. Each message says what to do next.
+
+DataError
+├── AnnotationError          an images folder without (readable) annotations, or annotations without their images
+├── NotEnoughImagesError     more samples asked than images exist
+├── CorruptImageError        one image file cannot be decoded
+├── TooManyBadImagesError    more than 1 % of the planned images cannot be decoded
+├── ModelLoadError           a vision-language model or its processor cannot be loaded
+├── UnfinishedHarvestError   a folder of shards without its index: never harvested, or interrupted
+├── DamagedShardError        a shard (or its sidecar) is missing, cut, flipped or of another format
+├── HarvestMismatchError     a folder of shards was made with other settings
+├── DiskTooSmallError        the harvest would not fit on the disk
+└── StatesOverflowError      states that `harvest.states_dtype` cannot hold
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class DataError(Exception):
+    """Root of everything that `data` raises on purpose."""
+
+
+class AnnotationError(DataError):
+    """Annotations are missing or unreadable, or name images that do not exist."""
+
+
+class NotEnoughImagesError(DataError, ValueError):
+    """More images are asked for than the annotations list."""
+
+
+class CorruptImageError(DataError):
+    """One image file cannot be decoded: `path` is the file, `reason` what the decoder said."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} cannot be decoded: {reason}. Replace the file or remove it from the annotations.")
+        self.path = path
+        self.reason = reason
+
+
+class TooManyBadImagesError(DataError):
+    """More than 1 % (and at least two) of the planned images cannot be decoded."""
+
+
+class ModelLoadError(DataError):
+    """A model folder or hub id cannot be loaded."""
+
+
+class UnfinishedHarvestError(DataError):
+    """There is no `index.json`: the harvest has not been run here, or has not been finished."""
+
+
+class DamagedShardError(DataError):
+    """A shard does not hold what its sidecar says: `name` is the shard, `reason` what is wrong with it."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"shard {name}: {reason}. Run the harvest again with the same settings: only this shard is redone."
+        )
+        self.name = name
+        self.reason = reason
+
+
+class HarvestMismatchError(DataError):
+    """The folder was harvested with other settings: `difference` maps each key to its (old, new) values."""
+
+    def __init__(self, directory: Path, difference: Mapping[str, tuple[object, object]]) -> None:
+        lines = "".join(f"\n  {key}: {old!r} -> {new!r}" for key, (old, new) in sorted(difference.items()))
+        super().__init__(
+            f"{directory} was harvested with other settings (there -> asked now):{lines}\n"
+            "Ask for the old settings, harvest into another folder (runs_dir=...), or remove this one."
+        )
+        self.directory = directory
+        self.difference = difference
+
+
+class DiskTooSmallError(DataError):
+    """What the harvest will write exceeds what is free."""
+
+
+class StatesOverflowError(DataError):
+    """A state is not finite in the storage dtype."""

@@ -1,0 +1,191 @@
+"""Yes/no questions about objects, made from annotations as POPE makes them (Li et al., arXiv 2305.10355).
+
+A present object gives a question whose answer is yes. The absent ones are chosen by strategy:
+
+- `random`: any absent category;
+- `popular`: the absent categories that the most images show;
+- `adversarial`: the absent categories that stand most often beside what the image does show.
+
+Everything follows from (seed, image id) alone: no question depends on which other images are asked about.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+from data.images import CocoImages, seeded_order
+
+STRATEGIES = ("random", "popular", "adversarial")
+PROMPT_KINDS = ("present", *STRATEGIES, "caption")
+# as many yes as no; with two prompts per image each image gets one of both
+DEFAULT_MIX = ("present", "random", "present", "popular", "present", "adversarial")
+CAPTION_PROMPT = "Describe the image."
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt about one image.
+
+    Attributes:
+        image_id: the image.
+        text: what the model is asked.
+        label: "yes" or "no"; None for a caption prompt.
+        category: the object asked about; None for a caption prompt.
+        strategy: in `pope_questions` the strategy of the whole list (as in POPE's files, where the yes questions
+            belong to a list too); in `mixed_prompts` how this prompt was chosen, one of `PROMPT_KINDS`.
+    """
+
+    image_id: int
+    text: str
+    label: str | None
+    category: str | None
+    strategy: str
+
+
+@dataclass(frozen=True)
+class ObjectCounts:
+    """How often categories occur, alone and together, counted once per image.
+
+    Attributes:
+        frequency: images per category.
+        together: images per ordered pair of categories.
+    """
+
+    frequency: Counter[str] = field(default_factory=Counter)
+    together: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
+def count_objects(index: CocoImages, image_ids: Iterable[int] | None = None) -> ObjectCounts:
+    """Counts categories and pairs of categories over images (default: all of the index)."""
+    counts = ObjectCounts()
+    for image_id in index.ids if image_ids is None else image_ids:
+        names = sorted(index.present(image_id))
+        counts.frequency.update(names)
+        for a, b in combinations(names, 2):
+            counts.together[a, b] += 1
+            counts.together[b, a] += 1
+    return counts
+
+
+def question_text(category: str) -> str:
+    """POPE's wording: `Is there a/an {category} in the image?`."""
+    article = "an" if category[0].lower() in "aeiou" else "a"
+    return f"Is there {article} {category} in the image?"
+
+
+def absent_categories(index: CocoImages, counts: ObjectCounts, image_id: int, strategy: str, seed: int) -> list[str]:
+    """The categories that an image does not show, the first to be asked about first.
+
+    `adversarial` ranks by the number of images that show the category together with one of this image's
+    categories, summed over those; `popular` by frequency. Ties go to the more frequent one, then to the seeded
+    order.
+
+    Raises:
+        ValueError: an unknown strategy.
+    """
+    present = index.present(image_id)
+    absent = [name for name in index.categories if name not in present]
+    shuffled = seeded_order(absent, seed, f"absent:{image_id}")
+    if strategy == "random":
+        return shuffled
+    if strategy == "popular":
+        return sorted(shuffled, key=lambda name: -counts.frequency[name])
+    if strategy == "adversarial":
+        beside = {name: sum(counts.together[other, name] for other in present) for name in absent}
+        return sorted(shuffled, key=lambda name: (-beside[name], -counts.frequency[name]))
+    raise ValueError(f"unknown strategy {strategy!r}: use one of {', '.join(STRATEGIES)}")
+
+
+def pope_questions(
+    index: CocoImages,
+    image_ids: Iterable[int],
+    strategy: str,
+    per_image: int = 6,
+    seed: int = 0,
+    counts: ObjectCounts | None = None,
+) -> list[Question]:
+    """Balanced yes/no questions: per image, yes and no in turn, as in POPE's files.
+
+    Args:
+        index: images and annotations.
+        image_ids: images to ask about.
+        strategy: how absent objects are chosen: random, popular or adversarial.
+        per_image: questions per image, an even number; an image that shows fewer than half as many categories gets
+            fewer (still balanced), one that shows none gets none.
+        seed: chooses among present and absent categories. The present ones do not depend on the strategy, so that
+            strategies can be compared image by image.
+        counts: tables to rank by; by default counted over the whole index.
+    """
+    if per_image < 2 or per_image % 2:
+        raise ValueError(
+            f"per_image={per_image}: half of the questions are yes, half no: use an even number from 2 on"
+        )
+    if counts is None:
+        counts = count_objects(index)
+    questions = []
+    for image_id in image_ids:
+        present = seeded_order(index.present(image_id), seed, f"present:{image_id}")
+        absent = absent_categories(index, counts, image_id, strategy, seed)
+        for yes, no in zip(present[: per_image // 2], absent[: per_image // 2], strict=False):
+            questions.append(Question(image_id, question_text(yes), "yes", yes, strategy))
+            questions.append(Question(image_id, question_text(no), "no", no, strategy))
+    return questions
+
+
+def image_prompts(
+    index: CocoImages,
+    counts: ObjectCounts,
+    image_id: int,
+    prompts: int,
+    mix: Sequence[str] = DEFAULT_MIX,
+    seed: int = 0,
+) -> list[Question]:
+    """The prompts under which one image's maps are harvested: `mix` in turn, from a seeded start.
+
+    No category is asked about twice. When an image has no present (absent) category left, an absent (present) one
+    stands in.
+
+    Raises:
+        ValueError: an unknown kind in `mix`, or more prompts than there are categories.
+    """
+    unknown = sorted(set(mix) - set(PROMPT_KINDS))
+    if unknown or not mix:
+        raise ValueError(f"unknown prompt kinds {unknown or mix}: use {', '.join(PROMPT_KINDS)}")
+    if not 1 <= prompts <= len(index.categories):
+        raise ValueError(
+            f"harvest.prompts_per_image={prompts}: use 1 to {len(index.categories)}, the number of categories"
+        )
+    order = {kind: absent_categories(index, counts, image_id, kind, seed) for kind in STRATEGIES}
+    order["present"] = seeded_order(index.present(image_id), seed, f"present:{image_id}")
+    # an even start keeps yes and no alternating in the default mix
+    start: int = seeded_order(range(0, len(mix), 2), seed, f"start:{image_id}")[0]
+    chosen: list[Question] = []
+    asked: set[str] = set()
+    for number in range(prompts):
+        kind = mix[(start + number) % len(mix)]
+        if kind == "caption":
+            chosen.append(Question(image_id, CAPTION_PROMPT, None, None, kind))
+            continue
+        other = "random" if kind == "present" else "present"
+        kind, category = next((way, name) for way in (kind, other) for name in order[way] if name not in asked)
+        asked.add(category)
+        label = "yes" if kind == "present" else "no"
+        chosen.append(Question(image_id, question_text(category), label, category, kind))
+    return chosen
+
+
+def mixed_prompts(
+    index: CocoImages,
+    image_ids: Iterable[int],
+    prompts_per_image: int,
+    mix: Sequence[str] = DEFAULT_MIX,
+    seed: int = 0,
+    counts: ObjectCounts | None = None,
+) -> dict[int, list[Question]]:
+    """`image_prompts` for many images, by image id."""
+    if counts is None:
+        counts = count_objects(index)
+    return {i: image_prompts(index, counts, i, prompts_per_image, mix, seed) for i in image_ids}

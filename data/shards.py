@@ -1,0 +1,634 @@
+"""Shards: states and attention maps at rest. The sample's fields, its writer, its reader and its checks.
+
+A shard is an ordinary webdataset tar of about 50 samples. A sample is one image: two members, keyed by the image id,
+
+    000000000042.safetensors    states     [N, d]  float16 | bfloat16 | float32, output of block 0, once per image
+                                attention  [P, N]  float32, one map per prompt, as captured (not normalised)
+                                question   [P, d]  dtype of the states, pooled block-0 states of the prompt's text
+    000000000042.json           image_id, file, grid [rows, columns], prompts [P], entropy [P] (nats)
+
+Beside `train-00000.tar` lies `train-00000.json`, its sidecar: byte offsets, counts, the checksum of the tar, and the
+images that had to be skipped. It is written last, so a shard with a sidecar is whole. `index.json` lists all shards
+once all are there. Readers go through the offsets into a memory map: no copies, no scan, any order.
+
+    python -m data.shards verify DIR      checks every byte
+    python -m data.shards show DIR        prints a summary and writes a contact sheet of maps over images
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+import os
+import re
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from webdataset.writer import TarWriter
+
+from data.errors import DamagedShardError, DataError, UnfinishedHarvestError
+
+FORMAT_VERSION = 1
+INDEX = "index.json"
+SPLITS = ("train", "validation", "test")
+STATES_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_TAR_BLOCK = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One image: its states, and one attention map per prompt.
+
+    Attributes:
+        image_id: COCO image id.
+        file: file name of the image, relative to the images folder.
+        states: block-0 output at the visual tokens. [N, d], fp16 | bf16 | fp32
+        attention: attention from text to patches under each prompt, mean over text rows, heads and layers, not
+            normalised. [P, N], fp32
+        question: pooled block-0 states of each prompt's text. [P, d], dtype of the states
+        grid: rows and columns of patches; rows * columns = N.
+        prompts: what each map was taken under: dicts with text, label, category, strategy. P of them
+        entropy: credit entropy of the states under each prompt, in nats (eq. 2 of arXiv 2602.22469). P values
+    """
+
+    image_id: int
+    file: str
+    states: Tensor
+    attention: Tensor
+    question: Tensor
+    grid: tuple[int, int]
+    prompts: Sequence[Mapping[str, Any]]
+    entropy: Sequence[float]
+
+    @property
+    def key(self) -> str:
+        """Name of the sample in the tar; without dots, which would end a webdataset key."""
+        return f"{self.image_id:012d}"
+
+    def check(self) -> None:
+        """Raises ValueError when shapes, dtypes and counts do not belong together."""
+        tokens, width = self.states.shape
+        prompts = len(self.prompts)
+        expected = {"attention": (prompts, tokens), "question": (prompts, width)}
+        wrong = [
+            f"{name} is {tuple(getattr(self, name).shape)}, expected {shape}"
+            for name, shape in expected.items()
+            if tuple(getattr(self, name).shape) != shape
+        ]
+        if self.grid[0] * self.grid[1] != tokens:
+            wrong.append(f"grid {self.grid} has {self.grid[0] * self.grid[1]} patches, states have {tokens}")
+        if len(self.entropy) != prompts:
+            wrong.append(f"{len(self.entropy)} entropies for {prompts} prompts")
+        if self.states.dtype not in _DTYPES.values() or self.question.dtype != self.states.dtype:
+            wrong.append(f"states are {self.states.dtype}, question {self.question.dtype}")
+        if self.attention.dtype != torch.float32:
+            wrong.append(f"attention is {self.attention.dtype}, expected torch.float32")
+        if wrong:
+            raise ValueError(f"sample {self.key}: {'; '.join(wrong)}")
+
+
+def sample_bytes(tokens: int, width: int, prompts: int, states_dtype: torch.dtype) -> int:
+    """Bytes of one sample in a tar, by arithmetic: tensors, headers and padding, and 400 bytes of text per prompt."""
+    size = states_dtype.itemsize
+    tensors = tokens * width * size + prompts * (tokens * 4 + width * size)
+    return tensors + 400 * prompts + 8 * _TAR_BLOCK
+
+
+def shard_name(split: str, number: int) -> str:
+    """Name of a shard without its ending."""
+    return f"{split}-{number:05d}"
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one way a value is written as JSON where bytes count."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that at any moment either the old or the whole new content is there."""
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+class _HashingStream:
+    """Write-only stream that checksums what passes."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        self.size += len(content)
+        return self._stream.write(content)
+
+
+class ShardWriter:
+    """Writes one shard; nothing under its name exists before all of it does.
+
+        with ShardWriter(directory, "train-00000", fingerprint) as writer:
+            writer.write(sample)
+
+    The tar grows as `train-00000.tar.tmp.<pid>`. Leaving the block normally syncs it, renames it, and writes the
+    sidecar; leaving it through an exception removes it. Equal samples give equal bytes (mtime is 0).
+
+    Args:
+        directory: where the shard goes.
+        name: shard name without ending.
+        settings_fingerprint: identity of the settings that the samples were made with.
+
+    Attributes:
+        skipped: images that could not be used: dicts with image_id, file and reason, for the sidecar.
+    """
+
+    def __init__(self, directory: Path, name: str, settings_fingerprint: str) -> None:
+        self.directory = directory
+        self.name = name
+        self.skipped: list[dict[str, Any]] = []
+        self._fingerprint = settings_fingerprint
+        self._samples: list[dict[str, Any]] = []
+        self._target = directory / f"{name}.tar"
+        self._temporary = directory / f"{name}.tar.tmp.{os.getpid()}"
+
+    def __enter__(self) -> ShardWriter:
+        _remove_leftovers(self.directory, self.name)
+        self._file = self._temporary.open("wb")
+        self._stream = _HashingStream(self._file)
+        self._tar = TarWriter(cast(BinaryIO, self._stream), encoder=False, mtime=0)
+        return self
+
+    def write(self, sample: Sample) -> None:
+        """Appends a sample.
+
+        Raises:
+            ValueError: the sample's fields contradict each other.
+        """
+        sample.check()
+        facts = {
+            "image_id": sample.image_id,
+            "file": sample.file,
+            "grid": list(sample.grid),
+            "prompts": [dict(prompt) for prompt in sample.prompts],
+            "entropy": list(sample.entropy),
+        }
+        tensors = {"states": sample.states, "attention": sample.attention, "question": sample.question}
+        members = {
+            "json": canonical_json(facts),
+            "safetensors": safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()}),
+        }
+        entry: dict[str, Any] = {"key": sample.key, "grid": list(sample.grid), "prompts": len(sample.prompts)}
+        position = self._tar.tarstream.offset
+        for ending in sorted(members):  # the order in which TarWriter writes them
+            position += _TAR_BLOCK  # USTAR header
+            entry[ending] = [position, len(members[ending])]
+            position += math.ceil(len(members[ending]) / _TAR_BLOCK) * _TAR_BLOCK
+        self._tar.write({"__key__": sample.key, **members})
+        if self._tar.tarstream.offset != position:
+            raise RuntimeError(f"{self.name}: the tar stands at {self._tar.tarstream.offset}, not {position}")
+        self._samples.append(entry)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._tar.close()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                os.replace(self._temporary, self._target)
+                _sync_folder(self.directory)
+        finally:
+            with contextlib.suppress(OSError):  # a full disk fails once more here; what was written is given up
+                self._tar.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._temporary.unlink(missing_ok=True)
+        if kind is None:
+            self._write_sidecar()
+
+    def _write_sidecar(self) -> None:
+        record = {
+            "format_version": FORMAT_VERSION,
+            "shard": self.name,
+            "settings": self._fingerprint,
+            "bytes": self._stream.size,
+            "sha256": self._stream.digest.hexdigest(),
+            "rows": sum(entry["prompts"] for entry in self._samples),
+            "samples": self._samples,
+            "skipped": self.skipped,
+        }
+        write_atomically(self.directory / f"{self.name}.json", _seal(record))
+
+
+def write_index(
+    directory: Path,
+    splits: Mapping[str, Sequence[str]],
+    settings: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Declares a harvest finished: all shards with their checksums, and where they come from.
+
+    Args:
+        directory: folder of the shards, all of them whole.
+        splits: shard names per split, in order.
+        settings: what determines the samples.
+        provenance: how they came about, without influence on what they mean (versions, device, paths).
+
+    Returns:
+        The index. Its `fingerprint` is a checksum over all shards' checksums.
+    """
+    shards = []
+    skipped = []
+    for split, names in splits.items():
+        for name in names:
+            sidecar = check_shard(directory, name, full=False)
+            counts = {key: sidecar[key] for key in ("rows", "bytes", "sha256")}
+            shards.append({"name": name, "split": split, "samples": len(sidecar["samples"]), **counts})
+            skipped += sidecar["skipped"]
+    index = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": hashlib.sha256(canonical_json([[s["name"], s["sha256"]] for s in shards])).hexdigest(),
+        "settings": settings,
+        "provenance": provenance,
+        "skipped": skipped,
+        "shards": shards,
+    }
+    write_atomically(directory / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
+    return index
+
+
+def remove_all(directory: Path) -> None:
+    """Removes index, shards and sidecars of a folder, and nothing else; the index first."""
+    (directory / INDEX).unlink(missing_ok=True)
+    for split in SPLITS:
+        for file in directory.glob(f"{split}-*"):
+            if re.fullmatch(rf"{split}-\d{{5}}\.(tar|json)(\.tmp\.\d+)?", file.name):
+                file.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    # a rename is on the disk once its folder is
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(directory: Path, name: str) -> None:
+    """Removes what killed writers of this shard left behind; files of living processes stay."""
+    for leftover in [*directory.glob(f"{name}.tar.tmp.*"), *directory.glob(f"{name}.json.tmp.*")]:
+        process = leftover.suffix[1:]
+        if not process.isdigit() or int(process) == os.getpid() or not _is_alive(int(process)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ checking
+
+
+def _seal(record: dict[str, Any]) -> bytes:
+    """JSON of a record with a checksum over itself."""
+    return canonical_json({**record, "checksum": hashlib.sha256(canonical_json(record)).hexdigest()})
+
+
+def read_sidecar(directory: Path, name: str) -> dict[str, Any]:
+    """Reads and checks the sidecar of a shard.
+
+    Raises:
+        DamagedShardError: it is missing, unreadable, changed, or of another format version.
+    """
+    file = directory / f"{name}.json"
+    try:
+        record = json.loads(file.read_bytes())
+        checksum = record.pop("checksum")
+        version = record["format_version"]
+        intact = checksum == hashlib.sha256(canonical_json(record)).hexdigest()
+    except FileNotFoundError:
+        raise DamagedShardError(name, f"its sidecar {file.name} is missing") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedShardError(name, f"its sidecar {file.name} is unreadable ({error})") from error
+    if version != FORMAT_VERSION:
+        raise DamagedShardError(name, f"it has format version {version}, this release reads {FORMAT_VERSION}")
+    if not intact:
+        raise DamagedShardError(name, f"its sidecar {file.name} was changed after it was written")
+    return record
+
+
+def check_shard(
+    directory: Path, name: str, *, full: bool = True, settings_fingerprint: str | None = None
+) -> dict[str, Any]:
+    """Checks a shard against its sidecar.
+
+    Args:
+        directory: folder of the shard.
+        name: shard name without ending.
+        full: read every byte and compare checksums; otherwise compare sizes only, which finds a cut shard but not a
+            flipped byte.
+        settings_fingerprint: settings that the shard has to be made with.
+
+    Returns:
+        The sidecar.
+
+    Raises:
+        DamagedShardError: says what is wrong, and how to repair it.
+    """
+    sidecar = read_sidecar(directory, name)
+    if settings_fingerprint is not None and sidecar["settings"] != settings_fingerprint:
+        raise DamagedShardError(name, "it was made with other settings")
+    file = directory / f"{name}.tar"
+    try:
+        size = file.stat().st_size
+    except FileNotFoundError:
+        raise DamagedShardError(name, f"{file.name} is missing") from None
+    if size != sidecar["bytes"]:
+        expected = f"{sidecar['bytes']:,}"
+        raise DamagedShardError(
+            name, f"{file.name} has {size:,} bytes instead of {expected}: it was cut or overwritten"
+        )
+    if full:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != sidecar["sha256"]:
+            raise DamagedShardError(name, f"the checksum of {file.name} is wrong: bytes changed after it was written")
+    return sidecar
+
+
+def read_index(directory: Path) -> dict[str, Any]:
+    """Reads `index.json` of a finished harvest.
+
+    Raises:
+        UnfinishedHarvestError: there is none.
+        DataError: it is unreadable or of another format version.
+    """
+    file = Path(directory) / INDEX
+    try:
+        index = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise UnfinishedHarvestError(
+            f"{directory} holds no finished harvest ({INDEX} is missing). Run `python -m data.harvest` with the "
+            "settings of this folder: what is already there is kept."
+        ) from None
+    except ValueError as error:
+        way_out = "Remove it and run the harvest again: shards are kept."
+        raise DataError(f"{file} is unreadable ({error}). {way_out}") from error
+    if index.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{file} has format version {index.get('format_version')}, this release reads {FORMAT_VERSION}: harvest "
+            "again into another folder, or use the release that wrote it."
+        )
+    return index
+
+
+def damaged_shards(directory: Path) -> list[DamagedShardError]:
+    """Reads every byte of a finished harvest, and returns what is wrong with it (nothing, if all is well)."""
+    index = read_index(directory)
+    problems = []
+    with tqdm(total=sum(s["bytes"] for s in index["shards"]), desc="verify", unit="B", unit_scale=True) as progress:
+        for shard in index["shards"]:
+            try:
+                sidecar = check_shard(directory, shard["name"])
+                if sidecar["sha256"] != shard["sha256"]:
+                    raise DamagedShardError(shard["name"], f"it is not the shard that {INDEX} lists")
+            except DamagedShardError as error:
+                problems.append(error)
+            progress.update(shard["bytes"])
+    return problems
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+class ShardReader:
+    """Map-style access to one split of a finished harvest: `reader[i]` is the i-th `Sample`.
+
+    Tensors are views of a private memory map: nothing is read before it is touched, and writing to them does not reach
+    the file. A reader can be pickled and forked; each process opens its own maps.
+
+    Args:
+        directory: folder of the harvest.
+        split: train, validation or test.
+
+    Attributes:
+        index: the harvest's `index.json`.
+        keys: sample keys, in order.
+        grids: patch grid (rows, columns) per sample.
+        prompts: prompts per sample.
+
+    Raises:
+        UnfinishedHarvestError: no index.
+        DamagedShardError: a shard is missing, or its size is wrong.
+        ValueError: no such split.
+    """
+
+    def __init__(self, directory: str | Path, split: str) -> None:
+        self.directory = Path(directory)
+        self.index = read_index(self.directory)
+        known = sorted({shard["split"] for shard in self.index["shards"]})
+        if split not in known:
+            raise ValueError(f"{self.directory} has no split {split!r}: it has {', '.join(known) or 'no shards'}")
+        self._names = [shard["name"] for shard in self.index["shards"] if shard["split"] == split]
+        self._entries: list[tuple[int, dict[str, Any]]] = []
+        self.nbytes = 0
+        for number, name in enumerate(self._names):
+            sidecar = check_shard(self.directory, name, full=False)
+            self._entries += [(number, entry) for entry in sidecar["samples"]]
+            self.nbytes += sidecar["bytes"]
+        self.keys: list[str] = [entry["key"] for _, entry in self._entries]
+        self.grids: list[tuple[int, int]] = [(entry["grid"][0], entry["grid"][1]) for _, entry in self._entries]
+        self.prompts: list[int] = [entry["prompts"] for _, entry in self._entries]
+        self._maps: dict[int, mmap.mmap] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> Sample:
+        shard, entry = self._entries[number]
+        buffer = self._map(shard)
+        offset, size = entry["json"]
+        try:
+            facts = json.loads(buffer[offset : offset + size])
+            tensors = _tensors_at(buffer, *entry["safetensors"])
+            return Sample(
+                image_id=facts["image_id"],
+                file=facts["file"],
+                states=tensors["states"],
+                attention=tensors["attention"],
+                question=tensors["question"],
+                grid=(facts["grid"][0], facts["grid"][1]),
+                prompts=facts["prompts"],
+                entropy=facts["entropy"],
+            )
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise DamagedShardError(self._names[shard], f"sample {entry['key']} is unreadable ({error})") from error
+
+    def _map(self, shard: int) -> mmap.mmap:
+        if shard not in self._maps:
+            with (self.directory / f"{self._names[shard]}.tar").open("rb") as stream:
+                # private (copy on write): torch wants a writable buffer, and the file has to stay as it is
+                self._maps[shard] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+
+def _tensors_at(buffer: mmap.mmap, offset: int, size: int) -> dict[str, Tensor]:
+    """Tensors of a safetensors blob inside a larger buffer, without copying them."""
+    header_size = int.from_bytes(buffer[offset : offset + 8], "little")
+    if header_size > size - 8:
+        raise ValueError("the safetensors header is longer than the member")
+    header = json.loads(buffer[offset + 8 : offset + 8 + header_size])
+    start = offset + 8 + header_size
+    tensors = {}
+    for name, facts in header.items():
+        if name == "__metadata__":
+            continue
+        first, last = facts["data_offsets"]
+        if start + last > offset + size:
+            raise ValueError(f"{name} reaches beyond the member")
+        dtype = _DTYPES[facts["dtype"]]
+        flat = torch.frombuffer(buffer, dtype=dtype, count=math.prod(facts["shape"]), offset=start + first)
+        tensors[name] = flat.view(facts["shape"])
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------ entry point
+
+
+def describe(directory: Path) -> str:
+    """A few lines about a finished harvest: counts, bytes, shapes, prompts, entropy."""
+    index = read_index(directory)
+    lines = [f"{directory}: fingerprint {index['fingerprint'][:16]}"]
+    for split in dict.fromkeys(shard["split"] for shard in index["shards"]):
+        reader = ShardReader(directory, split)
+        grids = ", ".join(f"{r} x {c}" for r, c in sorted(set(reader.grids)))
+        kinds: Counter[str] = Counter()
+        entropies: list[float] = []
+        for sample in reader:
+            kinds.update(f"{prompt['strategy']}" for prompt in sample.prompts)
+            entropies += sample.entropy
+        first = reader[0].states
+        lines += [
+            f"  {split}: {len(reader):,} images, {sum(reader.prompts):,} maps, {reader.nbytes / 1e6:,.1f} MB in "
+            f"{len(reader._names)} shards",
+            f"    states {tuple(first.shape)} {str(first.dtype).removeprefix('torch.')}, grids {grids}",
+            f"    prompts {dict(sorted(kinds.items()))}",
+            f"    entropy {min(entropies):.3f} .. {max(entropies):.3f} nats, mean {statistics.fmean(entropies):.3f}",
+        ]
+    lines.append(f"  skipped images: {len(index['skipped'])}")
+    lines += [f"    {bad['file']}: {bad['reason']}" for bad in index["skipped"][:10]]
+    return "\n".join(lines)
+
+
+def contact_sheet(directory: Path, images_dir: Path, file: Path, count: int = 12, side: int = 192) -> Path:
+    """Draws the maps of the first images of the test split (else of the last one) over the images.
+
+    One row of the sheet per image: the image, then one overlay per prompt, each map scaled to its own maximum.
+
+    Args:
+        directory: a finished harvest.
+        images_dir: folder of its images.
+        file: PNG to write.
+        count: images at most.
+        side: pixels per picture.
+    """
+    from PIL import Image, ImageDraw, ImageOps
+
+    index = read_index(directory)
+    splits = list(dict.fromkeys(shard["split"] for shard in index["shards"]))
+    reader = ShardReader(directory, "test" if "test" in splits else splits[-1])
+    count = min(count, len(reader))
+    caption = 16
+    sheet = Image.new("RGB", (side * (1 + max(reader.prompts[:count])), (side + caption) * count), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row in range(count):
+        sample = reader[row]
+        with Image.open(images_dir / sample.file) as stored:
+            picture = ImageOps.exif_transpose(stored).convert("RGB").resize((side, side))
+        top = row * (side + caption)
+        sheet.paste(picture, (0, top))
+        draw.text((4, top + side + 2), sample.file[-28:], fill="black")
+        for column, (attention, prompt) in enumerate(zip(sample.attention, sample.prompts, strict=True), start=1):
+            heat = (attention / attention.max().clamp_min(1e-12) * 200).to(torch.uint8).reshape(sample.grid)  # [r, c]
+            mask = Image.fromarray(heat.numpy()).resize((side, side), Image.Resampling.NEAREST)
+            dimmed = Image.blend(picture, Image.new("RGB", picture.size), 0.5)
+            overlay = Image.composite(Image.new("RGB", picture.size, (255, 80, 0)), dimmed, mask)
+            sheet.paste(overlay, (column * side, top))
+            draw.text((column * side + 4, top + side + 2), str(prompt["text"])[:34], fill="black")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(file)
+    return file
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m data.shards`."""
+    parser = argparse.ArgumentParser(prog="python -m data.shards", description="Looks at a finished harvest.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    verify = commands.add_parser("verify", help="check every byte")
+    verify.add_argument("directory", type=Path)
+    show = commands.add_parser("show", help="print a summary, write a contact sheet of maps over images")
+    show.add_argument("directory", type=Path)
+    show.add_argument("--images", type=Path, help="folder of the images (default: where they were harvested from)")
+    show.add_argument("--output", type=Path, help="PNG to write (default: DIR/contact-sheet.png)")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "verify":
+            problems = damaged_shards(arguments.directory)
+            for problem in problems:
+                print(problem)
+            result = f"{len(problems)} damaged shards" if problems else "every byte is as written"
+            print(f"{arguments.directory}: {result}")
+            return 1 if problems else 0
+        print(describe(arguments.directory))
+        images_dir = arguments.images or Path(read_index(arguments.directory)["provenance"]["images_dir"])
+        if not images_dir.is_dir():
+            print(f"no contact sheet: {images_dir} does not exist, give the images folder with --images")
+            return 0
+        output = arguments.output or arguments.directory / "contact-sheet.png"
+        sheet = contact_sheet(arguments.directory, images_dir, output)
+        print(f"maps over images: {sheet}")
+        return 0
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.datamodule import GridBatches, ShardDataModule
+from data.errors import UnfinishedHarvestError
+from data.images import CocoImages
+from data.shards import ShardReader, ShardWriter, write_index
+from tests.data import tiny
+from tests.data.test_shards import make_sample
+
+
+@pytest.fixture
+def harvested(tmp_path: Path, coco: CocoImages, run_harvest: Callable[..., dict[str, Any]]) -> Path:
+    run_harvest(tmp_path / "shards", coco)
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize("memory_limit", [None, 0])
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_rows_are_what_was_written(harvested: Path, split: str, memory_limit: int | None):
+    module = ShardDataModule(harvested, batch_size=7, memory_limit=memory_limit)
+    written = {(s.key, p): s for s in ShardReader(harvested, split) for p in range(2)}
+    seen = []
+    for batch in module.loader(split, shuffle=split == "train"):
+        assert batch["states"].dtype == batch["question"].dtype == torch.float16
+        assert batch["attention"].dtype == torch.float32 and batch["grid"] == tiny.GRID
+        assert len(batch["key"]) == len(batch["states"]) <= 7
+        for states, attention, question, key in zip(
+            batch["states"], batch["attention"], batch["question"], batch["key"], strict=True
+        ):
+            stored = written[key, 0]
+            prompt = next(p for p in range(2) if torch.equal(stored.attention[p], attention))
+            assert torch.equal(stored.states, states) and torch.equal(stored.question[prompt], question)
+            seen.append((key, prompt))
+    assert sorted(seen) == sorted(written)
+
+
+def test_memory_and_maps_give_the_same_batches_and_tell_which_it_is(
+    harvested: Path, capsys: pytest.CaptureFixture[str]
+):
+    cached, mapped = ShardDataModule(harvested, seed=5), ShardDataModule(harvested, seed=5, memory_limit=1000)
+    assert cached.in_memory and not mapped.in_memory
+    said = capsys.readouterr().out
+    assert "kept in memory" in said and "read through memory maps (limit 0 MB)" in said
+    for one, other in zip(cached.train_dataloader(), mapped.train_dataloader(), strict=True):
+        assert torch.equal(one["states"], other["states"]) and one["key"] == other["key"]
+
+
+def test_workers_read_the_same_rows(harvested: Path):
+    alone, helped = (ShardDataModule(harvested, num_workers=n, memory_limit=0) for n in (0, 1))
+    keys = [[batch["key"] for batch in module.val_dataloader()] for module in (alone, helped)]
+    assert keys[0] == keys[1]
+
+
+def test_shuffle_is_a_new_permutation_per_epoch_and_the_same_per_seed():
+    def epoch(seed: int, number: int) -> list[list[int]]:
+        sampler = GridBatches([(2, 2)] * 50, 8, shuffle=True, seed=seed)
+        sampler.set_epoch(number)
+        return list(sampler)
+
+    assert epoch(0, 3) == epoch(0, 3)
+    assert epoch(0, 3) != epoch(0, 4) and epoch(0, 3) != epoch(1, 3)
+    assert sorted(row for batch in epoch(0, 3) for row in batch) == list(range(50))
+    assert len(GridBatches([(2, 2)] * 50, 8, shuffle=True)) == len(epoch(0, 0)) == 7
+
+
+def test_batches_never_mix_grids():
+    grids = [(2, 2), (3, 2), (2, 2), (2, 3), (3, 2)] * 4
+    sampler = GridBatches(grids, 3, shuffle=True)
+    batches = list(sampler)
+    assert all(len({grids[row] for row in batch}) == 1 for batch in batches)
+    assert sorted(row for batch in batches for row in batch) == list(range(20)) and len(batches) == len(sampler)
+
+
+def test_a_batch_of_two_grids_is_refused(tmp_path: Path):
+    with ShardWriter(tmp_path, "train-00000", "settings") as writer:
+        first = make_sample(1)
+        writer.write(first)
+        writer.write(type(first)(**{**first.__dict__, "image_id": 2, "grid": (3, 2)}))
+    write_index(tmp_path, {"train": ["train-00000"]}, {}, {})
+    module = ShardDataModule(tmp_path)
+    assert [batch["grid"] for batch in module.loader("train")] == [(2, 3), (3, 2)]
+    with pytest.raises(ValueError, match=r"rows of one grid, got \[\(2, 3\), \(3, 2\)\]"):
+        module.rows("train")[[0, 2]]
+
+
+def test_state_statistics_count_each_image_once(harvested: Path):
+    module = ShardDataModule(harvested)
+    states = torch.cat([sample.states for sample in ShardReader(harvested, "train")]).float()
+    mean, std = module.state_statistics()
+    torch.testing.assert_close(mean, states.mean(0))
+    torch.testing.assert_close(std, states.std(0, unbiased=False))
+    assert module.hidden_size == tiny.WIDTH and len(module.fingerprint) == 64
+
+
+def test_an_unfinished_harvest_is_refused(tmp_path: Path):
+    with pytest.raises(UnfinishedHarvestError, match="no finished harvest"):
+        ShardDataModule(tmp_path)

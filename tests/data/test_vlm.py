@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from data.errors import ModelLoadError
+from data.vlm import chat_inputs, fingerprint, load_vlm
+from tests.data import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, processor = tiny.build_llava()
+    path = tmp_path_factory.mktemp("models") / "tiny-llava"
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+def test_a_saved_model_is_loaded_for_evaluation(folder: Path):
+    model, processor = load_vlm(str(folder), device="cpu")
+    assert not model.training and model.dtype == torch.float32
+    assert processor.tokenizer.padding_side == "left"
+    assert load_vlm(str(folder), dtype="bfloat16", device="cpu")[0].dtype == torch.bfloat16
+
+
+def test_rows_are_padded_on_the_left_and_hold_one_image_each(llava: tuple[Any, Any]):
+    _, processor = llava
+    pictures = [Image.new("RGB", (50, 40), colour) for colour in ("red", "blue")]
+    inputs = chat_inputs(processor, pictures, ["Describe the image.", "Is there a cup in the image?"])
+    assert inputs["pixel_values"].shape == (2, 3, tiny.SIDE, tiny.SIDE)
+    image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert (inputs["input_ids"] == image_token).sum(1).tolist() == [tiny.TOKENS, tiny.TOKENS]
+    assert inputs["attention_mask"][:, -1].tolist() == [1, 1]
+    assert inputs["attention_mask"].sum(1).tolist()[0] < inputs["attention_mask"].shape[1]
+    text = processor.tokenizer.decode(inputs["input_ids"][1], skip_special_tokens=True)
+    assert "Is there a cup in the image" in text and text.split()[-2] == "ASSISTANT"
+    with pytest.raises(ValueError, match="2 images for 1 texts"):
+        chat_inputs(processor, pictures, ["Describe the image."])
+
+
+def test_fingerprint_tells_weights_and_settings_apart(folder: Path, tmp_path: Path):
+    record = fingerprint(*load_vlm(str(folder), device="cpu"))
+    assert record["hub_id"] == "tiny-llava" and record["dtype"] == "float32"
+    assert fingerprint(*load_vlm(str(folder), device="cpu", attn_implementation="eager")) == record
+    copy = tmp_path / "tiny-llava"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert fingerprint(*load_vlm(str(copy), device="cpu")) == record  # wherever it lies
+    weights = load_file(copy / "model.safetensors")
+    weights[next(iter(weights))] += 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    changed = fingerprint(*load_vlm(str(copy), device="cpu"))
+    assert {key for key in record if record[key] != changed[key]} == {"weights_sha256"}
+
+
+def test_errors_name_the_model_and_the_way_out(folder: Path, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelLoadError, match=r"from the folder .*empty.*\n.*model\.hub_id"):
+        load_vlm(str(tmp_path / "empty"))
+    with pytest.raises(ModelLoadError, match=r"model\.hub_id='.*nowhere': there is no such folder"):
+        load_vlm(str(tmp_path / "nowhere"))
+    with pytest.raises(ModelLoadError, match=r"model\.dtype='int3': use auto, float32"):
+        load_vlm(str(folder), dtype="int3")
+    with pytest.raises(ModelLoadError, match=r"model\.device='gpu'"):
+        load_vlm(str(folder), device="gpu")
+
+
+def test_a_checkpoint_without_some_weights_is_refused(folder: Path, tmp_path: Path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if "layers.1.mlp" in name)
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match="lacks 1 weights"):
+        load_vlm(str(tmp_path))
+
+
+def test_a_cut_checkpoint_is_refused(folder: Path, tmp_path: Path):
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        (tmp_path / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
+    with pytest.raises(ModelLoadError, match="cannot load"):
+        load_vlm(str(tmp_path))
