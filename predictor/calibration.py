@@ -1,0 +1,239 @@
+"""Turns a predictor's raw confidence into "expected share of true sources", and picks the fallback threshold.
+
+The raw confidence of an image is `scr_runtime.network.raw_confidence`: the predicted attention mass on the
+chosen sources. It ranks images well, but it is not the recall. An isotonic regression on validation rows maps
+one to the other; its knots go into the predictor folder (`SourcePredictor.set_calibration`).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from sklearn.isotonic import IsotonicRegression
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from predictor.metrics import recall_at_k
+from scr_runtime.config import SCRConfig
+from scr_runtime.network import raw_confidence
+from scr_runtime.redistribute import effective_num_sources, eligible_patches, select_sources
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A monotone piecewise-linear map from raw confidence to expected recall, and the fallback threshold."""
+
+    raw: list[float]
+    """Knots, strictly increasing raw confidences."""
+    expected: list[float]
+    """Expected share of true sources at each knot, not decreasing; constant beyond the end knots."""
+    threshold: float
+    """`auto` falls back to two-pass where the expected share is below it."""
+
+    def __call__(self, raw: ArrayLike) -> Array:
+        """Maps raw confidences to expected shares, as the runtime does."""
+        return np.interp(np.asarray(raw, dtype=np.float64), self.raw, self.expected)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain containers, for JSON."""
+        return asdict(self)
+
+
+class ConfidenceRows(NamedTuple):
+    """What calibration is fitted on, and checked on: one entry a row."""
+
+    raw: Array
+    """[R] raw confidence."""
+    recall: Array
+    """[R] true share of the chosen sources."""
+
+
+@torch.inference_mode()
+def confidence_rows(
+    score: Callable[[Mapping[str, Any]], Tensor],
+    dataloader: Iterable[Mapping[str, Any]],
+    num_sources: int,
+    exclude_border: bool = True,
+) -> ConfidenceRows:
+    """Scores a set and returns each row's raw confidence and true recall.
+
+    Args:
+        score: `batch -> scores [B, N]`, e.g. `SourceModule.score`.
+        dataloader: Batches of held-out rows (validation to fit, test to check).
+        num_sources: K, capped for small grids as at run time.
+        exclude_border: Whether border patches may not be sources.
+    """
+    config = SCRConfig(num_sources=num_sources, exclude_border=exclude_border)
+    raw: list[Tensor] = []
+    recall: list[Tensor] = []
+    for batch in tqdm(dataloader, desc="confidence", unit="batch", leave=False, delay=2):
+        rows, columns = batch["grid"]
+        grid = (int(rows), int(columns))
+        scores = score(batch)
+        eligible = eligible_patches(grid, exclude_border, scores.device)
+        k = effective_num_sources(grid, config)
+        raw.append(raw_confidence(scores, select_sources(scores, eligible, k), eligible))
+        recall.append(recall_at_k(scores, batch["attention"].to(scores.device), eligible, k))
+    if not raw:
+        raise ValueError("confidence_rows got an empty set: calibration needs held-out rows.")
+    return ConfidenceRows(torch.cat(raw).double().cpu().numpy(), torch.cat(recall).double().cpu().numpy())
+
+
+def fit_calibration(
+    raw: ArrayLike, recall: ArrayLike, target_fallback: float = 0.2, max_knots: int = 32
+) -> Calibration:
+    """Fits the confidence map on validation rows.
+
+    Isotonic regression gives a step function. Its steps are joined through their centres (centred isotonic
+    regression, Oron and Flournoy, "Centered Isotonic Regression: Point and Interval Estimation for
+    Dose-Response Studies", Statistics in Biopharmaceutical Research 2017), because on a flat step a threshold
+    could not split the rows at the wanted quantile. Steps are then merged, the lightest first, until
+    `max_knots` remain.
+
+    Args:
+        raw: [R] raw confidences.
+        recall: [R] true shares in [0, 1].
+        target_fallback: Share of validation rows that `auto` shall hand to two-pass, 0..1.
+        max_knots: Most knots to keep, at least 4; a step holds at least 1 / max_knots of the rows.
+
+    Raises:
+        ValueError: Rows are missing, not finite or of unequal number; target_fallback outside 0..1.
+    """
+    raw, recall = np.asarray(raw, dtype=np.float64), np.asarray(recall, dtype=np.float64)
+    if raw.ndim != 1 or raw.shape != recall.shape or not len(raw):
+        raise ValueError(
+            f"fit_calibration needs 1 or more rows, got raw of shape {raw.shape}, recall of {recall.shape}."
+        )
+    if not (np.isfinite(raw).all() and np.isfinite(recall).all()):
+        raise ValueError("confidence or recall is inf or nan: the fit diverged; lower trainer.learning_rate.")
+    if not 0 <= target_fallback <= 1:
+        raise ValueError(f"target_fallback is {target_fallback}; legal: 0 (never fall back) to 1 (always).")
+    if max_knots < 4:
+        raise ValueError(f"max_knots is {max_knots}; legal: 4 or more.")
+
+    raw = raw.round(6)  # knots stay apart when they are stored as float32
+    centres, values, weights = _isotonic_steps(raw, recall)
+    centres, values = _merge_steps(centres, values, weights, max_knots)
+    knots, expected = _extend_to(centres, values, float(raw.min()), float(raw.max()))
+    confidence = np.interp(raw, knots, expected)
+    return Calibration(knots.tolist(), expected.tolist(), _threshold(confidence, target_fallback))
+
+
+def expected_calibration_error(confidence: ArrayLike, recall: ArrayLike, bins: int = 10) -> float:
+    """Mean distance between confidence and recall over bins of equally many rows (adaptive ECE).
+
+    Equal-mass bins (Nixon et al., "Measuring Calibration in Deep Learning", CVPR workshops 2019), because
+    confidences of one model lie close together. A finite sample keeps it above 0 even for a perfect map.
+    """
+    mean_confidence, mean_recall, count = reliability_bins(confidence, recall, bins)
+    return float(np.abs(mean_confidence - mean_recall) @ count / count.sum())
+
+
+def reliability_bins(confidence: ArrayLike, recall: ArrayLike, bins: int = 10) -> tuple[Array, Array, Array]:
+    """Returns mean confidence, mean recall and row count of equal-mass bins, [bins] each, in rising order."""
+    confidence, recall = np.asarray(confidence, dtype=np.float64), np.asarray(recall, dtype=np.float64)
+    order = np.argsort(confidence, kind="stable")
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    return (
+        np.array([confidence[part].mean() for part in parts]),
+        np.array([recall[part].mean() for part in parts]),
+        np.array([len(part) for part in parts]),
+    )
+
+
+def risk_coverage(confidence: ArrayLike, recall: ArrayLike) -> tuple[Array, Array]:
+    """Returns coverage [R] and risk [R], the mean share of missed sources among the most confident rows.
+
+    `risk[i]` is what the rows that `auto` keeps one-pass miss on average if it keeps the share `coverage[i]`.
+    """
+    confidence, recall = np.asarray(confidence, dtype=np.float64), np.asarray(recall, dtype=np.float64)
+    order = np.argsort(-confidence, kind="stable")
+    kept = np.arange(1, len(order) + 1)
+    return kept / len(order), np.cumsum(1.0 - recall[order]) / kept
+
+
+def calibration_summary(calibration: Calibration, rows: ConfidenceRows) -> dict[str, float]:
+    """Numbers that say how good a calibration is on rows it was not fitted on (the test set).
+
+    Returns:
+        ece and ece_raw (after and before calibration), fallback (share of rows under the threshold),
+        recall_kept (mean recall of the rows that stay one-pass; nan if none do), recall_fallback (of the
+        others), aurc (area under the risk-coverage curve) and aurc_random (the same without any ranking: the
+        mean risk).
+    """
+    confidence = calibration(rows.raw)
+    falls_back = confidence < calibration.threshold
+    _, risk = risk_coverage(confidence, rows.recall)
+    return {
+        "ece": expected_calibration_error(confidence, rows.recall),
+        "ece_raw": expected_calibration_error(rows.raw, rows.recall),
+        "fallback": float(falls_back.mean()),
+        "recall_kept": _mean(rows.recall[~falls_back]),
+        "recall_fallback": _mean(rows.recall[falls_back]),
+        "aurc": float(risk.mean()),
+        "aurc_random": float(1.0 - rows.recall.mean()),
+    }
+
+
+def _isotonic_steps(raw: Array, recall: Array) -> tuple[Array, Array, Array]:
+    """Centre (mean raw), height and weight of every step of the isotonic fit, by rising raw."""
+    fitted = IsotonicRegression(y_min=0.0, y_max=1.0).fit_transform(raw, recall)
+    order = np.argsort(raw, kind="stable")
+    fitted, raw = fitted[order], raw[order]
+    starts = np.flatnonzero(np.r_[True, np.diff(fitted) > 1e-12])
+    weights = np.diff(np.r_[starts, len(raw)]).astype(np.float64)
+    return np.add.reduceat(raw, starts) / weights, fitted[starts], weights
+
+
+def _merge_steps(centres: Array, values: Array, weights: Array, max_knots: int) -> tuple[Array, Array]:
+    """Merge the lightest step into its lighter neighbour, until they are few and each holds enough rows."""
+    steps = list(zip(centres, values, weights, strict=True))
+    enough = weights.sum() / max_knots
+    while len(steps) > 1:
+        at = min(range(len(steps)), key=lambda i: steps[i][2])
+        if len(steps) <= max_knots - 2 and steps[at][2] >= enough:  # two knots are for the ends
+            break
+        if at == len(steps) - 1 or (at > 0 and steps[at - 1][2] < steps[at + 1][2]):
+            at -= 1
+        (c0, v0, w0), (c1, v1, w1) = steps[at : at + 2]
+        weight = w0 + w1
+        steps[at : at + 2] = [((c0 * w0 + c1 * w1) / weight, (v0 * w0 + v1 * w1) / weight, weight)]
+    merged = np.array(steps)
+    return merged[:, 0], merged[:, 1]
+
+
+def _extend_to(centres: Array, values: Array, low: float, high: float) -> tuple[Array, Array]:
+    """Continue the end segments to the range of the rows, so that the end steps rank their rows too."""
+    knots, expected = list(centres), list(values)
+    if len(centres) == 1:  # raw confidence says nothing about recall: a constant, as the two knots of a map
+        knots, expected = [low, max(high, low + 1e-3)], [values[0]] * 2
+    else:
+        first = (values[1] - values[0]) / (centres[1] - centres[0])
+        last = (values[-1] - values[-2]) / (centres[-1] - centres[-2])
+        if centres[0] - low > 1e-6:
+            knots.insert(0, low)
+            expected.insert(0, max(values[0] - first * (centres[0] - low), 0.0))
+        if high - centres[-1] > 1e-6:
+            knots.append(high)
+            expected.append(min(values[-1] + last * (high - centres[-1]), 1.0))
+    return np.array(knots), np.array(expected)
+
+
+def _threshold(confidence: Array, target_fallback: float) -> float:
+    """Value with the wanted share of rows strictly below it, or less where rows tie."""
+    ordered = np.sort(confidence)
+    wanted = round(target_fallback * len(ordered))
+    if wanted == 0:
+        return 0.0
+    if wanted == len(ordered):
+        return 1.0 + 1e-6  # above every share, in float32 too
+    return float((ordered[wanted - 1] + ordered[wanted]) / 2)
+
+
+def _mean(values: Array) -> float:
+    return float(values.mean()) if len(values) else float("nan")

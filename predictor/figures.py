@@ -1,0 +1,217 @@
+"""Figures of a fit: maps and sources over test images, and how far the confidence can be trusted.
+
+They take plain arrays and return `matplotlib.figure.Figure` objects that no pyplot state knows, so they are
+safe in any process and need no display.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from numpy.typing import ArrayLike
+
+from predictor.calibration import expected_calibration_error, reliability_bins, risk_coverage
+from predictor.losses import normalised_target
+from scr_runtime.config import SCRConfig
+from scr_runtime.redistribute import Grid, effective_num_sources, eligible_patches, select_sources
+
+_HIT, _MISSED, _EXTRA = "#00a087", "#f2a900", "#d1478f"
+_INK, _MUTED = "#222222", "#8a8a8a"
+
+
+@dataclass(frozen=True)
+class MapExample:
+    """One row of `source_maps_figure`."""
+
+    image: np.ndarray
+    """[H, W, 3] uint8, exactly the part of the picture that the patch grid covers."""
+    true_map: np.ndarray
+    """[rows, columns] two-pass attention, summing to 1 over the eligible patches; nan elsewhere."""
+    predicted_map: np.ndarray
+    """[rows, columns] softmax of the scores over the eligible patches; nan elsewhere."""
+    true_sources: np.ndarray
+    """[K] patch indices that two-pass chooses."""
+    chosen_sources: np.ndarray
+    """[K] patch indices that the predictor chooses."""
+    title: str
+    """The question."""
+
+
+def map_example(
+    image: ArrayLike,
+    attention: ArrayLike,
+    scores: ArrayLike,
+    grid: Grid,
+    num_sources: int,
+    exclude_border: bool,
+    title: str,
+) -> MapExample:
+    """Builds a `MapExample` from what a batch and a predictor give.
+
+    Args:
+        image: [H, W, 3] uint8, the part of the picture that the grid covers.
+        attention: [N] true map on any scale.
+        scores: [N] of the predictor.
+        grid: Rows and columns, N = rows * columns.
+        num_sources: K, capped for small grids as at run time.
+        exclude_border: Whether border patches may not be sources.
+        title: The question.
+    """
+    eligible = eligible_patches(grid, exclude_border)
+    k = effective_num_sources(grid, SCRConfig(num_sources=num_sources, exclude_border=exclude_border))
+    truth = torch.as_tensor(np.asarray(attention, dtype=np.float32))[None]  # [1, N]
+    logits = torch.as_tensor(np.asarray(scores, dtype=np.float32))[None]  # [1, N]
+    predicted = logits.masked_fill(~eligible, -torch.inf).softmax(dim=-1)
+    blank = ~eligible[None]
+    return MapExample(
+        image=np.asarray(image),
+        true_map=normalised_target(truth, eligible).masked_fill(blank, torch.nan).view(grid).numpy(),
+        predicted_map=predicted.masked_fill(blank, torch.nan).view(grid).numpy(),
+        true_sources=select_sources(truth, eligible, k)[0].numpy(),
+        chosen_sources=select_sources(logits, eligible, k)[0].numpy(),
+        title=title,
+    )
+
+
+def source_maps_figure(examples: Sequence[MapExample]) -> Figure:
+    """Draws, for each example: the image, the two-pass map, the predicted map, and both choices of sources.
+
+    The two maps of a row share one colour scale. Hits are filled, missed two-pass sources are framed, sources
+    that two-pass would not choose are crossed out.
+
+    Raises:
+        ValueError: No example.
+    """
+    if not examples:
+        raise ValueError("source_maps_figure needs at least one example.")
+    figure = Figure(figsize=(11, 3.0 * len(examples) + 0.5), layout="constrained", facecolor="white")
+    rows = figure.subfigures(len(examples), 1, squeeze=False, hspace=0.02)[:, 0]
+    for subfigure, example in zip(rows, examples, strict=True):
+        style: dict[str, Any] = {"fontsize": 12, "color": _INK, "weight": "bold"}
+        subfigure.suptitle(example.title, x=0.012, ha="left", parse_math=False, **style)
+        axes = subfigure.subplots(1, 4)
+        top = float(max(np.nanmax(example.true_map), np.nanmax(example.predicted_map)))
+        hits = np.intersect1d(example.true_sources, example.chosen_sources)
+        mass = example.true_map.flat[example.chosen_sources].sum() / max(
+            example.true_map.flat[example.true_sources].sum(), np.finfo(np.float32).tiny
+        )
+        _show_image(axes[0], example, "image")
+        _show_map(axes[1], example, example.true_map, top, "two-pass map")
+        _show_map(axes[2], example, example.predicted_map, top, "predicted map")
+        label = f"sources: {len(hits)} of {len(example.true_sources)} hit, {mass:.0%} of the mass"
+        _show_image(axes[3], example, label, dim=0.55)
+        _mark_sources(axes[3], example)
+    figure.legend(
+        handles=[
+            Patch(facecolor=_HIT, edgecolor="white", label="hit: both choose it"),
+            Patch(facecolor="none", edgecolor=_MISSED, linewidth=2, label="missed: two-pass only"),
+            Line2D([], [], color=_EXTRA, marker="x", ls="none", mew=2.5, ms=8, label="extra: predictor only"),
+        ],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=10,
+    )
+    return figure
+
+
+def reliability_figure(raw: ArrayLike, confidence: ArrayLike, recall: ArrayLike, threshold: float) -> Figure:
+    """Draws the reliability diagram and the risk-coverage curve of held-out rows.
+
+    Args:
+        raw: [R] confidence before calibration.
+        confidence: [R] expected share of true sources, after calibration.
+        recall: [R] true share.
+        threshold: Confidence under which `auto` falls back to two-pass.
+    """
+    raw, confidence, recall = (np.asarray(x, dtype=np.float64) for x in (raw, confidence, recall))
+    figure = Figure(figsize=(10.5, 4.6), layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+
+    left.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    for values, colour, name in ((raw, _MUTED, "raw"), (confidence, _HIT, "calibrated")):
+        mean_confidence, mean_recall, _ = reliability_bins(values, recall)
+        error = expected_calibration_error(values, recall)
+        label = f"{name}, ECE {error:.3f}"
+        left.plot(mean_confidence, mean_recall, "o-", color=colour, markersize=6, linewidth=1.6, label=label)
+    left.axvline(threshold, color=_EXTRA, linewidth=1.4, label=f"fallback below {threshold:.2f}")
+    left.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="true share of sources (recall)")
+    left.set_aspect("equal")
+    left.set_title("Reliability on held-out rows", loc="left", fontsize=11)
+
+    coverage, risk = risk_coverage(confidence, recall)
+    kept = float((confidence >= threshold).mean())
+    right.plot(coverage, 1 - risk, color=_HIT, linewidth=2, label="most confident first")
+    right.axhline(recall.mean(), color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), label="in random order")
+    right.axvline(kept, color=_EXTRA, linewidth=1.4, label=f"threshold keeps {kept:.0%}")
+    low = float(np.floor(10 * min(recall.mean(), (1 - risk).min())) / 10)
+    right.set(xlim=(0, 1), ylim=(low - 0.05, 1.02))
+    right.set(xlabel="share of rows that stay one-pass", ylabel="their mean recall")
+    right.set_title("Recall against coverage", loc="left", fontsize=11)
+
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _show_image(axes: Axes, example: MapExample, title: str, dim: float = 0.0, **kwargs: Any) -> None:
+    """The picture in units of patches, mixed with white by `dim`."""
+    image = example.image.astype(np.float32) / 255
+    rows, columns = example.true_map.shape
+    height, width = image.shape[:2]
+    axes.imshow(
+        image * (1 - dim) + dim,
+        extent=(0, columns, rows, 0),
+        aspect=(height / rows) / (width / columns),
+        interpolation="nearest",
+    )
+    axes.set(xticks=[], yticks=[], xlim=(0, columns), ylim=(rows, 0))
+    axes.set_title(title, fontsize=9.5, color=_INK, loc="left")
+    for spine in axes.spines.values():
+        spine.set(color="#cccccc", linewidth=0.8)
+
+
+def _show_map(axes: Axes, example: MapExample, values: np.ndarray, top: float, title: str) -> None:
+    """A map over the grey picture; the least attended patches are the most transparent."""
+    _show_image(axes, example, title)
+    rows, columns = values.shape
+    aspect = axes.get_aspect()
+    grey = example.image.astype(np.float32).mean(axis=-1) / 255
+    extent = (0.0, float(columns), float(rows), 0.0)
+    axes.imshow(grey, extent=extent, aspect=aspect, cmap="gray", vmin=-0.6, vmax=1.6, interpolation="nearest")
+    share = np.nan_to_num(values / top)
+    alpha = np.where(np.isnan(values), 0.0, 0.25 + 0.7 * np.sqrt(share))
+    axes.imshow(
+        np.nan_to_num(values),
+        extent=extent,
+        aspect=aspect,
+        cmap="inferno",
+        norm=PowerNorm(0.6, vmin=0, vmax=top),
+        alpha=alpha,
+        interpolation="nearest",
+    )
+
+
+def _mark_sources(axes: Axes, example: MapExample) -> None:
+    columns = example.true_map.shape[1]
+    true, chosen = set(example.true_sources.tolist()), set(example.chosen_sources.tolist())
+    for patch in sorted(true | chosen):
+        row, column = divmod(patch, columns)
+        if patch in true and patch in chosen:
+            hit: dict[str, Any] = {"facecolor": _HIT, "edgecolor": "white", "linewidth": 1, "alpha": 0.85}
+            axes.add_patch(Rectangle((column, row), 1, 1, **hit))
+        elif patch in true:
+            missed: dict[str, Any] = {"fill": False, "edgecolor": _MISSED, "linewidth": 2.2}
+            axes.add_patch(Rectangle((column + 0.08, row + 0.08), 0.84, 0.84, **missed))
+        else:
+            axes.plot(column + 0.5, row + 0.5, "x", color=_EXTRA, markersize=8, markeredgewidth=2.5)

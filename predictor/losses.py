@@ -1,0 +1,91 @@
+"""Losses that teach a predictor which patches a two-pass diagnostic run would choose as sources.
+
+Every loss has the same signature, so that a configuration key can name one of `LOSSES`:
+
+    loss(scores [B, N], attention [B, N], eligible [N] or [B, N], k) -> scalar (float32, mean over rows)
+
+`attention` is the raw map A (not normalised, as the harvest stores it), `eligible` marks the patches that
+may become sources (the border is left out), `k` is the number of sources. A row without any attention on
+its eligible patches has no target; it counts neither in the sum nor in the mean.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+_LOG_FLOOR = 1e-6
+"""Smallest share of a row's attention that a logarithm sees; far below 1/N for any patch grid."""
+
+
+def normalised_target(attention: Tensor, eligible: Tensor) -> Tensor:
+    """Turns attention maps into distributions over the eligible patches.
+
+    Args:
+        attention: [B, N] non-negative maps on any scale.
+        eligible: [N] or [B, N] bool.
+
+    Returns:
+        [B, N] float32; a row sums to 1, or is all zeros if it has no attention on eligible patches.
+    """
+    mass = attention.float().masked_fill(~eligible, 0.0)
+    total = mass.sum(dim=-1, keepdim=True)
+    return mass / total.where(total > 0, 1.0)
+
+
+def kl(scores: Tensor, attention: Tensor, eligible: Tensor, k: int) -> Tensor:
+    """Listwise KL divergence of softmax(scores) from the sum-normalised map, in nats. `k` is not used.
+
+    The top-one ListNet loss (Cao et al., "Learning to Rank: From Pairwise Approach to Listwise Approach",
+    ICML 2007) with the map itself as the target distribution, less the target's own entropy: a perfect
+    prediction has loss 0.
+    """
+    target = normalised_target(attention, eligible)
+    log_predicted = scores.float().masked_fill(~eligible, -torch.inf).log_softmax(dim=-1)
+    log_predicted = log_predicted.masked_fill(~eligible, 0.0)  # 0 * -inf would be nan
+    divergence = (torch.xlogy(target, target) - target * log_predicted).sum(dim=-1)  # [B]
+    return _mean_over_rows(divergence, target)
+
+
+def bce(scores: Tensor, attention: Tensor, eligible: Tensor, k: int) -> Tensor:
+    """Binary cross-entropy of top-K membership, averaged over the eligible patches, in nats.
+
+    Treats each patch as its own yes/no question ("is it a source?"), as a plain reading of the paper's
+    One-Pass SCR (arXiv 2602.22469) does. Ties of the map at rank `k` go to the lower patch index.
+    """
+    target = normalised_target(attention, eligible)
+    ranked = attention.float().masked_fill(~eligible, -torch.inf)
+    top = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :k]  # [B, K]
+    member = torch.zeros_like(target).scatter_(-1, top, 1.0)
+    per_patch = F.binary_cross_entropy_with_logits(
+        scores.float().masked_fill(~eligible, 0.0), member, reduction="none"
+    )
+    return _mean_over_rows(_mean_over_patches(per_patch, eligible), target)
+
+
+def mse_log(scores: Tensor, attention: Tensor, eligible: Tensor, k: int) -> Tensor:
+    """Squared error between scores and the log of the sum-normalised map, averaged over eligible patches.
+
+    Regression on log-attention, as KVzap (arXiv 2601.07891) fits its token scores. `k` is not used. Shares
+    under 1e-6 of a row (zeros above all) count as 1e-6.
+    """
+    target = normalised_target(attention, eligible)
+    error = scores.float().masked_fill(~eligible, 0.0) - target.clamp_min(_LOG_FLOOR).log()
+    return _mean_over_rows(_mean_over_patches(error.square(), eligible), target)
+
+
+LOSSES: dict[str, Loss] = {"kl": kl, "bce": bce, "mse_log": mse_log}
+
+
+def _mean_over_patches(values: Tensor, eligible: Tensor) -> Tensor:
+    """[B, N] -> [B], over the eligible patches."""
+    return values.masked_fill(~eligible, 0.0).sum(dim=-1) / eligible.sum(dim=-1).clamp_min(1)
+
+
+def _mean_over_rows(values: Tensor, target: Tensor) -> Tensor:
+    """[B] -> scalar, over the rows that have a target."""
+    has_target = target.sum(dim=-1) > 0
+    return values.masked_fill(~has_target, 0.0).sum() / has_target.sum().clamp_min(1)

@@ -1,0 +1,100 @@
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from predictor.baselines import (
+    OtherPrompts,
+    PositionMean,
+    RandomScores,
+    evaluate,
+    floors,
+    negative_norm,
+    norm,
+)
+from predictor.metrics import METRICS
+from scr_runtime.redistribute import eligible_patches
+
+
+def _batch(grid: tuple[int, int] = (4, 5), rows: int = 3, seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    patches = grid[0] * grid[1]
+    return {
+        "states": torch.randn(rows, patches, 6, generator=generator).bfloat16(),
+        "attention": torch.rand(rows, patches, generator=generator),
+        "question": torch.randn(rows, 6, generator=generator),
+        "grid": grid,
+        "key": [f"{i:012d}" for i in range(rows)],
+    }
+
+
+def test_norms() -> None:
+    batch = _batch()
+    wanted = batch["states"].float().square().sum(dim=-1).sqrt()
+    torch.testing.assert_close(norm(batch), wanted)
+    torch.testing.assert_close(negative_norm(batch), -wanted)
+
+
+def test_random_is_seeded() -> None:
+    first, second, other = RandomScores(3), RandomScores(3), RandomScores(4)
+    batch = _batch()
+    assert first(batch).equal(second(batch))
+    assert not first(batch).equal(other(batch))
+    assert first(batch).shape == batch["attention"].shape
+
+
+def test_position_mean_is_the_mean_of_normalised_maps() -> None:
+    batches = [_batch(seed=1), _batch(seed=2, rows=1)]
+    eligible = eligible_patches((4, 5), True)
+    maps = torch.cat([b["attention"] for b in batches])[:, eligible]
+    wanted = (maps / maps.sum(dim=-1, keepdim=True)).mean(dim=0)
+    scores = PositionMean.fit(batches)(_batch(seed=9))
+    assert scores.shape == (3, 20)
+    torch.testing.assert_close(scores[0, eligible], wanted)
+    assert scores[0].equal(scores[2])
+
+
+def test_position_mean_resamples_for_an_unknown_grid() -> None:
+    ramp = _batch()
+    ramp["attention"] = torch.arange(20.0).expand(3, 20)
+    scores = PositionMean.fit([ramp], exclude_border=False)(_batch(grid=(8, 10)))
+    assert scores.shape == (3, 80)
+    assert (scores[0].view(8, 10).diff(dim=0) >= 0).all()
+
+
+def test_position_mean_needs_a_map() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        PositionMean.fit([])
+
+
+def test_other_prompts_leaves_the_own_map_out() -> None:
+    batch = _batch(rows=3)
+    batch["key"] = ["a"] * 3
+    scores = OtherPrompts.fit([batch], exclude_border=False)(batch)
+    share = batch["attention"] / batch["attention"].sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(scores[0], share[1] + share[2])
+
+
+def test_other_prompts_needs_two() -> None:
+    batch = _batch()
+    with pytest.raises(ValueError, match="prompts_per_image"):
+        OtherPrompts.fit([batch])(batch)
+
+
+def test_evaluate_gives_every_floor_the_same_rows(make_loader: Callable[..., Any]) -> None:
+    train, test = make_loader(images=30, seed=1), make_loader(images=20, seed=2)
+    results = {name: evaluate(score, test, num_sources=6) for name, score in floors(train).items()}
+    assert set(results) == {"random", "position", "negative_norm", "norm"}
+    for rows in results.values():
+        assert {len(rows[name]) for name in METRICS} == {40}
+        np.testing.assert_array_equal(rows["group"], results["random"]["group"])
+    assert results["position"]["mass"].mean() > results["random"]["mass"].mean()
+    ceiling = evaluate(OtherPrompts.fit(test), test, num_sources=6)
+    assert ceiling["mass"].mean() > results["position"]["mass"].mean()
+
+
+def test_evaluate_caps_the_sources_of_a_small_grid() -> None:
+    rows = evaluate(lambda batch: batch["attention"], [_batch()], num_sources=32)  # 6 interior patches: K = 3
+    np.testing.assert_allclose(rows["recall"], 1.0)

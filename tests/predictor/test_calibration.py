@@ -1,0 +1,148 @@
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from predictor.calibration import (
+    Calibration,
+    ConfidenceRows,
+    calibration_summary,
+    confidence_rows,
+    expected_calibration_error,
+    fit_calibration,
+    reliability_bins,
+    risk_coverage,
+)
+from predictor.metrics import recall_at_k
+from scr_runtime.network import PredictorConfig, SourcePredictor
+from scr_runtime.redistribute import eligible_patches
+
+
+def _rows(count: int = 1000, seed: int = 0) -> ConfidenceRows:
+    """Raw confidences that rank the rows but lie far below the recall, as a softmax mass does."""
+    generator = np.random.default_rng(seed)
+    share = generator.beta(6, 2, count)
+    recall = generator.binomial(8, share) / 8
+    return ConfidenceRows(0.1 + 0.4 * share**2, recall)
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    rows = _rows()
+    return fit_calibration(rows.raw, rows.recall, target_fallback=0.2)
+
+
+def test_is_monotone_with_few_knots(calibration: Calibration) -> None:
+    assert 2 <= len(calibration.raw) <= 32
+    assert (np.diff(calibration.raw) > 0).all()
+    assert (np.diff(calibration.expected) > 0).all()  # on a flat step no threshold could split the rows
+    assert min(calibration.expected) >= 0 and max(calibration.expected) <= 1
+
+
+def test_ece_on_new_rows_is_far_below_the_raw_one(calibration: Calibration) -> None:
+    summary = calibration_summary(calibration, _rows(4000, seed=1))
+    assert summary["ece"] < 0.05 < 0.3 < summary["ece_raw"]
+    assert summary["recall_kept"] > summary["recall_fallback"]
+    assert summary["aurc"] < summary["aurc_random"]
+    assert summary["fallback"] == pytest.approx(0.2, abs=0.05)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.01, 0.2, 0.5, 0.99, 1.0])
+def test_threshold_gives_the_wanted_fallback(target: float) -> None:
+    rows = _rows()
+    calibration = fit_calibration(rows.raw, rows.recall, target_fallback=target)
+    assert (calibration(rows.raw) < calibration.threshold).mean() == pytest.approx(target, abs=0.005)
+
+
+@pytest.mark.parametrize("max_knots", [4, 5, 8, 32])
+def test_knots_are_thinned(max_knots: int) -> None:
+    rows = _rows(3000)
+    calibration = fit_calibration(rows.raw, rows.recall, max_knots=max_knots)
+    assert 2 <= len(calibration.raw) <= max_knots
+    assert expected_calibration_error(calibration(rows.raw), rows.recall) < 0.05
+
+
+def test_predictor_takes_it_and_maps_alike(calibration: Calibration) -> None:
+    predictor = SourcePredictor(PredictorConfig(hidden_size=8))
+    raw, expected = torch.tensor(calibration.raw), torch.tensor(calibration.expected)
+    predictor.set_calibration(raw, expected, calibration.threshold)
+    raw = torch.linspace(0, 1, 101)
+    np.testing.assert_allclose(predictor.calibrate(raw).numpy(), calibration(raw.numpy()), atol=1e-5)
+    kept = calibration(_rows().raw) >= calibration.threshold
+    at_runtime = predictor.calibrate(torch.tensor(_rows().raw, dtype=torch.float32)) >= predictor.threshold
+    assert (at_runtime.numpy() == kept).mean() > 0.998
+
+
+def test_is_json(calibration: Calibration) -> None:
+    assert Calibration(**json.loads(json.dumps(calibration.to_dict()))) == calibration
+
+
+@pytest.mark.parametrize(
+    ("raw", "recall"),
+    [
+        ([0.3] * 20, [0.5] * 20),
+        ([0.1, 0.2, 0.3, 0.4], [1.0, 0.75, 0.5, 0.25]),  # the wrong way round: nothing to rank by
+        ([0.4], [0.5]),
+        ([0.2, 0.2 + 1e-9], [0.0, 1.0]),
+    ],
+)
+def test_degenerate_rows_give_a_constant(raw: list[float], recall: list[float]) -> None:
+    calibration = fit_calibration(raw, recall)
+    assert calibration([0.0, 0.5, 1.0]) == pytest.approx(float(np.mean(recall)))
+    SourcePredictor(PredictorConfig(hidden_size=8)).set_calibration(
+        torch.tensor(calibration.raw), torch.tensor(calibration.expected), calibration.threshold
+    )
+
+
+@pytest.mark.parametrize(
+    ("raw", "recall", "settings", "message"),
+    [
+        ([], [], {}, "1 or more rows"),
+        ([0.1, 0.2], [0.1], {}, "shape"),
+        ([0.1, np.nan], [0.1, 0.2], {}, "diverged"),
+        ([0.1], [0.1], {"target_fallback": 1.2}, "target_fallback is 1.2"),
+        ([0.1], [0.1], {"max_knots": 3}, "max_knots is 3"),
+    ],
+)
+def test_bad_input(raw: list[float], recall: list[float], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_calibration(raw, recall, **settings)
+
+
+def test_reliability_bins_share_the_rows() -> None:
+    confidence = np.linspace(0, 1, 100)
+    mean_confidence, mean_recall, count = reliability_bins(confidence, confidence**2, bins=4)
+    assert count.tolist() == [25] * 4
+    assert mean_confidence[0] == pytest.approx(confidence[:25].mean())
+    assert mean_recall[3] == pytest.approx((confidence[75:] ** 2).mean())
+    assert expected_calibration_error(confidence, confidence) == pytest.approx(0)
+    assert expected_calibration_error(confidence, confidence + 0.1) == pytest.approx(0.1)
+    assert len(reliability_bins([0.5, 0.6], [1, 0], bins=10)[0]) == 2
+
+
+def test_risk_coverage() -> None:
+    coverage, risk = risk_coverage([0.1, 0.9, 0.5], [0.0, 1.0, 0.5])
+    np.testing.assert_allclose(coverage, [1 / 3, 2 / 3, 1])
+    np.testing.assert_allclose(risk, [0, 0.25, 0.5])
+
+
+def test_confidence_rows_of_a_loader(make_loader: Callable[..., Any]) -> None:
+    loader = make_loader(images=10, batch_size=8)
+    rows = confidence_rows(lambda batch: batch["attention"].log(), loader, num_sources=6)
+    np.testing.assert_allclose(rows.recall, 1.0)
+    attention = torch.cat([batch["attention"] for batch in loader])[:, eligible_patches((8, 8), True)]
+    wanted = attention.sort(dim=-1, descending=True).values[:, :6].sum(dim=-1) / attention.sum(dim=-1)
+    np.testing.assert_allclose(rows.raw, wanted.numpy(), rtol=1e-5)
+
+    flipped = confidence_rows(lambda batch: -batch["attention"], loader, num_sources=6)
+    batch = next(iter(loader))
+    wanted = recall_at_k(-batch["attention"], batch["attention"], eligible_patches((8, 8), True), 6)
+    np.testing.assert_allclose(flipped.recall[:8], wanted.numpy())
+
+
+def test_confidence_rows_refuse_an_empty_set() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        confidence_rows(lambda batch: batch["attention"], [], num_sources=6)

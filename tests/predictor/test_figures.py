@@ -1,0 +1,87 @@
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from predictor.figures import map_example, reliability_figure, source_maps_figure
+
+QUESTION = "Is there a $5 note in the image? It costs $5."
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=40)
+    return buffer.getvalue()
+
+
+def _example(rows: int = 6, columns: int = 8, seed: int = 0):
+    generator = np.random.default_rng(seed)
+    image = generator.integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    attention = generator.random(rows * columns)
+    attention[0] = 1e5  # a sink on the border
+    scores = np.log(attention) + generator.normal(size=rows * columns)
+    return map_example(image, attention, scores, (rows, columns), 4, True, QUESTION)
+
+
+def test_example_keeps_the_border_out() -> None:
+    example = _example()
+    assert example.true_map.shape == example.predicted_map.shape == (6, 8)
+    assert np.isnan(example.true_map[0]).all() and np.isnan(example.predicted_map[:, -1]).all()
+    assert np.nansum(example.true_map) == pytest.approx(1, abs=1e-5)
+    assert np.nansum(example.predicted_map) == pytest.approx(1, abs=1e-5)
+    assert len(example.true_sources) == len(example.chosen_sources) == 4
+    assert example.true_sources[0] == np.nanargmax(example.true_map)
+    assert example.chosen_sources[0] == np.nanargmax(example.predicted_map)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_source_maps(count: int) -> None:
+    figure = source_maps_figure([_example(seed=seed) for seed in range(count)])
+    assert _png(figure).startswith(b"\x89PNG")
+    titles = [subfigure.get_suptitle() for subfigure in figure.subfigs]
+    assert titles == [QUESTION] * count
+    assert all(len(subfigure.axes) == 4 for subfigure in figure.subfigs)
+
+
+def test_hits_misses_and_extras_are_marked() -> None:
+    example = _example()
+    axes = source_maps_figure([example]).subfigs[0].axes[3]
+    true, chosen = set(example.true_sources.tolist()), set(example.chosen_sources.tolist())
+    assert true != chosen and true & chosen
+    assert sum(patch.get_fill() for patch in axes.patches) == len(true & chosen)
+    assert sum(not patch.get_fill() for patch in axes.patches) == len(true - chosen)
+    assert len(axes.lines) == len(chosen - true)
+    assert f"{len(true & chosen)} of 4 hit" in axes.get_title(loc="left")
+
+
+def test_source_maps_need_an_example() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        source_maps_figure([])
+
+
+def test_reliability() -> None:
+    generator = np.random.default_rng(0)
+    confidence = generator.random(200)
+    recall = (confidence > generator.random(200)).astype(float)
+    figure = reliability_figure(confidence / 2, confidence, recall, 0.3)
+    assert _png(figure).startswith(b"\x89PNG")
+    assert len(figure.axes) == 2
+
+
+def test_leaves_pyplot_and_mlflow_alone() -> None:
+    code = """
+import sys
+import numpy as np
+import predictor.baselines, predictor.module
+from predictor.figures import reliability_figure
+reliability_figure(np.linspace(0, 1, 9), np.linspace(0, 1, 9), np.linspace(0, 1, 9), 0.5)
+from matplotlib import pyplot
+print(pyplot.get_fignums(), "mlflow" in sys.modules)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] False"

@@ -1,0 +1,119 @@
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from predictor.losses import LOSSES, normalised_target
+
+K = 3
+
+
+def _rows(seed: int = 0, per_row: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(5, 12, generator=generator)
+    attention = torch.rand(5, 12, generator=generator) * 0.01
+    attention[0, 4] = 0.0
+    if per_row:
+        return scores, attention, torch.rand(5, 12, generator=generator) > 0.3
+    eligible = torch.ones(12, dtype=torch.bool)
+    eligible[[0, 1, 11]] = False
+    return scores, attention, eligible
+
+
+def _naive_kl(scores: list[float], share: list[float], k: int) -> float:
+    total = sum(math.exp(s) for s in scores)
+    chances = [math.exp(s) / total for s in scores]
+    return sum(p * (math.log(p) - math.log(c)) for c, p in zip(chances, share, strict=True) if p > 0)
+
+
+def _naive_bce(scores: list[float], share: list[float], k: int) -> float:
+    members = sorted(range(len(share)), key=lambda i: (-share[i], i))[:k]
+    chances = [1 / (1 + math.exp(-s)) for s in scores]
+    return -sum(math.log(c if i in members else 1 - c) for i, c in enumerate(chances)) / len(scores)
+
+
+def _naive_mse_log(scores: list[float], share: list[float], k: int) -> float:
+    return sum((s - math.log(max(p, 1e-6))) ** 2 for s, p in zip(scores, share, strict=True)) / len(scores)
+
+
+NAIVE: dict[str, Callable[[list[float], list[float], int], float]] = {
+    "kl": _naive_kl,
+    "bce": _naive_bce,
+    "mse_log": _naive_mse_log,
+}
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_equals_a_loop(name: str, per_row: bool) -> None:
+    scores, attention, eligible = _rows(per_row=per_row)
+    wanted = 0.0
+    for row in range(5):
+        mask = eligible[row] if per_row else eligible
+        kept = [i for i in range(12) if mask[i]]
+        total = sum(float(attention[row, i]) for i in kept)
+        share = [float(attention[row, i]) / total for i in kept]
+        wanted += NAIVE[name]([float(scores[row, i]) for i in kept], share, K) / 5
+    assert float(LOSSES[name](scores, attention, eligible, K)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_every_loss_has_a_loop() -> None:
+    assert set(LOSSES) == set(NAIVE)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_does_not_depend_on_the_scale_of_the_map_nor_on_ineligible_patches(name: str) -> None:
+    scores, attention, eligible = _rows()
+    wanted = LOSSES[name](scores, attention, eligible, K)
+    other_scores, other_attention = scores.clone(), attention * 7
+    other_scores[:, ~eligible] = torch.inf
+    other_attention[:, ~eligible] = 1e4
+    torch.testing.assert_close(LOSSES[name](other_scores, other_attention, eligible, K), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", LOSSES)
+def test_finite_with_gradient_for_zeros_and_large_scores(name: str, dtype: torch.dtype) -> None:
+    scores, attention, eligible = _rows()
+    attention[:, 2:8] = 0.0
+    attention[1] = 0.0  # a row without a target
+    scores = (scores * 1e4).to(dtype).requires_grad_()
+    loss = LOSSES[name](scores, attention, eligible, K)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert scores.grad is not None
+    assert loss.isfinite() and scores.grad.isfinite().all()
+    assert not scores.grad[1].any()
+    assert not scores.grad[:, ~eligible].any()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_without_attention_do_not_count(name: str) -> None:
+    scores, attention, eligible = _rows()
+    wanted = LOSSES[name](scores[:3], attention[:3], eligible, K)
+    attention[3:] = 0.0
+    torch.testing.assert_close(LOSSES[name](scores, attention, eligible, K), wanted)
+    assert LOSSES[name](scores[3:], attention[3:], eligible, K) == 0
+
+
+def test_kl_and_mse_log_are_zero_at_the_map() -> None:
+    _, attention, eligible = _rows()
+    attention = attention + 1e-3
+    scores = normalised_target(attention, eligible).clamp_min(1e-30).log()
+    assert float(LOSSES["kl"](scores + 5.0, attention, eligible, K)) == pytest.approx(0, abs=1e-6)
+    assert float(LOSSES["mse_log"](scores, attention, eligible, K)) == pytest.approx(0, abs=1e-9)
+
+
+def test_bce_gives_ties_to_the_lower_index() -> None:
+    eligible = torch.ones(6, dtype=torch.bool)
+    scores = torch.tensor([[9.0, 9.0, -9.0, -9.0, -9.0, -9.0]])
+    assert float(LOSSES["bce"](scores, torch.ones(1, 6), eligible, 2)) < 1e-3
+
+
+def test_targets_sum_to_one() -> None:
+    _, attention, eligible = _rows(per_row=True)
+    target = normalised_target(attention.half(), eligible)
+    torch.testing.assert_close(target.sum(dim=-1), torch.ones(5))
+    assert not target[~eligible].any()
