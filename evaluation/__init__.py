@@ -1,0 +1,1 @@
+"""Compares the modes of SCR on held-out images: answers, fidelity, cost."""

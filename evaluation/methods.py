@@ -1,0 +1,114 @@
+"""What is compared: vanilla, the modes of SCR, and the controls that say what a gain is made of.
+
+A lower hallucination rate alone proves little: sources drawn at random lower it too, and so does a model that simply says
+"no" more often. So every comparison carries the same edit on random sources, on the sources of another image (equal K and
+equal topology, hence an equal dose, in the wrong place), and a constant shift of the yes margin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scr_runtime import SCR, ImageReport, PredictorConfig, SCRConfig, SourcePredictor, load_predictor
+
+VANILLA, TWO_PASS, ONE_PASS, AUTO, UNIFORM, SWAPPED, SHIFT = (
+    "vanilla",
+    "two-pass",
+    "one-pass",
+    "auto",
+    "uniform",
+    "swapped",
+    "shift",
+)
+
+DESCRIPTIONS = {
+    VANILLA: "the model as it is",
+    TWO_PASS: "sources from the diagnostic run",
+    ONE_PASS: "sources from the predictor",
+    AUTO: "the predictor, two-pass where it is unsure",
+    UNIFORM: "control: K random sources",
+    SWAPPED: "control: two-pass sources of another image, equal dose",
+    SHIFT: "control: vanilla, yes margin shifted by two-pass's mean shift",
+}
+
+
+class GivenSources(SourcePredictor):
+    """Stands in for a predictor and chooses the sources it is given, in their order.
+
+    Attributes:
+        sources: One list of patches per image of the next prefill.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(PredictorConfig(hidden_size, rank=1, width=1, question=False, context=False, position=False))
+        self.sources: list[list[int]] = []
+
+    def forward(self, states: Tensor, grid: tuple[int, int], question: Tensor | None = None) -> Tensor:
+        """[I, N] scores that descend along each list and are zero elsewhere."""
+        scores = torch.zeros(states.shape[:2], device=states.device)
+        for image, chosen in enumerate(self.sources):
+            scores[image, chosen] = torch.arange(len(chosen), 0, -1, device=states.device, dtype=torch.float32)
+        return scores
+
+
+class Methods:
+    """The methods of one comparison, over one model.
+
+    Args:
+        model: A supported model in eval mode, without an SCR attached.
+        predictor: A predictor folder, or a loaded predictor.
+        config: The method's settings.
+        seed: Of the uniform control.
+    """
+
+    names = (VANILLA, TWO_PASS, ONE_PASS, AUTO, UNIFORM, SWAPPED)
+
+    def __init__(
+        self, model: nn.Module, predictor: str | Path | SourcePredictor, config: SCRConfig, seed: int = 0
+    ) -> None:
+        loaded = predictor if isinstance(predictor, SourcePredictor) else load_predictor(predictor)
+        self._given = GivenSources(loaded.config.hidden_size)
+        self._runtimes = {
+            TWO_PASS: SCR(model, config=config, mode="two-pass"),
+            ONE_PASS: SCR(model, config=config, mode="one-pass", predictor=loaded),
+            AUTO: SCR(model, config=config, mode="auto", predictor=loaded),
+            UNIFORM: SCR(model, config=config, mode="uniform", seed=seed),
+            SWAPPED: SCR(model, config=config, mode="one-pass", predictor=self._given),
+        }
+
+    @contextmanager
+    def applied(self, name: str) -> Iterator[SCR | None]:
+        """Attaches a method for one or more prefills; yields its SCR, or ``None`` for vanilla."""
+        if name == VANILLA:
+            yield None
+            return
+        with self._runtimes[name] as scr:
+            yield scr
+
+    @torch.no_grad()
+    def logits(self, model: Any, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[ImageReport]]]:
+        """Runs one batch, one image a row, under every method.
+
+        Args:
+            model: The model.
+            inputs: Its inputs, on its device.
+
+        Returns:
+            Per method, [B, V] float32 logits after the last token, and the reports of its prefill.
+        """
+        logits: dict[str, Tensor] = {}
+        reports: dict[str, list[ImageReport]] = {}
+        for name in self.names:
+            if name == SWAPPED:  # each row gets the sources of the row before it
+                found = [report.sources for report in reports[TWO_PASS]]
+                self._given.sources = found[-1:] + found[:-1]
+            with self.applied(name) as scr:
+                logits[name] = model(**inputs, logits_to_keep=1).logits[:, -1].float()
+                reports[name] = scr.reports if scr is not None else []
+        return logits, reports

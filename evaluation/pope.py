@@ -1,0 +1,192 @@
+"""Yes/no questions about objects, as POPE asks them (Li et al. 2023, arXiv 2305.10355), under every method.
+
+The answer is read from the first token after the prompt: the yes margin is the logit of "yes" minus that of "no". Greedy
+decoding would say "yes" where the margin is positive; the margin itself also shows shifts too small to flip an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
+
+from data.images import CocoImages
+from data.questions import STRATEGIES, Question, count_objects, pope_questions
+from data.vlm import chat_inputs
+from evaluation.methods import AUTO, SHIFT, TWO_PASS, VANILLA, Methods
+from predictor.metrics import Interval, bootstrap_interval
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Every question of a comparison, asked once under each method.
+
+    Attributes:
+        image: [Q] image id.
+        truth: [Q] whether the object is there.
+        splits: Strategy -> indices of its questions. Present objects belong to all strategies.
+        margins: Method -> [Q] yes margin.
+        entropy: [Q] normalised credit entropy of the image, before any edit.
+        fallback: Share of the questions that ``auto`` handed to the diagnostic run.
+    """
+
+    image: NDArray[np.int64]
+    truth: NDArray[np.bool_]
+    splits: dict[str, NDArray[np.int64]]
+    margins: dict[str, Floats]
+    entropy: Floats
+    fallback: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """One method on one split.
+
+    Attributes:
+        hr: Hallucination rate FP / (FP + TN): "yes" to absent objects.
+        tpr: "yes" to present objects.
+        accuracy: Share of right answers.
+        auc: Area under the ROC curve of the yes margin.
+        hr_change: HR minus vanilla's, with a paired bootstrap interval over images; ``None`` for vanilla.
+        accuracy_change: The same of the accuracy.
+    """
+
+    hr: float
+    tpr: float
+    accuracy: float
+    auc: float
+    hr_change: Interval | None
+    accuracy_change: Interval | None
+
+
+def yes_no_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token ids that start the answers "yes" and "no", in any case, with or without a space before.
+
+    Raises:
+        ValueError: If the tokenizer has no single token for one of them.
+    """
+    found: list[list[int]] = []
+    for word in ("yes", "no"):
+        ids = set()
+        for form in (word, word.capitalize(), word.upper(), f" {word}", f" {word.capitalize()}"):
+            tokens = tokenizer.encode(form, add_special_tokens=False)
+            if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id:
+                ids.add(tokens[0])
+        if not ids:
+            raise ValueError(f"this tokenizer has no single token for {word!r}: the yes margin can't be read")
+        found.append(sorted(ids))
+    return found[0], found[1]
+
+
+def ask(
+    model: Any,
+    processor: Any,
+    methods: Methods,
+    images: CocoImages,
+    image_ids: Sequence[int],
+    *,
+    questions_per_image: int,
+    batch_size: int,
+    seed: int,
+) -> Answers:
+    """Asks random, popular and adversarial questions under every method, batch by batch, methods interleaved.
+
+    Args:
+        model: A supported model in eval mode.
+        processor: Its processor.
+        methods: What to compare.
+        images: Held-out images with annotations.
+        image_ids: Which of them.
+        questions_per_image: Per strategy; half of them about present objects.
+        batch_size: Questions per forward, at least 2.
+        seed: Chooses the questions.
+    """
+    counts = count_objects(images)
+    asked: dict[tuple[int, str], Question] = {}
+    members: dict[str, list[tuple[int, str]]] = {}
+    for strategy in STRATEGIES:
+        listed = pope_questions(images, image_ids, strategy, questions_per_image, seed, counts)
+        members[strategy] = [(question.image_id, question.text) for question in listed]
+        asked |= {(question.image_id, question.text): question for question in listed}
+    questions = _deal(list(asked.values()))
+    place = {(question.image_id, question.text): index for index, question in enumerate(questions)}
+    yes, no = yes_no_tokens(processor.tokenizer)
+    margins: dict[str, list[float]] = {name: [] for name in methods.names}
+    entropy: list[float] = []
+    fallbacks = 0
+    with tqdm(total=len(questions), desc="evaluate", unit="question") as progress:
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
+            pictures = {question.image_id: images.open(question.image_id) for question in batch}
+            inputs = chat_inputs(
+                processor, [pictures[q.image_id] for q in batch], [question.text for question in batch]
+            ).to(model.device, dtype=model.dtype)
+            logits, reports = methods.logits(model, inputs)
+            for name, values in logits.items():
+                margin = values[:, yes].amax(-1) - values[:, no].amax(-1)
+                margins[name] += margin.double().tolist()
+            entropy += [report.entropy_normalised for report in reports[TWO_PASS]]
+            fallbacks += sum(report.fallback_reason is not None for report in reports[AUTO])
+            progress.update(len(batch))
+    arrays = {name: np.array(values) for name, values in margins.items()}
+    arrays[SHIFT] = arrays[VANILLA] + (arrays[TWO_PASS] - arrays[VANILLA]).mean()
+    return Answers(
+        image=np.array([question.image_id for question in questions]),
+        truth=np.array([question.label == "yes" for question in questions]),
+        splits={name: np.array([place[key] for key in keys]) for name, keys in members.items()},
+        margins=arrays,
+        entropy=np.array(entropy),
+        fallback=fallbacks / len(questions),
+    )
+
+
+def score(answers: Answers, method: str, split: str, *, bootstrap: int, seed: int) -> Score:
+    """Scores one method on one split.
+
+    Args:
+        answers: All answers.
+        method: A method of ``answers.margins``.
+        split: A strategy of ``answers.splits``.
+        bootstrap: Resamples of the images.
+        seed: Of the resamples.
+    """
+    rows = answers.splits[split]
+    truth, image = answers.truth[rows], answers.image[rows]
+    margin = answers.margins[method][rows]
+    said = margin > 0
+    changes: dict[str, Interval | None] = {"hr": None, "accuracy": None}
+    if method != VANILLA:
+        before = answers.margins[VANILLA][rows] > 0
+        absent = ~truth
+        hallucinated = said[absent].astype(float) - before[absent]
+        correct = (said == truth).astype(float) - (before == truth)
+        changes["hr"] = bootstrap_interval(hallucinated, image[absent], bootstrap, seed)
+        changes["accuracy"] = bootstrap_interval(correct, image, bootstrap, seed)
+    return Score(
+        hr=float(said[~truth].mean()),
+        tpr=float(said[truth].mean()),
+        accuracy=float((said == truth).mean()),
+        auc=float(roc_auc_score(truth, margin)),
+        hr_change=changes["hr"],
+        accuracy_change=changes["accuracy"],
+    )
+
+
+def _deal(questions: list[Question]) -> list[Question]:
+    """Orders questions so that neighbours are about different images, as the swapped control needs."""
+    by_image: dict[int, list[Question]] = {}
+    for question in questions:
+        by_image.setdefault(question.image_id, []).append(question)
+    if len(by_image) < 2:
+        raise ValueError("a comparison needs questions about at least 2 images; set evaluation.images")
+    rounds = max(map(len, by_image.values()))
+    return [own[turn] for turn in range(rounds) for own in by_image.values() if turn < len(own)]
+
+
