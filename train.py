@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads made a shared machine 8 times slower
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # not a page of database migrations at the first run
 
-import mlflow
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from mlflow.entities import Dataset, DatasetInput
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import MLFlowLogger
 
@@ -132,13 +133,13 @@ def log_data(tracker: MLFlowLogger, config: TrainConfig, harvested: Mapping[str,
     client.set_tag(run, "data.fingerprint", harvested["fingerprint"])
     for key in ("images", "samples", "skipped", "bytes"):
         client.log_metric(run, f"harvest/{key}", harvested[key])
-    dataset = mlflow.entities.Dataset(
+    dataset = Dataset(
         name=f"{config.model.name}-{config.data.name}",
         digest=str(harvested["fingerprint"])[:36],
         source_type="local",
         source=str(harvested["directory"]),
     )
-    client.log_inputs(run, [mlflow.entities.DatasetInput(dataset)])
+    client.log_inputs(run, [DatasetInput(dataset)])
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -257,7 +258,7 @@ def tell(
     tracker: MLFlowLogger,
 ) -> None:
     """Prints the tables and where everything is; logs metrics, figures and the predictor to MLflow."""
-    client, run = tracker.experiment, tracker.run_id
+    client, run = tracker.experiment, str(tracker.run_id)
     embedded = config.data.world is not None
     rows = confidence_rows(fit.module.score, data.test_dataloader(), scr.num_sources, scr.exclude_border)
     confidence = calibration_summary(exported.calibration, rows)
@@ -296,7 +297,9 @@ def tell(
     print(report.table(report.answer_rows(comparison)))
     print("\n" + "\n".join(f"- {line}" for line in report.reading(comparison, embedded=embedded)))
     folder = exported.folder
-    ui = "make ui" if config.tracking.uri is None and config.runs_dir == "runs" else f"mlflow ui: {config.tracking_uri}"
+    ui = (
+        "make ui" if config.tracking.uri is None and config.runs_dir == "runs" else f"mlflow ui: {config.tracking_uri}"
+    )
     print(f"\nreport and figures: {config.paths.reports}")
     print(f"predictor: {folder}  ({exported.predictor.count_parameters():,} parameters)")
     print(f"compare runs: {ui}  (experiment {config.experiment!r}, run {run})")

@@ -3,8 +3,9 @@
 python -m benchmarks.prefill
 python -m benchmarks.prefill --repeats 30 --batch 2
 
-A random LLaVA of about 220 M parameters with 576 visual tokens of 616; the layer ranges are the paper's fractions of depth.
-Times are CPU time of one thread, variants interleaved round by round; the ratio is the median over rounds, with quartiles.
+A random LLaVA of about 220 M parameters with 576 visual tokens of 616; the layer ranges are the paper's fractions
+of depth. Times are CPU time of one thread, variants interleaved round by round; the ratio is the median over rounds,
+with quartiles.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ CONFIG = SCRConfig(num_sources=32, edit_layers=(0, 5), attention_layers=(4, 8)) 
 def build_model(layers: int = 16, hidden: int = 1024) -> LlavaForConditionalGeneration:
     """A random LLaVA with 24 x 24 patches."""
     torch.manual_seed(0)
+    settings: dict[str, Any] = {"image_token_id": IMAGE_TOKEN}  # a dict: its type stub lacks the parameter
     config = LlavaConfig(
+        **settings,
         vision_config=CLIPVisionConfig(
             hidden_size=384,
             intermediate_size=1536,
@@ -46,7 +49,6 @@ def build_model(layers: int = 16, hidden: int = 1024) -> LlavaForConditionalGene
             num_key_value_heads=hidden // 64,
             max_position_embeddings=1024,
         ),
-        image_token_id=IMAGE_TOKEN,
         image_seq_length=SIDE * SIDE,
     )
     return LlavaForConditionalGeneration(config).eval()

@@ -4,3 +4,8 @@
 `harvest` fills them and `datamodule` reads them. Nothing is imported here: `data.datamodule` needs Lightning,
 `data.vlm` needs transformers, and neither should cost the other anything.
 """
+
+import os
+
+# Before torch starts its threads. Threads that spin while they wait made a machine with busy cores 8 times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

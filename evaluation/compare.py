@@ -33,7 +33,7 @@ class Comparison:
         fidelity: Method -> how it follows two-pass.
         costs: Method -> prefill cost on one image with one question.
         images: Held-out images asked about.
-        entropy_correlation: Pearson r, over images, between normalised credit entropy and vanilla's hallucination rate.
+        entropy_correlation: Pearson r, over images, of normalised credit entropy and vanilla's hallucination rate.
     """
 
     answers: Answers

@@ -1,4 +1,4 @@
-"""How far a method follows two-pass: not by raw agreement of answers, which doing nothing wins, but by what two-pass changed."""
+"""How far a method follows two-pass, judged by what two-pass changed: doing nothing wins at raw agreement."""
 
 from __future__ import annotations
 

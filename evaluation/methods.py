@@ -1,8 +1,8 @@
 """What is compared: vanilla, the modes of SCR, and the controls that say what a gain is made of.
 
-A lower hallucination rate alone proves little: sources drawn at random lower it too, and so does a model that simply says
-"no" more often. So every comparison carries the same edit on random sources, on the sources of another image (equal K and
-equal topology, hence an equal dose, in the wrong place), and a constant shift of the yes margin.
+A lower hallucination rate alone proves little: sources drawn at random lower it too, and so does a model that simply
+says "no" more often. So every comparison carries the same edit on random sources, on the sources of another image
+(equal K and equal topology, hence an equal dose, in the wrong place), and a constant shift of the yes margin.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Yes/no questions about objects, as POPE asks them (Li et al. 2023, arXiv 2305.10355), under every method.
 
-The answer is read from the first token after the prompt: the yes margin is the logit of "yes" minus that of "no". Greedy
-decoding would say "yes" where the margin is positive; the margin itself also shows shifts too small to flip an answer.
+The answer is read from the first token after the prompt: the yes margin is the logit of "yes" minus that of "no".
+Greedy decoding would say "yes" where it is positive; the margin itself also shows shifts too small to flip an answer.
 """
 
 from __future__ import annotations
@@ -188,5 +188,3 @@ def _deal(questions: list[Question]) -> list[Question]:
         raise ValueError("a comparison needs questions about at least 2 images; set evaluation.images")
     rounds = max(map(len, by_image.values()))
     return [own[turn] for turn in range(rounds) for own in by_image.values() if turn < len(own)]
-
-

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from mlflow import MlflowClient
+from mlflow.entities import Metric
 
 from data.questions import STRATEGIES
 from evaluation.compare import METHODS, Comparison
@@ -87,20 +89,21 @@ def reading(comparison: Comparison, *, embedded: bool) -> list[str]:
         f"Two-pass changes adversarial HR by {_points(two)}: "
         + ("an effect beyond noise." if two.high < 0 or two.low > 0 else "not distinguishable from none."),
         f"The same dose in the wrong places (swapped) changes it by {_points(swapped)}, random sources by "
-        f"{_points(uniform)}, a constant shift of the margin by {_points(shift)}: only what two-pass gains beyond these "
-        "comes from where its sources are.",
-        f"One-pass follows two-pass's margin shifts with r = {one.shift_correlation:.2f} and {one.flips_followed:.0%} of "
-        f"its {one.flips} flipped answers; auto with r = {auto.shift_correlation:.2f} and {auto.flips_followed:.0%}, "
-        f"handing {comparison.answers.fallback:.0%} of the questions to the diagnostic run. (Doing nothing agrees with "
-        f"two-pass on {one.agreement_of_vanilla:.1%} of all answers, so plain agreement says nothing.)",
+        f"{_points(uniform)}, a constant shift of the margin by {_points(shift)}: only what two-pass gains beyond "
+        "these comes from where its sources are.",
+        f"One-pass follows two-pass's margin shifts with r = {one.shift_correlation:.2f} and "
+        f"{_share(one.flips_followed)} of its {one.flips} flipped answers; auto with r = {auto.shift_correlation:.2f} "
+        f"and {_share(auto.flips_followed)}, handing {comparison.answers.fallback:.0%} of the questions to the "
+        f"diagnostic run. (Doing nothing agrees with two-pass on {one.agreement_of_vanilla:.1%} of all answers, so "
+        "plain agreement says nothing.)",
         f"Credit entropy against vanilla's hallucination rate, over images: r = {comparison.entropy_correlation:.2f}.",
     ]
     if embedded:
         lines.append(
-            "This small world shows that the chain works: harvest, fit, export, the edit, and how closely one-pass follows "
-            "two-pass. It does not show that SCR lowers hallucination in real models; for that, run it on COCO and POPE. "
-            "Prefill ratios here are dominated by Python overhead on a 2.5 M parameter model; benchmarks/prefill.py "
-            "measures them at a size that means something."
+            "This small world shows that the chain works: harvest, fit, export, the edit, and how closely one-pass "
+            "follows two-pass. It does not show that SCR lowers hallucination in real models; for that, run it on "
+            "COCO and POPE. Prefill ratios here are dominated by Python overhead on a 2.5 M parameter model; "
+            "benchmarks/prefill.py measures them at a size that means something."
         )
     return lines
 
@@ -185,9 +188,8 @@ def write(folder: Path, comparison: Comparison, *, embedded: bool) -> dict[str, 
 
 def log(run_id: str, tracking_uri: str, values: Mapping[str, float], files: Sequence[Path]) -> None:
     """Logs metrics and files of a report to an MLflow run."""
-    client = mlflow.MlflowClient(tracking_uri)
-    time = 0
-    entities = [mlflow.entities.Metric(key, value, time, 0) for key, value in values.items()]
+    client = MlflowClient(tracking_uri)
+    entities = [Metric(key, value, int(1000 * time.time()), 0) for key, value in values.items()]
     for start in range(0, len(entities), 500):
         client.log_batch(run_id, metrics=entities[start : start + 500])
     for file in files:
@@ -200,6 +202,10 @@ def _ends(interval: Interval) -> list[tuple[str, float]]:
 
 def _points(interval: Interval) -> str:
     return f"{100 * interval.mean:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}" if np.isfinite(value) else "none"
 
 
 def _number(value: Any, digits: int) -> str:

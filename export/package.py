@@ -1,4 +1,4 @@
-"""Packs a fitted checkpoint: calibrates it, writes the predictor folder, reads it back, and compares before it says done."""
+"""Packs a fitted checkpoint: calibrates it, writes the folder, reads it back and compares before it says done."""
 
 from __future__ import annotations
 
@@ -73,9 +73,7 @@ def export_predictor(
     rows = confidence_rows(module.score, validation, scr.num_sources, scr.exclude_border)
     calibration = fit_calibration(rows.raw, rows.recall, target_fallback)
     predictor = module.predictor
-    predictor.set_calibration(
-        torch.tensor(calibration.raw), torch.tensor(calibration.expected), calibration.threshold
-    )
+    predictor.set_calibration(torch.tensor(calibration.raw), torch.tensor(calibration.expected), calibration.threshold)
     staged = folder.with_name(f".{folder.name}.staged")
     shutil.rmtree(staged, ignore_errors=True)
     save_predictor(staged, predictor, scr=scr, model=model, metrics=metrics, provenance=provenance)

@@ -208,8 +208,8 @@ class SourcePredictor(nn.Module):
         return values[left] + step * (values[right] - values[left])
 
     def count_parameters(self) -> int:
-        """Number of trainable parameters."""
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        """Number of parameters that a fit trains; buffers (statistics, calibration) are not among them."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def _position_features(self, grid: Grid, device: torch.device) -> Tensor:
         """[N, P] features of the patches' places, each within [-1, 1]."""

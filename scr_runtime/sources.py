@@ -10,14 +10,14 @@ The same edit follows whichever provider was asked (decision D2):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scr_runtime.attention import AttentionRows, MapComplete
 from scr_runtime.config import SCRConfig
@@ -65,7 +65,7 @@ class Prefill:
     hidden: Tensor
     layout: VisualLayout
     config: SCRConfig
-    blocks: Sequence[Any]
+    blocks: nn.ModuleList
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
@@ -103,8 +103,8 @@ class Prefill:
             kwargs["attention_mask"] = mask[..., :length]  # a static cache brings columns for later tokens
 
         def run_blocks(hidden: Tensor) -> None:
-            for block in self.blocks[1:]:
-                output = block.forward(hidden, *args, **kwargs, scr_rows=captured)
+            for block in list(self.blocks)[1:]:
+                output: Any = block.forward(hidden, *args, **kwargs, scr_rows=captured)
                 hidden = output[0] if isinstance(output, tuple) else output
 
         # An empty context: transformers collects output_attentions through a context variable, and the
@@ -113,7 +113,8 @@ class Prefill:
             Context().run(run_blocks, hidden)
         total = captured.total
         if total is None:  # check_depth has seen that the layers exist, so their attention was not the wrapper
-            implementation = self.blocks[0].self_attn.config._attn_implementation
+            block: Any = self.blocks[0]
+            implementation = block.self_attn.config._attn_implementation
             raise UnsupportedModelError(
                 f"the attention implementation was changed to {implementation!r} while SCR was attached; "
                 "detach, change it, and attach again"

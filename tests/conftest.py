@@ -36,7 +36,9 @@ def make_tiny_llava(
 ) -> LlavaForConditionalGeneration:
     """A random LLaVA of the real class with a grid of side x side patches and weights large enough to differ."""
     torch.manual_seed(seed)
+    settings: dict[str, Any] = {"image_token_id": IMAGE_TOKEN, "attn_implementation": attn}  # not in the type stubs
     config = LlavaConfig(
+        **settings,
         vision_config=CLIPVisionConfig(
             hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
             image_size=4 * side, patch_size=4,
@@ -46,13 +48,12 @@ def make_tiny_llava(
             num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=512,
             initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=PAD_TOKEN,
         ),
-        image_token_id=IMAGE_TOKEN,
         image_seq_length=side * side,
         vision_feature_layer=-2,
         vision_feature_select_strategy=strategy,
-        attn_implementation=attn,
     )  # fmt: skip
-    model = LlavaForConditionalGeneration(config).eval().to(dtype)
+    model: Any = LlavaForConditionalGeneration(config)
+    model = model.eval().to(dtype)
     model.generation_config.eos_token_id = None  # tests want a fixed number of tokens
     model.generation_config.pad_token_id = PAD_TOKEN
     return model

@@ -1,0 +1,83 @@
+# Thin wrappers: the README gives the plain pip and python lines behind each target.
+# Installed once; a change of pyproject.toml or constraints.txt installs again.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet -c constraints.txt
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: help train test ui format wheel lock clean
+
+help:
+	@echo "make train     harvest, fit, export, compare; ARGS='key=value ...' changes settings, ARGS=--help lists them"
+	@echo "make test      every check: ruff, pyright, import-linter, pytest"
+	@echo "make ui        open the runs in MLflow"
+	@echo "make format    format the code, fix what ruff can fix"
+	@echo "make wheel     build dist/scr_runtime-*.whl"
+	@echo "make lock      write constraints.txt anew, from the newest versions that fit together"
+	@echo "make clean     remove $(VENV), builds and caches; runs/ stays"
+
+train: $(VENV)/train.stamp
+	$(BIN)/python train.py $(ARGS)
+
+test: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest $(ARGS)
+
+ui: $(VENV)/train.stamp
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel: $(VENV)/dev.stamp
+	$(BIN)/python -m build --wheel
+
+$(VENV)/venv.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and by itself: the largest download, and the one that other packages must not choose.
+$(VENV)/torch.stamp: constraints.txt $(VENV)/venv.stamp
+	@echo "installing torch into $(VENV) (the largest part, once)"
+	@$(INSTALL) torch
+	@touch $@
+
+$(VENV)/train.stamp: pyproject.toml $(VENV)/torch.stamp
+	@echo "installing what training needs into $(VENV) (a minute or two, once)"
+	@$(INSTALL) -e ".[train]"
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/train.stamp
+	@echo "installing the checks into $(VENV)"
+	@$(INSTALL) -e ".[train,dev]"
+	@touch $@
+
+# A fresh environment without constraints, but for torch: edit its line in constraints.txt to move it. The local
+# part of a version (+cpu) is dropped, pip and setuptools are left to the environment, and torch pins its CUDA parts
+# itself.
+lock:
+	@echo "resolving in .lock (some minutes)"
+	@rm -rf .lock && $(PYTHON) -m venv .lock
+	@.lock/bin/python -m pip --disable-pip-version-check install --quiet \
+	  "$$(grep '^torch==' constraints.txt)" -e ".[train,dev]"
+	@{ sed -n '/^#/p;/^[^#]/q' constraints.txt; \
+	  .lock/bin/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools --exclude wheel \
+	  | sed 's/+.*//' | grep -Ev '^(nvidia|cuda|triton)' | LC_ALL=C sort -f; } > constraints.new
+	@mv constraints.new constraints.txt && rm -rf .lock
+	@echo "constraints.txt is new; run make test"
+
+clean:
+	rm -rf $(VENV) .lock build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

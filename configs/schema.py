@@ -1,0 +1,425 @@
+"""Every setting of the project: its type, its legal values, and what it means.
+
+A key has a default here only where one value suits every model and data set (``device: auto``, the paper's
+strength). All other values stand in the YAML files beside this one, so that each number has one home.
+A string under a field says what it means and its unit; ``--help`` prints it. A ``check`` method yields the
+contradictions between keys; ``configs.load`` runs all of them before any work starts and tells them together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+
+FAMILIES = ("llava",)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+STATES_DTYPES = ("float16", "bfloat16", "float32")
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
+CONNECTIVITIES = (4, 8)
+LOSSES = ("kl", "bce", "mse_log")
+ACCELERATORS = ("auto", "cpu", "gpu", "mps")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a configuration, and the way out of it."""
+
+    key: str
+    """Dotted key; relative to its section inside a ``check`` method, absolute in a ``ConfigError``."""
+    value: Any
+    """What was given."""
+    reason: str
+    """Why it can't be used."""
+    legal: str = ""
+    """The values that can be."""
+    hint: str = ""
+    """What to do next."""
+    involves: tuple[str, ...] = ()
+    """Other keys (absolute) that this contradiction rests on; it is not told while one of them is wrong."""
+    where: str = ""
+    """The file that gave the value, or "command line"."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The legal values of one key, beyond its type."""
+
+    low: float = -math.inf
+    above: float = -math.inf
+    high: float = math.inf
+    below: float = math.inf
+    choices: tuple[Any, ...] = ()
+
+    def admits(self, value: Any) -> bool:
+        """Tell whether ``value`` is legal; nan and infinity never are."""
+        if self.choices and value is not None:
+            return value in self.choices
+        if not isinstance(value, int | float):
+            return True
+        return self.low <= value <= self.high and self.above < value < self.below
+
+    def __str__(self) -> str:
+        """Write the rule as a user reads it: ``>= 1``, ``> 1 and <= 2``, ``kl | bce``."""
+        if self.choices:
+            return " | ".join(str(choice) for choice in self.choices)
+        bounds = ((">=", self.low), (">", self.above), ("<=", self.high), ("<", self.below))
+        return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if not math.isinf(bound))
+
+
+_REQUIRED: Any = dataclasses.MISSING
+
+
+def _key(
+    default: Any = _REQUIRED,
+    *,
+    low: float = -math.inf,
+    above: float = -math.inf,
+    high: float = math.inf,
+    below: float = math.inf,
+    choices: tuple[Any, ...] = (),
+) -> Any:
+    """Make a dataclass field with a `Rule`; without a default, a YAML file has to give the value."""
+    return field(default=default, metadata={"rule": Rule(low, above, high, below, choices)})
+
+
+def _count(default: Any = _REQUIRED) -> Any:
+    return _key(default, low=1)
+
+
+@dataclass(kw_only=True)
+class SCRSection:
+    """How credit is redistributed in this model: the edit of eq. (1) in arXiv 2602.22469."""
+
+    num_sources: int = _count()
+    """Sources K per image, in patches; the paper takes 32 of 24 x 24. At most half of the eligible ones."""
+    strength: float = _key(1.10, above=1, high=2)
+    """Lambda of eq. (1), no unit: neighbours gain (lambda - 1) times the source, sources are divided by it.
+    The paper finds 1.05 to 1.15 useful."""
+    edit_layers: list[int]
+    """First and last decoder block whose output is edited, counted from 0, both included."""
+    attention_layers: list[int]
+    """First and last decoder block whose text-to-image attention makes the map, from 1, both included."""
+    connectivity: int = _key(8, choices=CONNECTIVITIES)
+    """Neighbours of a patch: 8 with diagonals (the paper's), 4 without."""
+    exclude_border: bool = True
+    """Never take a source from the outermost rows and columns: attention sinks live there."""
+
+    def check(self) -> Iterator[Problem]:
+        """Both ranges are [first, last]; the map needs block 0 to be over."""
+        for key, first_legal in (("edit_layers", 0), ("attention_layers", 1)):
+            value: list[int] = getattr(self, key)
+            legal = f"[first, last] with {first_legal} <= first <= last"
+            if len(value) != 2:
+                yield Problem(key, value, f"has {len(value)} entries, a range has 2", legal)
+            elif value[0] < first_legal:
+                why = "negative" if value[0] < 0 else "the map is made of the blocks that follow block 0"
+                yield Problem(key, value, f"starts at {value[0]}: {why}", legal)
+            elif value[0] > value[1]:
+                yield Problem(key, value, "ends before it starts", legal, "Swap the two numbers.")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The vision-language model that is harvested, and that the predictor is made for."""
+
+    name: str
+    """Short name: the folders under runs_dir and the MLflow experiment carry it."""
+    hub_id: str
+    """Hugging Face hub id, or a folder; a relative folder is taken from the project root."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); null takes the newest."""
+    family: str = _key("llava", choices=FAMILIES)
+    """Which row of scr_runtime/families.py tells where the blocks, the visual tokens and the grid are."""
+    dtype: str = _key("auto", choices=DTYPES)
+    """Number format of the weights; auto takes the checkpoint's own, float32 on a CPU."""
+    attn_implementation: str = _key("sdpa", choices=ATTENTION_IMPLEMENTATIONS)
+    """Attention kernel of transformers."""
+    device: str = "auto"
+    """Where the model runs: auto, cpu, cuda, cuda:N or mps; auto takes an accelerator if there is one."""
+    scr: SCRSection
+
+    def check(self) -> Iterator[Problem]:
+        """Names become folders; devices have a form of their own."""
+        yield from _check_name(self.name)
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            yield Problem("device", self.device, "no such device", "auto | cpu | cuda | cuda:N | mps")
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Keyword arguments of `data.vlm.load_vlm`."""
+        return {
+            "hub_id": self.location,
+            "revision": self.revision,
+            "dtype": self.dtype,
+            "attn_implementation": self.attn_implementation,
+            "device": self.device,
+        }
+
+    @property
+    def location(self) -> str:
+        """`hub_id` as transformers wants it: an absolute path if it is a folder, else the hub id."""
+        folder = PROJECT_ROOT / Path(self.hub_id).expanduser()
+        return str(folder) if folder.is_dir() else self.hub_id
+
+
+@dataclass(kw_only=True)
+class WorldConfig:
+    """The embedded world, rendered into data.root before its first use; null for real images."""
+
+    train: int = _count()
+    """Images to render for harvesting."""
+    val: int = _count()
+    """Images to render for evaluation."""
+    seed: int = _key(0, low=0)
+    """Seed of the renderer."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Images and annotations in COCO layout."""
+
+    name: str
+    """Short name: the folders under runs_dir carry it."""
+    root: str | None = None
+    """Folder of the data set; null means runs_dir/data/<data.name>, which only a rendered world may use."""
+    train_images: str
+    """Folder of the images to harvest, from data.root."""
+    train_annotations: str
+    """Instances file of those images, from data.root."""
+    eval_images: str
+    """Folder of the images to evaluate on, from data.root."""
+    eval_annotations: str
+    """Instances file of those images, from data.root."""
+    world: WorldConfig | None = None
+
+    def check(self) -> Iterator[Problem]:
+        """Real images have to be somewhere; harvest and evaluation must not share a folder of images."""
+        yield from _check_name(self.name)
+        if self.root is None and self.world is None:
+            hint = f"Add data.root=/path/to/{self.name}: the folder with {self.train_images}/ in it."
+            reason = f"data={self.name} has to be on this machine"
+            yield Problem("root", None, reason, "a folder", hint, involves=("data.world",))
+        if self.eval_images == self.train_images:
+            reason = "is data.train_images too: a predictor must not be judged on images it was fitted to"
+            yield Problem("eval_images", self.eval_images, reason, "another folder", involves=("data.train_images",))
+
+
+@dataclass(kw_only=True)
+class HarvestConfig:
+    """Running the diagnostic on train images and keeping states and attention maps as shards."""
+
+    samples: int = _count(4000)
+    """Images to fit on."""
+    validation: int = _count(400)
+    """Images to choose the best epoch on."""
+    test: int = _count(400)
+    """Images to report the fit on."""
+    prompts_per_image: int = _count(2)
+    """Questions asked about each image; each gives one attention map."""
+    batch_size: int = _count(32)
+    """Prompts per forward."""
+    shard_size: int = _count(50)
+    """Images per shard: what is lost at most when a harvest is interrupted."""
+    states_dtype: str = _key("float16", choices=STATES_DTYPES)
+    """Number format of the states at rest."""
+    seed: int = _key(0, low=0)
+    """Seed of the split and of the questions."""
+
+    @property
+    def images(self) -> int:
+        """Images harvested in all."""
+        return self.samples + self.validation + self.test
+
+
+@dataclass(kw_only=True)
+class PredictorSection:
+    """The source predictor and its objective."""
+
+    rank: int | None = _key(low=1)
+    """Width of the first, factorised layer; null takes the largest that fits the budget."""
+    width: int = _count()
+    """Hidden units of the second layer."""
+    budget: int = _count()
+    """Trainable parameters allowed."""
+    position: bool
+    """Give the predictor row and column features of each patch."""
+    question: bool
+    """Give the predictor the pooled block-0 states of the question."""
+    context: bool
+    """Give the predictor the mean state of the image."""
+    loss: str = _key(choices=LOSSES)
+    """Objective: kl to the attention map (listwise), bce on top-K membership, mse_log on its logarithm."""
+    target_fallback: float = _key(low=0, high=1)
+    """Share of the maps, those of lowest confidence, that mode "auto" hands to the diagnostic run."""
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """Fitting the predictor with Lightning."""
+
+    max_epochs: int = _count()
+    """Passes over the harvest at most."""
+    batch_size: int = _count()
+    """Attention maps per step."""
+    learning_rate: float = _key(above=0, high=1)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = _key(low=0, high=1)
+    """Weight decay of AdamW."""
+    warmup_fraction: float = _key(low=0, below=1)
+    """Share of all steps over which the learning rate rises from 0."""
+    patience: int = _count()
+    """Epochs without a better validation score before the fit stops."""
+    gradient_clip: float | None = _key(above=0)
+    """Largest gradient norm; null never clips."""
+    num_workers: int = _key(low=0)
+    """Processes that read shards; 0 reads in the main process."""
+    accelerator: str = _key(choices=ACCELERATORS)
+    """Where the fit runs, in Lightning's words."""
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """Comparing the modes of SCR on held-out images."""
+
+    images: int = _count(300)
+    """Images asked about."""
+    questions_per_image: int = _key(6, low=2)
+    """Questions per image and strategy, half about present, half about absent objects, as POPE asks."""
+    batch_size: int = _count(32)
+    """Questions per forward."""
+    bootstrap: int = _count(2000)
+    """Resamples of the images behind each confidence interval."""
+    latency_repeats: int = _count(20)
+    """Prefills timed per mode."""
+    seed: int = _key(0, low=0)
+    """Seed of the questions and of the resamples."""
+
+    def check(self) -> Iterator[Problem]:
+        """POPE asks as many absent as present objects."""
+        if self.questions_per_image % 2:
+            reason = "half of the questions are about absent objects"
+            yield Problem("questions_per_image", self.questions_per_image, reason, "an even number")
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """Where MLflow keeps its records."""
+
+    uri: str | None = None
+    """Tracking URI; null means sqlite:///<runs_dir>/mlflow.db."""
+    experiment: str | None = None
+    """Name of the experiment; null takes model.name."""
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Every place that is read or generated, made by `TrainConfig.paths`."""
+
+    data: Path
+    """Root of the data set: data.root, or runs/data/<data.name>."""
+    train_images: Path
+    train_annotations: Path
+    eval_images: Path
+    eval_annotations: Path
+    harvest: Path
+    """Shards: runs/harvest/<model>-<data>."""
+    checkpoints: Path
+    """Lightning checkpoints: runs/checkpoints/<model>."""
+    predictor: Path
+    """The exported predictor: runs/predictors/<model>."""
+    reports: Path
+    """Tables, figures and the resolved config: runs/reports/<model>."""
+    config: Path
+    """The resolved config of the last run: runs/reports/<model>/config.yaml."""
+    mlflow_db: Path
+    """runs/mlflow.db."""
+    mlflow_artifacts: Path
+    """runs/mlflow."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """All settings of harvest, fit, export and comparison; the entry points share this one class."""
+
+    runs_dir: str = "runs"
+    """Folder of everything that is generated."""
+    seed: int = _key(0, low=0)
+    """Seed of the fit: initial weights and order of the batches."""
+    model: ModelConfig
+    data: DataConfig
+    harvest: HarvestConfig = field(default_factory=HarvestConfig)
+    predictor: PredictorSection
+    trainer: TrainerConfig
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig
+
+    def check(self) -> Iterator[Problem]:
+        """The rendered world has to hold the images that harvest and evaluation ask for."""
+        if not self.runs_dir.strip():
+            yield Problem("runs_dir", self.runs_dir, "is empty", "a folder")
+        world, harvest, evaluation = self.data.world, self.harvest, self.evaluation
+        if world is None:
+            return
+        if harvest.images > world.train:
+            asked = f"{harvest.samples} + {harvest.validation} + {harvest.test} = {harvest.images}"
+            yield Problem(
+                "harvest.samples",
+                harvest.samples,
+                f"with validation and test, {asked} images; data.world.train renders {world.train}",
+                f"at most {world.train} images in all",
+                f"Lower one of the three, or add data.world.train={harvest.images}.",
+                involves=("harvest.validation", "harvest.test", "data.world.train"),
+            )
+        if evaluation.images > world.val:
+            yield Problem(
+                "evaluation.images",
+                evaluation.images,
+                f"more images than data.world.val renders ({world.val})",
+                f"<= {world.val}",
+                f"Lower it, or add data.world.val={evaluation.images}.",
+                involves=("data.world.val",),
+            )
+
+    @property
+    def paths(self) -> Paths:
+        """Every place of this configuration; all that is generated lies under `runs_dir`."""
+        runs = Path(self.runs_dir).expanduser()
+        data = Path(self.data.root).expanduser() if self.data.root else runs / "data" / self.data.name
+        reports = runs / "reports" / self.model.name
+        return Paths(
+            data=data,
+            train_images=data / self.data.train_images,
+            train_annotations=data / self.data.train_annotations,
+            eval_images=data / self.data.eval_images,
+            eval_annotations=data / self.data.eval_annotations,
+            harvest=runs / "harvest" / f"{self.model.name}-{self.data.name}",
+            checkpoints=runs / "checkpoints" / self.model.name,
+            predictor=runs / "predictors" / self.model.name,
+            reports=reports,
+            config=reports / "config.yaml",
+            mlflow_db=runs / "mlflow.db",
+            mlflow_artifacts=runs / "mlflow",
+        )
+
+    @property
+    def tracking_uri(self) -> str:
+        """`tracking.uri`, or the SQLite file under `runs_dir`."""
+        return self.tracking.uri or f"sqlite:///{self.paths.mlflow_db}"
+
+    @property
+    def experiment(self) -> str:
+        """`tracking.experiment`, or the model's name."""
+        return self.tracking.experiment or self.model.name
+
+
+def _check_name(name: str) -> Iterator[Problem]:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        legal = "letters, digits, dots, hyphens and underscores, starting with a letter or a digit"
+        yield Problem("name", name, "can't be the name of a folder", legal)

@@ -1,0 +1,422 @@
+"""The YAML files load, every kind of mistake is told, and all mistakes are told at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from configs import (
+    ConfigError,
+    TrainConfig,
+    fingerprint,
+    help_text,
+    load_config,
+    parse_cli,
+    read_config,
+    save_config,
+)
+from configs.load import CONFIGS, TERMINAL_COLUMNS, _walk
+
+ROOT = CONFIGS.parent
+GROUPS = ("data", "model", "predictor", "tracking", "trainer")
+OPTIONS = sorted((path.parent.name, path.stem) for path in CONFIGS.glob("*/*.yaml"))
+# The sizes that the mistakes below are measured against, whatever the YAML files say.
+SIZES = {
+    "harvest.samples": 4000,
+    "harvest.validation": 400,
+    "harvest.test": 400,
+    "evaluation.images": 300,
+    "data.world.train": 6000,
+    "data.world.val": 500,
+}
+# What a file needs beside itself to make a complete configuration.
+NEEDS = {("data", "coco2014"): ["data.root=/path/to/coco2014"]}
+
+
+def problems(*overrides: str) -> list:
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, "train", list(overrides))
+    return list(caught.value.problems)
+
+
+def only_problem(*overrides: str):
+    found = problems(*overrides)
+    assert len(found) == 1, found
+    return found[0]
+
+
+# ---- the files ----
+
+
+def test_every_yaml_file_is_found():
+    files = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+    assert files == [
+        "data/coco2014.yaml",
+        "data/scenes.yaml",
+        "model/llava-1.5-7b.yaml",
+        "model/scene-llava.yaml",
+        "predictor/default.yaml",
+        "predictor/paper.yaml",
+        "tracking/local.yaml",
+        "train.yaml",
+        "trainer/default.yaml",
+    ]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_loads(group: str, option: str):
+    config = load_config(TrainConfig, "train", [f"{group}={option}", *NEEDS.get((group, option), [])])
+    section = getattr(config, group)
+    assert getattr(section, "name", option) == option
+
+
+def test_defaults_are_the_embedded_ones():
+    config = load_config(TrainConfig)
+    assert (config.model.name, config.data.name) == ("scene-llava", "scenes")
+    assert config.model.scr.edit_layers == [0, 2]
+    assert config.data.world is not None
+    assert config.harvest.images <= config.data.world.train
+
+
+def test_llava_has_the_settings_of_the_paper():
+    scr = load_config(TrainConfig, overrides=["model=llava-1.5-7b"]).model.scr
+    assert (scr.num_sources, scr.strength, scr.connectivity, scr.exclude_border) == (32, 1.10, 8, True)
+    assert (scr.edit_layers, scr.attention_layers) == ([0, 11], [8, 16])
+
+
+def test_paper_predictor_sees_states_only():
+    predictor = load_config(TrainConfig, overrides=["predictor=paper"]).predictor
+    assert not (predictor.position or predictor.question or predictor.context)
+
+
+# ---- overrides ----
+
+
+def test_overrides_come_last_whatever_their_order():
+    overrides = [
+        "model.scr.num_sources=5",
+        "trainer.max_epochs=3",
+        "model=llava-1.5-7b",
+        "runs_dir=elsewhere",
+    ]
+    config = load_config(TrainConfig, "train", overrides)
+    assert config.model.name == "llava-1.5-7b"
+    assert config.model.scr.num_sources == 5
+    assert config.trainer.max_epochs == 3
+    assert config.runs_dir == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("trainer.learning_rate=1e-3", "trainer", "learning_rate", 0.001),
+        ("trainer.gradient_clip=null", "trainer", "gradient_clip", None),
+        ("predictor.rank=16", "predictor", "rank", 16),
+        ("predictor.question=no", "predictor", "question", False),
+        ("data.root=/path/with=sign", "data", "root", "/path/with=sign"),
+        ("data.root=${runs_dir}/mine", "data", "root", "runs/mine"),
+        ("tracking.experiment=7", "tracking", "experiment", "7"),
+    ],
+)
+def test_values_are_read_as_yaml(override: str, section: str, key: str, value: object):
+    config = load_config(TrainConfig, "train", [override])
+    assert getattr(getattr(config, section), key) == value
+
+
+def test_section_takes_a_mapping():
+    config = load_config(TrainConfig, "train", ["model.scr={num_sources: 4, edit_layers: [1, 2]}"])
+    assert (config.model.scr.num_sources, config.model.scr.edit_layers) == (4, [1, 2])
+    assert config.model.scr.attention_layers == [2, 4]
+
+
+# ---- one mistake of each kind ----
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "reason", "hint"),
+    [
+        ("trainer.max_epoch=3", "trainer.max_epoch", "no such key", "Did you mean trainer.max_epochs?"),
+        ("max_epochs=3", "max_epochs", "no such key", "Did you mean trainer.max_epochs?"),
+        ("modle=scene-llava", "modle", "no such key", "Did you mean model?"),
+        ("model.scr.lambda=1.1", "model.scr.lambda", "no such key", ""),
+        ("data.world.train.x=1", "data.world.train.x", "no such key", ""),
+        (
+            "model=scene-lava",
+            "model",
+            "no file configs/model/scene-lava.yaml",
+            "Did you mean model=scene-llava?",
+        ),
+        ("model=", "model", "no file", ""),
+        ("model=../train", "model", "no file", ""),
+        ("model={name: x}", "model", "no file", ""),
+        ("+trainer.max_epochs=3", "+trainer.max_epochs", 'starts with "+"', "Write trainer.max_epochs=3."),
+        ("++seed=3", "++seed", 'starts with "+"', "Write seed=3."),
+        ("~data.world", "~data.world", 'starts with "~"', "Write data.world=VALUE."),
+        ("--max_epochs=3", "--max_epochs", 'starts with "-"', "Did you mean trainer.max_epochs?"),
+        ("seed", "seed", 'has no "="', "Write seed=VALUE."),
+        ("model", "model", 'has no "="', "Write model=VALUE."),
+        ("trainer.max_epochs", "trainer.max_epochs", 'has no "="', "Write trainer.max_epochs=VALUE."),
+        ("trainer.max_epochs=many", "trainer.max_epochs", "wrong type", ""),
+        ("trainer.max_epochs=2.5", "trainer.max_epochs", "wrong type", ""),
+        ("trainer.max_epochs=true", "trainer.max_epochs", "wrong type", ""),
+        ("trainer.max_epochs=", "trainer.max_epochs", "can't be null", ""),
+        ("predictor.question=perhaps", "predictor.question", "wrong type", ""),
+        ("model.scr.edit_layers=3", "model.scr.edit_layers", "wrong type", ""),
+        ("model.scr.edit_layers=[a,b]", "model.scr.edit_layers", "wrong type", ""),
+        ("model.scr.edit_layers=[0,", "model.scr.edit_layers", "not a YAML value", ""),
+        ("model.scr=4", "model.scr", "is a section", ""),
+        ("harvest=fast", "harvest", "is a section", ""),
+        (
+            "model.scr={num_source: 4}",
+            "model.scr.num_source",
+            "no such key",
+            "Did you mean model.scr.num_sources?",
+        ),
+        ("model.name=${nope}", "model.name", "nope", ""),
+        ("data.root=${", "data.root", "not a YAML value", ""),
+        ("trainer.max_epochs=0", "trainer.max_epochs", "out of range", ""),
+        ("trainer.learning_rate=nan", "trainer.learning_rate", "out of range", ""),
+        ("trainer.learning_rate=0", "trainer.learning_rate", "out of range", ""),
+        ("trainer.warmup_fraction=1", "trainer.warmup_fraction", "out of range", ""),
+        ("trainer.gradient_clip=inf", "trainer.gradient_clip", "out of range", ""),
+        ("harvest.seed=-1", "harvest.seed", "out of range", ""),
+        ("harvest.batch_size=-4", "harvest.batch_size", "out of range", ""),
+        ("predictor.budget=0", "predictor.budget", "out of range", ""),
+        ("predictor.rank=0", "predictor.rank", "out of range", ""),
+        ("predictor.target_fallback=1.5", "predictor.target_fallback", "out of range", ""),
+        ("model.scr.strength=1", "model.scr.strength", "out of range", ""),
+        ("model.scr.strength=2.5", "model.scr.strength", "out of range", ""),
+        ("model.scr.connectivity=6", "model.scr.connectivity", "none of the choices", ""),
+        ("predictor.loss=kll", "predictor.loss", "none of the choices", "Did you mean predictor.loss=kl?"),
+        ("model.dtype=float61", "model.dtype", "none of the choices", "Did you mean model.dtype=float16?"),
+        ("model.family=lava", "model.family", "none of the choices", "Did you mean model.family=llava?"),
+        ("model.device=gpu", "model.device", "no such device", ""),
+        ("model.name=a/b", "model.name", "can't be the name of a folder", ""),
+        ("runs_dir=' '", "runs_dir", "is empty", ""),
+        ("model.scr.edit_layers=[0,1,2]", "model.scr.edit_layers", "has 3 entries", ""),
+        ("model.scr.edit_layers=[2,1]", "model.scr.edit_layers", "ends before it starts", "Swap"),
+        ("model.scr.edit_layers=[-1,2]", "model.scr.edit_layers", "negative", ""),
+        ("model.scr.attention_layers=[0,4]", "model.scr.attention_layers", "follow block 0", ""),
+        ("evaluation.questions_per_image=5", "evaluation.questions_per_image", "half", ""),
+        ("evaluation.images=501", "evaluation.images", "more images", "data.world.val=501"),
+        ("harvest.samples=5201", "harvest.samples", "6001 images", "data.world.train=6001"),
+        ("data.world.train=4000", "harvest.samples", "4800 images", "data.world.train=4800"),
+        ("data.eval_images=train", "data.eval_images", "must not be judged", ""),
+        ("data.world=null", "data.root", "has to be on this machine", "data.root=/path/to/scenes"),
+        ("data=coco2014", "data.root", "has to be on this machine", "data.root=/path/to/coco2014"),
+    ],
+)
+def test_mistake_is_told(override: str, key: str, reason: str, hint: str):
+    real_images = override in ("data=coco2014", "data.world=null")
+    sizes = {} if real_images else {name: size for name, size in SIZES.items() if not override.startswith(f"{name}=")}
+    problem = only_problem(override, *(f"{name}={size}" for name, size in sizes.items()))
+    assert problem.key == key
+    assert reason in problem.reason
+    assert hint in problem.hint
+
+
+def test_key_of_a_null_section_is_told():
+    problem = only_problem("data=coco2014", "data.root=/x", "data.world.train=5")
+    assert (problem.key, problem.reason) == ("data.world.train", "data.world is null here")
+
+
+@pytest.mark.parametrize("override", ["seed=1", "model=scene-llava"])
+def test_duplicate_is_told(override: str):
+    problem = only_problem(override, override)
+    assert problem.key == override.partition("=")[0]
+    assert "twice" in problem.reason
+
+
+def test_message_names_value_legal_values_and_way_out():
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, "train", ["predictor.loss=kll"])
+    assert str(caught.value).splitlines() == [
+        "1 problem in the configuration",
+        "  predictor.loss=kll (command line): is none of the choices",
+        "      legal: kl | bce | mse_log",
+        "      Did you mean predictor.loss=kl?",
+    ]
+
+
+def test_all_problems_are_told_at_once():
+    found = problems(
+        "model=scene-lava",
+        "trainer.max_epoch=3",
+        "+seed=1",
+        "trainer.batch_size=x",
+        "predictor.loss=hinge",
+        "model.scr.edit_layers=[3,1]",
+        "harvest.samples=90000",
+        "evaluation.questions_per_image=5",
+        "tracking",
+    )
+    assert {problem.key for problem in found} == {
+        "model",
+        "trainer.max_epoch",
+        "+seed",
+        "trainer.batch_size",
+        "predictor.loss",
+        "model.scr.edit_layers",
+        "harvest.samples",
+        "evaluation.questions_per_image",
+        "tracking",
+    }
+
+
+def test_contradiction_is_left_out_while_it_rests_on_a_wrong_value():
+    assert only_problem("data.world.train=0").key == "data.world.train"
+
+
+# ---- mistakes in YAML files ----
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of configs/ to make mistakes in."""
+    for path in CONFIGS.rglob("*.yaml"):
+        copy = tmp_path / path.relative_to(CONFIGS)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "keys"),
+    [
+        ("trainer/default.yaml", "max_epoch: 3", {"trainer.max_epoch"}),
+        ("model/scene-llava.yaml", "scr: {strength: 9}", {"model.scr.strength"}),
+        ("data/scenes.yaml", "world: 3", {"data.world"}),
+        ("train.yaml", "seed: x", {"seed"}),
+        ("train.yaml", "sed: 3", {"sed"}),
+    ],
+)
+def test_mistake_in_a_file_names_the_file(folder: Path, name: str, text: str, keys: set[str]):
+    path = folder / name
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(path), OmegaConf.create(text)), path)
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, "train", folder=folder)
+    assert {problem.key for problem in caught.value.problems} == keys
+    assert {problem.where for problem in caught.value.problems} == {str(path)}
+
+
+@pytest.mark.parametrize("text", ["a: [", "name: x\nname: y", "- 1\n- 2"])
+def test_unreadable_file_is_told_without_a_trail_of_missing_keys(folder: Path, text: str):
+    path = folder / "model" / "scene-llava.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, "train", ["trainer.max_epochs=0"], folder=folder)
+    assert [problem.key for problem in caught.value.problems] == [str(path), "trainer.max_epochs"]
+
+
+def test_missing_key_is_told(folder: Path):
+    (folder / "tracking" / "local.yaml").write_text("uri: null", encoding="utf-8")
+    (folder / "predictor" / "default.yaml").write_text("width: 256", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, "train", folder=folder)
+    assert "predictor.budget" in {problem.key for problem in caught.value.problems}
+    assert {problem.reason for problem in caught.value.problems} == {"has no value"}
+
+
+def test_missing_defaults_file_is_told():
+    with pytest.raises(ConfigError, match=r"configs/nothing\.yaml: can't be read"):
+        load_config(TrainConfig, "nothing")
+
+
+# ---- what is written ----
+
+
+def test_saved_config_comes_back(tmp_path: Path):
+    overrides = [
+        "data=coco2014",
+        "data.root=${runs_dir}/coco",
+        "predictor=paper",
+        "trainer.gradient_clip=null",
+    ]
+    config = load_config(TrainConfig, "train", overrides)
+    save_config(config, tmp_path / "deep" / "config.yaml")
+    assert read_config(TrainConfig, tmp_path / "deep" / "config.yaml") == config
+    assert "${" not in (tmp_path / "deep" / "config.yaml").read_text(encoding="utf-8")
+
+
+def test_runs_dir_moves_everything(tmp_path: Path):
+    config = load_config(TrainConfig, "train", [f"runs_dir={tmp_path}"])
+    paths = config.paths
+    for name in paths.__dataclass_fields__:
+        assert getattr(paths, name).is_relative_to(tmp_path), name
+    assert config.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_places_of_the_defaults():
+    config = load_config(TrainConfig)
+    paths = config.paths
+    assert paths.data == Path("runs/data/scenes")
+    assert paths.train_annotations == Path("runs/data/scenes/annotations/instances_train.json")
+    assert paths.harvest == Path("runs/harvest/scene-llava-scenes")
+    assert paths.predictor == Path("runs/predictors/scene-llava")
+    assert paths.checkpoints == Path("runs/checkpoints/scene-llava")
+    assert paths.config == Path("runs/reports/scene-llava/config.yaml")
+    assert config.tracking_uri == "sqlite:///runs/mlflow.db"
+    assert config.experiment == "scene-llava"
+
+
+def test_model_folder_is_taken_from_the_project_root():
+    inside = load_config(TrainConfig, overrides=["model.hub_id=configs"]).model.location
+    outside = load_config(TrainConfig, overrides=["model=llava-1.5-7b"]).model.location
+    assert (inside, outside) == (str(ROOT / "configs"), "llava-hf/llava-1.5-7b-hf")
+
+
+def test_fingerprint_is_stable_and_sees_every_value():
+    config = load_config(TrainConfig)
+    assert fingerprint({"b": [1, 2], "a": None}) == fingerprint({"a": None, "b": (1, 2)})
+    other = load_config(TrainConfig, overrides=["harvest.seed=1"])
+    assert fingerprint(config.harvest, config.model) != fingerprint(other.harvest, other.model)
+    assert fingerprint(config.harvest) == fingerprint(load_config(TrainConfig).harvest)
+
+
+# ---- help and the command line ----
+
+
+def test_help_lists_every_key_with_its_meaning_and_every_option():
+    text = help_text(TrainConfig)
+    for key in _walk(TrainConfig):
+        assert key.doc, f"{key.path} has no docstring in configs/schema.py"
+        assert (f"\n{key.path}: " if key.section else f"\n  {key.path}=") in text
+    for group, option in OPTIONS:
+        line = next(line for line in text.splitlines() if line.startswith(f"  {group} "))
+        assert option in line.replace("*", "").split()
+    assert max(map(len, text.splitlines())) <= TERMINAL_COLUMNS
+
+
+def test_help_leaves_with_success(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        parse_cli(TrainConfig, argv=["trainer.nonsense=1", "--help"], prog="python x.py", description="Does it.")
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: python x.py [group=option ...]")
+    assert "Does it." in out
+    assert "trainer.max_epochs=" in out
+
+
+def test_problems_leave_with_status_2(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        parse_cli(TrainConfig, argv=["seed=x", "runs=y"], prog="python x.py")
+    assert caught.value.code == 2
+    streams = capsys.readouterr()
+    assert not streams.out
+    assert "2 problems in the configuration" in streams.err
+    assert "`python x.py --help` lists every key." in streams.err
+
+
+def test_loading_a_config_is_light():
+    code = """
+import sys
+from configs import TrainConfig, load_config
+
+load_config(TrainConfig)
+heavy = ("torch", "numpy", "transformers", "mlflow", "pytorch_lightning")
+print([name for name in heavy if name in sys.modules])
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == "[]", run.stderr

@@ -1,0 +1,58 @@
+"""The schema speaks the language of the rooms: what it calls legal is what the code there knows."""
+
+import dataclasses
+
+import pytest
+
+from configs import TrainConfig, load_config, schema
+from configs.schema import Rule
+from data import shards, vlm
+from predictor.losses import LOSSES
+from scr_runtime import PredictorConfig, SCRConfig
+from scr_runtime.families import FAMILIES
+
+
+def test_families_are_those_of_the_runtime():
+    assert set(schema.FAMILIES) == set(FAMILIES)
+
+
+def test_losses_are_those_of_the_predictor():
+    assert set(schema.LOSSES) == set(LOSSES)
+
+
+def test_number_formats_are_those_of_the_data():
+    assert set(schema.STATES_DTYPES) == set(shards.STATES_DTYPES)
+    assert set(schema.DTYPES) == {"auto", *vlm.DTYPES}
+
+
+@pytest.mark.parametrize("model", ["scene-llava", "llava-1.5-7b"])
+def test_scr_settings_are_those_of_the_runtime(model: str):
+    section = dataclasses.asdict(load_config(TrainConfig, overrides=[f"model={model}"]).model.scr)
+    config = SCRConfig.from_dict(section)
+    assert config.to_dict() == section
+    defaults = {field.name: field.default for field in dataclasses.fields(schema.SCRSection)}
+    for name in ("strength", "connectivity", "exclude_border"):
+        assert defaults[name] == getattr(SCRConfig(), name)
+
+
+def test_predictor_settings_are_those_of_the_runtime():
+    known = {field.name for field in dataclasses.fields(PredictorConfig)}
+    section = {field.name for field in dataclasses.fields(schema.PredictorSection)}
+    assert section - known == {"loss", "target_fallback"}
+    assert known - section == {"hidden_size"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "legal", "illegal", "text"),
+    [
+        (Rule(low=1), [1, 2.5, None], [0, float("nan"), float("inf")], ">= 1"),
+        (Rule(above=1, high=2), [1.1, 2], [1, 2.1], "> 1 and <= 2"),
+        (Rule(low=0, below=1), [0, 0.99], [1, -1], ">= 0 and < 1"),
+        (Rule(choices=("a", "b")), ["a", None], ["c", 1], "a | b"),
+        (Rule(), [1, "text", [1], None], [float("nan")], ""),
+    ],
+)
+def test_rule(rule: Rule, legal: list, illegal: list, text: str):
+    assert all(rule.admits(value) for value in legal)
+    assert not any(rule.admits(value) for value in illegal)
+    assert str(rule) == text

@@ -1,0 +1,176 @@
+"""Who may import whom, where import-linter can't say it: single files, lazy imports, isolation."""
+
+import ast
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("configs", "data", "predictor", "export", "evaluation", "scenes", "benchmarks", "train")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+# Top-level packages that only some files may import: name -> patterns of those files.
+RESTRICTED = {
+    "mlflow": r"train\.py|export/registry\.py|evaluation/report\.py",
+    "pytorch_lightning": r"train\.py|data/datamodule\.py|predictor/.*",
+    "lightning": r"(?!)",  # one name for one thing: pytorch_lightning
+    "train": r"(?!)",
+    "benchmarks": r"benchmarks/.*",
+    "tests": r"(?!)",
+}
+
+
+def sources() -> list[Path]:
+    """Every Python file of the project but the tests."""
+    files = [path for room in ("scr_runtime", *ROOMS) for path in sorted((ROOT / room).rglob("*.py"))]
+    return [*files, *sorted(ROOT.glob("*.py"))]
+
+
+def imports(path: Path, lazy: bool = True) -> Iterator[tuple[str, int]]:
+    """Yield (top-level name, line) of each absolute import; with lazy=False only what runs at import time."""
+
+    def visit(node: ast.AST) -> Iterator[tuple[str, int]]:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.partition(".")[0], node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0], node.lineno
+        if not lazy:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                return
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                for statement in node.orelse:
+                    yield from visit(statement)
+                return
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def test_there_is_something_to_check():
+    assert len(sources()) > 10
+
+
+@pytest.mark.parametrize("package", RESTRICTED)
+def test_package_is_imported_only_where_it_belongs(package: str):
+    strays = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in sources()
+        for name, line in imports(path)
+        if name == package and not re.fullmatch(RESTRICTED[package], path.relative_to(ROOT).as_posix())
+    ]
+    assert not strays, f"{package} is imported by {', '.join(strays)}"
+
+
+def test_runtime_imports_only_its_own_dependencies():
+    own = {"torch", "safetensors", "transformers", "scr_runtime"} | sys.stdlib_module_names
+    strays = [
+        f"{path.relative_to(ROOT)}:{line} {name}"
+        for path in sorted((ROOT / "scr_runtime").rglob("*.py"))
+        for name, line in imports(path)
+        if name not in own
+    ]
+    assert not strays
+
+
+def test_runtime_imports_transformers_lazily():
+    strays = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in sorted((ROOT / "scr_runtime").rglob("*.py"))
+        for name, line in imports(path, lazy=False)
+        if name == "transformers"
+    ]
+    assert not strays
+
+
+def test_wheel_holds_the_runtime_only():
+    assert PYPROJECT["tool"]["setuptools"]["packages"] == ["scr_runtime"]
+    assert "py.typed" in PYPROJECT["tool"]["setuptools"]["package-data"]["scr_runtime"]
+    assert (ROOT / "scr_runtime" / "py.typed").is_file()
+    assert not [path for path in (ROOT / "scr_runtime").iterdir() if path.is_dir() and path.name != "__pycache__"]
+
+
+def test_constraints_pin_every_direct_dependency():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", pin) for pin in pins)
+    pinned = {normal(pin.partition("==")[0]) for pin in pins}
+    project = PYPROJECT["project"]
+    wanted = [
+        *project["dependencies"],
+        *(r for extra in project["optional-dependencies"].values() for r in extra),
+    ]
+    assert not {requirement_name(requirement) for requirement in wanted} - pinned
+
+
+# Imports scr_runtime where nothing but the named packages can be found, then tells what was loaded.
+ISOLATED = """
+import importlib.abc, json, sys
+blocked = set(json.loads(sys.argv[1]))
+
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.partition(".")[0] in blocked:
+            raise ImportError(f"{fullname} is no dependency of scr_runtime")
+
+sys.meta_path.insert(0, Block())
+import scr_runtime
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded_by_runtime() -> set[str]:
+    blocked = sorted(set(ROOMS) | foreign_packages())
+    assert {"mlflow", "omegaconf", "pytorch_lightning", "matplotlib", "datasets"} <= set(blocked)
+    run = subprocess.run(
+        [sys.executable, "-c", ISOLATED, json.dumps(blocked)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    return set(json.loads(run.stdout))
+
+
+def test_runtime_imports_with_its_own_dependencies_alone(loaded_by_runtime: set[str]):
+    assert "torch" in loaded_by_runtime
+
+
+def test_importing_the_runtime_does_not_import_transformers(loaded_by_runtime: set[str]):
+    assert "transformers" not in loaded_by_runtime
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def requirement_name(requirement: str) -> str:
+    return normal(re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0])
+
+
+def foreign_packages() -> set[str]:
+    """Importable names that are installed, yet don't come with scr_runtime's own dependencies."""
+    own: set[str] = set()
+    queue = [requirement_name(requirement) for requirement in PYPROJECT["project"]["dependencies"]]
+    while queue:
+        name = queue.pop()
+        if name in own:
+            continue
+        own.add(name)
+        try:
+            requirements = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for another platform
+        queue += [requirement_name(r) for r in requirements if "extra ==" not in r.partition(";")[2]]
+    own.add("scr-runtime")
+    packages = importlib.metadata.packages_distributions()
+    return {name for name, homes in packages.items() if not {normal(home) for home in homes} & own}
