@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def make_tiny_llava(
     heads: int = 4,
     kv_heads: int = 2,
     attn: str = "sdpa",
-    strategy: str = "default",
+    strategy: Literal["default", "full"] = "default",
     dtype: torch.dtype = torch.float32,
 ) -> LlavaForConditionalGeneration:
     """A random LLaVA of the real class with a grid of side x side patches and weights large enough to differ."""
