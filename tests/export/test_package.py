@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from export.package import ExportError, export_predictor
+from predictor.module import SourceModule
+from scr_runtime import SCRConfig, load_predictor
+
+SCR_CONFIG = SCRConfig(num_sources=4, edit_layers=(0, 1), attention_layers=(1, 2))
+MODEL = {"name": "tiny", "revision": None, "family": "llava", "hidden_size": 16, "num_blocks": 4}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    module = SourceModule(16, rank=4, width=8, num_sources=4)
+    module.predictor.set_statistics(torch.randn(16), torch.rand(16) + 1, torch.randn(16), torch.rand(16) + 1)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "best.ckpt")
+    return tmp_path / "best.ckpt"
+
+
+@pytest.fixture
+def batches() -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {
+            "states": torch.randn(30, 36, 16, generator=generator).half(),
+            "attention": torch.rand(30, 36, generator=generator),
+            "question": torch.randn(30, 16, generator=generator).half(),
+            "grid": (6, 6),
+            "key": [f"{index:012d}" for index in range(30)],
+        }
+        for _ in range(3)
+    ]
+
+
+def run(checkpoint: Path, folder: Path, batches: list[dict[str, Any]], **kwargs: Any) -> Any:
+    return export_predictor(
+        checkpoint, folder, scr=SCR_CONFIG, model=MODEL, validation=batches, target_fallback=0.2, **kwargs
+    )
+
+
+def test_the_folder_gives_the_checkpoints_outputs(
+    checkpoint: Path, batches: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    exported = run(checkpoint, tmp_path / "predictor", batches, metrics={"test/mass": 0.5})
+    module = SourceModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    loaded = load_predictor(tmp_path / "predictor")
+    batch = batches[0]
+    with torch.no_grad():
+        expected = module(batch["states"], batch["grid"], batch["question"])
+        assert torch.equal(loaded(batch["states"], batch["grid"], batch["question"]), expected)
+    assert loaded.threshold == exported.calibration.threshold
+    assert SCRConfig.from_dict(loaded.info["scr"]) == SCR_CONFIG
+    assert loaded.info["metrics"] == {"test/mass": 0.5}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "predictor"]
+
+
+def test_a_failed_check_leaves_the_former_folder(
+    checkpoint: Path, batches: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run(checkpoint, tmp_path / "predictor", batches).folder
+    before = (folder / "config.json").read_bytes()
+
+    def damaged(path: Path) -> Any:
+        predictor = load_predictor(path)
+        with torch.no_grad():
+            predictor.score.bias += 1e-3
+        return predictor
+
+    monkeypatch.setattr("export.package.load_predictor", damaged)
+    with pytest.raises(ExportError, match=r"differ from the checkpoint's by up to 0\.001"):
+        run(checkpoint, tmp_path / "predictor", batches, metrics={"test/mass": 0.9})
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_no_checkpoint(batches: list[dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"run train\.py first"):
+        run(tmp_path / "none.ckpt", tmp_path / "predictor", batches)
