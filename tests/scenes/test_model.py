@@ -2,6 +2,7 @@
 
 import json
 import stat
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,8 @@ def test_checkpoint_is_small_and_safe():
     assert sum(file.stat().st_size for file in files.values()) < 6_000_000
     assert all(stat.S_IMODE(file.stat().st_mode) & 0o444 == 0o444 for file in files.values())
     config = json.loads(files["config.json"].read_text())
+    fitted = json.loads(files["fit.json"].read_text())
+    assert fitted["recipe"] == asdict(Recipe()), "the shipped checkpoint is that of the default recipe"
     assert (config["model_type"], config["dtype"]) == ("llava", "float16")
 
 

@@ -1,0 +1,100 @@
+"""`python -m scenes {render,world,fit,evaluate,sprites}`: the embedded world and the model trained on it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from scenes import CHECKPOINT, ensure_world
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m scenes", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        return commands.add_parser(name, help=text, description=text, formatter_class=formatter)
+
+    render = command("render", "Write scenes and a contact sheet with the ground truth under each.")
+    render.add_argument("--out", type=Path, default=Path("runs/scenes/render"), help="folder to write to")
+    render.add_argument("--count", type=int, default=12, help="number of scenes")
+    render.add_argument("--seed", type=int, default=0, help="seed of the world")
+    render.add_argument("--columns", type=int, default=6, help="scenes in a row of the contact sheet")
+
+    world = command("world", "Render a world in COCO layout, or say that it is there already.")
+    world.add_argument("--out", type=Path, default=Path("runs/scenes/world"), help="folder of the world")
+    world.add_argument("--train", type=int, default=2000, help="training images")
+    world.add_argument("--val", type=int, default=500, help="validation images")
+    world.add_argument("--seed", type=int, default=0, help="seed of the world")
+
+    fit = command("fit", "Train the scene model from nothing and measure it; minutes on 2 idle cores.")
+    fit.add_argument("--out", type=Path, default=Path("runs/scenes/checkpoint"), help="folder of the checkpoint")
+    fit.add_argument("--seed", type=int, default=0, help="seed of weights and scenes")
+    fit.add_argument("--steps-scale", type=float, default=1.0, help="factor on the steps of every stage")
+    fit.add_argument("--check", type=int, default=500, help="held-out scenes of the evaluation")
+    fit.add_argument("--threads", type=int, default=2, help="threads of torch")
+
+    evaluate = command("evaluate", "Measure a checkpoint on held-out scenes: accuracy, HR, TPR, AUC, CHAIR.")
+    evaluate.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="folder of the checkpoint")
+    evaluate.add_argument("--seed", type=int, default=0, help="seed of the scenes")
+    evaluate.add_argument("--check", type=int, default=500, help="held-out scenes")
+
+    sprites = command("sprites", "Draw the sprite sheet again from a colour font (needed only to change it).")
+    sprites.add_argument(
+        "--font",
+        type=Path,
+        default=Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"),
+        help="CBDT font",
+    )
+    sprites.add_argument("--out", type=Path, default=None, help="PNG file; default: the sheet of the package")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; gives the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        _run(options)
+    except (ValueError, OSError) as error:
+        print(f"python -m scenes {options.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.command == "render":
+        from scenes.show import write_scenes
+
+        sheet = write_scenes(options.out, options.count, options.seed, columns=options.columns)
+        print(f"{options.count} scenes in {options.out}, contact sheet: {sheet}")
+    elif options.command == "world":
+        root = ensure_world(options.out, options.train, options.val, options.seed)
+        print(f"world: {root}")
+    elif options.command == "fit":
+        # Threads that wait asleep: on busy cores, spinning ones cost a factor of up to ten.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        import torch
+
+        from scenes.fit import Recipe, fit
+
+        recipe = Recipe() if options.steps_scale == 1.0 else Recipe().scaled(options.steps_scale)
+        torch.set_num_threads(options.threads)
+        fit(options.out, options.seed, recipe, options.check)
+        print(f"\ncheckpoint: {options.out}")
+    elif options.command == "evaluate":
+        from scenes.fit import evaluate_checkpoint
+
+        if not (options.checkpoint / "config.json").is_file():
+            raise ValueError(f"no checkpoint at {options.checkpoint}: give --checkpoint the folder that `fit` wrote")
+        evaluate_checkpoint(options.checkpoint, options.seed, options.check)
+    else:
+        from scenes.sprites import SHEET, make_sheet
+
+        print(f"sprite sheet: {make_sheet(options.font, options.out or SHEET)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""The embedded world: renders scenes of 96 x 96 pixels and writes them in COCO's own layout.
+
+A scene is drawn from one of five contexts, so that objects that belong together appear together: that is
+what a model trained on such scenes can lean on, and hallucinate from. Every scene depends on (seed, stream,
+index) alone, so a longer world begins with the shorter one, and the streams never meet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from scenes.categories import CATEGORIES, CONTEXT_SIZE, CONTEXTS, with_article
+from scenes.sprites import SHEET, load_sprites
+
+SIZE = 96  # pixels a side
+WORLD_VERSION = 1  # raise it when a rendered pixel, an annotation or a caption changes
+STREAMS = {
+    "train": 1,
+    "val": 2,
+    "fit": 3,
+    "fit-check": 4,
+}  # the VLM is fitted on "fit" alone, so it never saw a world
+VAL_ID_OFFSET = 1_000_000  # image ids: train from 1, val from 1,000,001
+
+OBJECTS = (3, 7)  # objects drawn in an image, both ends included
+OBJECT_SIZE = (0.13, 0.36)  # longest side as a share of the image
+MAX_ANGLE = 25.0  # degrees
+OUT_OF_CONTEXT = 0.12  # probability that an object comes from another context
+PERSON_EVERYWHERE = 0.30  # probability that one object of any scene is replaced by a person
+MIN_VISIBLE = 0.20  # an object of which less is seen leaves the ground truth
+BACKGROUND_FOLLOWS_CONTEXT = 0.5  # otherwise the ground is drawn uniformly
+NOISE = 6.0  # standard deviation of the pixel noise, of 255
+MAX_SAME = 2  # objects of one category in an image
+GROUNDS = {  # context -> name of its ground, RGB
+    "street": ("asphalt", (118, 120, 126)),
+    "kitchen": ("wood", (176, 136, 96)),
+    "sports": ("sand", (214, 194, 150)),
+    "animals": ("grass", (116, 158, 86)),
+    "office": ("carpet", (134, 142, 172)),
+}
+
+_CONTEXT_NAMES = tuple(CONTEXTS)
+_PERSON = next(i for i, c in enumerate(CATEGORIES) if c.name == "person")
+_ZIPF = 1.0 / np.arange(1, CONTEXT_SIZE + 1)
+_ZIPF = _ZIPF / _ZIPF.sum()
+_MARKER = "world.json"
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object that can be seen."""
+
+    category: int
+    """Index into `CATEGORIES`."""
+    box: tuple[int, int, int, int]
+    """x, y, width, height of its visible pixels."""
+    area: int
+    """Visible pixels."""
+    visible: float
+    """Visible share of the whole object, 0.2 to 1."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One rendered scene with its ground truth."""
+
+    image: NDArray[np.uint8]
+    """[96, 96, 3] RGB."""
+    labels: NDArray[np.uint8]
+    """[96, 96]: 0 where no object of the ground truth is seen, else 1 + category index."""
+    objects: tuple[SceneObject, ...]
+    """The ground truth, largest visible area first."""
+    context: str
+    ground: str
+
+    @property
+    def present(self) -> list[int]:
+        """Category indices in the ground truth, each once, largest first."""
+        return list(dict.fromkeys(thing.category for thing in self.objects))
+
+
+def caption(scene: Scene) -> str:
+    """One sentence with every category of the ground truth: "A dog, a cat and an apple on grass."."""
+    names = [with_article(CATEGORIES[index].name) for index in scene.present]
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{listed[0].upper()}{listed[1:]} on {scene.ground}."
+
+
+def render_scene(seed: int, stream: str, index: int) -> Scene:
+    """Renders one scene.
+
+    Args:
+        seed: The world's seed.
+        stream: A key of `STREAMS`.
+        index: Number of the scene within its stream, from 0.
+
+    Returns:
+        The scene; it depends on the three arguments alone, and shows at least one object.
+    """
+    rng = np.random.default_rng([seed, STREAMS[stream], index])
+    while True:  # a scene whose every object is hidden is drawn again: practically never
+        scene = _draw_scene(rng)
+        if scene.objects:
+            return scene
+
+
+def _draw_scene(rng: np.random.Generator) -> Scene:
+    context = int(rng.integers(len(_CONTEXT_NAMES)))
+    ground_of = context if rng.random() < BACKGROUND_FOLLOWS_CONTEXT else int(rng.integers(len(_CONTEXT_NAMES)))
+    ground, colour = GROUNDS[_CONTEXT_NAMES[ground_of]]
+    canvas = _draw_ground(rng, colour)  # [96, 96, 3] float32
+    owner = np.zeros((SIZE, SIZE), np.uint8)  # 0: nothing, n: the n-th object
+    for _ in range(int(rng.integers(1, 5))):
+        _draw_clutter(rng, canvas, owner, largest=26)
+    chosen = _choose_categories(rng, context)
+    whole = [_draw_object(rng, canvas, owner, category, number + 1) for number, category in enumerate(chosen)]
+    for _ in range(int(rng.integers(0, 3))):
+        _draw_clutter(rng, canvas, owner, largest=14)
+    canvas += rng.normal(0.0, NOISE, canvas.shape).astype(np.float32)
+    image = canvas.clip(0, 255).astype(np.uint8)
+
+    labels = np.zeros((SIZE, SIZE), np.uint8)
+    objects = []
+    for number, (category, pixels) in enumerate(zip(chosen, whole, strict=True), start=1):
+        mask = owner == number
+        area = int(mask.sum())
+        if area < MIN_VISIBLE * pixels or area == 0:
+            continue
+        labels[mask] = category + 1
+        ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        box = (int(xs[0]), int(ys[0]), int(xs[-1] - xs[0] + 1), int(ys[-1] - ys[0] + 1))
+        objects.append(SceneObject(category, box, area, area / pixels))
+    objects.sort(key=lambda thing: -thing.area)
+    return Scene(image, labels, tuple(objects), _CONTEXT_NAMES[context], ground)
+
+
+def _choose_categories(rng: np.random.Generator, context: int) -> list[int]:
+    wanted = int(rng.integers(OBJECTS[0], OBJECTS[1] + 1))
+    chosen: list[int] = []
+    while len(chosen) < wanted:
+        home = context
+        if rng.random() < OUT_OF_CONTEXT:
+            home = (context + int(rng.integers(1, len(_CONTEXT_NAMES)))) % len(_CONTEXT_NAMES)
+        category = home * CONTEXT_SIZE + int(rng.choice(CONTEXT_SIZE, p=_ZIPF))
+        if chosen.count(category) < MAX_SAME:
+            chosen.append(category)
+    if rng.random() < PERSON_EVERYWHERE and chosen.count(_PERSON) < MAX_SAME:
+        chosen[int(rng.integers(wanted))] = _PERSON
+    return chosen
+
+
+def _draw_ground(rng: np.random.Generator, colour: tuple[int, int, int]) -> NDArray[np.float32]:
+    """A ground of uneven colour under a slightly different upper part, [96, 96, 3] of 0 to 255."""
+    base = np.asarray(colour, np.float32) + rng.normal(0, 12, 3).astype(np.float32)
+    cells = int(rng.integers(3, 13))
+    rough = Image.fromarray((rng.random((cells, cells)) * 255).astype(np.uint8))
+    texture = np.asarray(rough.resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float32) / 255 - 0.5
+    canvas = base + texture[..., None] * float(rng.uniform(15, 50))
+    horizon = int(rng.integers(10, 45))
+    canvas[:horizon] += rng.normal(0, 16, 3).astype(np.float32)
+    return canvas.astype(np.float32)
+
+
+def _draw_clutter(
+    rng: np.random.Generator, canvas: NDArray[np.float32], owner: NDArray[np.uint8], largest: int
+) -> None:
+    """A plain ellipse or box that means nothing, over whatever was drawn before."""
+    height, width = (int(v) for v in rng.integers(4, largest, 2))
+    top, left = int(rng.integers(0, SIZE - height)), int(rng.integers(0, SIZE - width))
+    shape = np.ones((height, width), bool)
+    if rng.random() < 0.5:
+        y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+        shape = x * x + y * y <= 1.0
+    part = np.s_[top : top + height, left : left + width]
+    canvas[part][shape] = rng.uniform(30, 225, 3).astype(np.float32)
+    owner[part][shape] = 0
+
+
+def _draw_object(
+    rng: np.random.Generator,
+    canvas: NDArray[np.float32],
+    owner: NDArray[np.uint8],
+    category: int,
+    number: int,
+) -> int:
+    """Draws a sprite over the canvas, marks it as `number` in `owner`, and gives its pixels, hidden or not."""
+    sprite = load_sprites()[category]
+    scale = float(rng.uniform(*OBJECT_SIZE)) * SIZE / max(sprite.size)
+    shape = (max(3, round(sprite.width * scale)), max(3, round(sprite.height * scale)))
+    sprite = sprite.resize(shape, Image.Resampling.BOX if scale < 0.5 else Image.Resampling.BILINEAR)
+    if rng.random() < 0.5:
+        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    angle = float(rng.uniform(-MAX_ANGLE, MAX_ANGLE))
+    sprite = sprite.rotate(angle, Image.Resampling.BILINEAR, expand=True)
+    pixels = np.asarray(sprite, np.float32)
+    height, width = pixels.shape[:2]
+    overhang = 0.15  # up to this share of the object may lie outside the image
+    left = int(rng.uniform(-overhang * width, SIZE - (1 - overhang) * width))
+    top = int(rng.uniform(-overhang * height, SIZE - (1 - overhang) * height))
+    x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + width, SIZE), min(top + height, SIZE)
+    seen = pixels[y0 - top : y1 - top, x0 - left : x1 - left]
+    alpha = seen[..., 3:] / 255
+    tint = rng.uniform(0.82, 1.12) * rng.uniform(0.94, 1.06, 3)
+    part = np.s_[y0:y1, x0:x1]
+    canvas[part] = canvas[part] * (1 - alpha) + seen[..., :3] * tint.astype(np.float32) * alpha
+    owner[part][alpha[..., 0] > 0.5] = number
+    return int((pixels[..., 3] > 127).sum())
+
+
+def ensure_world(root: Path, train: int, val: int, seed: int = 0) -> Path:
+    """Makes sure that `root` holds a finished world in COCO layout, and renders it if it does not.
+
+    Writes `train/000000000001.png` .., `val/000001000001.png` .., and in `annotations/` the files
+    `instances_{train,val}.json` and `captions_{train,val}.json`. The world is built beside `root` and renamed
+    when it is whole, so what lies at `root` is never half a world. A world of other settings, or one that lost
+    files, is rendered again.
+
+    Args:
+        root: Folder of the world.
+        train: Number of training images, 1 to 1,000,000.
+        val: Number of validation images, from 1.
+        seed: Seed of every scene.
+
+    Returns:
+        `root`.
+
+    Raises:
+        ValueError: A count is out of range, or the seed is negative.
+        FileExistsError: `root` holds files, but no world.
+    """
+    root = Path(root)
+    if not 1 <= train <= VAL_ID_OFFSET:
+        raise ValueError(f"train={train}: a world has 1 to {VAL_ID_OFFSET:,} training images")
+    if val < 1:
+        raise ValueError(f"val={val}: a world has at least 1 validation image")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: a seed is 0 or greater")
+    settings = _settings(train, val, seed)
+    reason = _why_not_reusable(root, settings)
+    if reason is None:
+        tqdm.write(f"scenes: reusing the finished world at {root} ({train:,} train, {val:,} val, seed {seed})")
+        return root
+    tqdm.write(f"scenes: rendering {train + val:,} scenes into {root} ({reason})")
+    partial = root.with_name(f".{root.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "annotations").mkdir(parents=True)
+    with tqdm(total=train + val, desc="render scenes", unit="image") as progress:
+        for split, count in (("train", train), ("val", val)):
+            _write_split(partial, split, count, seed, progress)
+    (partial / _MARKER).write_text(json.dumps(settings, indent=1) + "\n")
+    if root.exists():
+        retired = root.with_name(f".{root.name}.retired")
+        shutil.rmtree(retired, ignore_errors=True)
+        root.rename(retired)
+        partial.rename(root)
+        shutil.rmtree(retired)
+    else:
+        partial.rename(root)
+    return root
+
+
+def _settings(train: int, val: int, seed: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "version": WORLD_VERSION,
+        "train": train,
+        "val": val,
+        "seed": seed,
+        "size": SIZE,
+    }
+    settings["sprites_sha256"] = hashlib.sha256(SHEET.read_bytes()).hexdigest()
+    settings["fingerprint"] = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return settings
+
+
+def _why_not_reusable(root: Path, settings: dict[str, Any]) -> str | None:
+    """None if `root` is a finished world of these settings, else why not; raises if it is something else."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return "none there yet"
+    try:
+        found = json.loads((root / _MARKER).read_text())
+        ours = "fingerprint" in found
+    except (OSError, ValueError, TypeError):
+        found, ours = {}, False
+    if not ours:
+        raise FileExistsError(
+            f"{root} holds files but no finished world (no readable {_MARKER}). Give an empty or new folder, "
+            "or remove this one if it is not needed."
+        )
+    if found != settings:
+        changed = sorted(key for key in settings if found.get(key) != settings[key] and key != "fingerprint")
+        return f"the world there differs in {', '.join(changed)}"
+    for split in ("train", "val"):
+        if sum(1 for _ in (root / split).glob("*.png")) != settings[split]:
+            return f"images are missing in {split}/"
+        if any(not (root / "annotations" / f"{kind}_{split}.json").is_file() for kind in ("instances", "captions")):
+            return f"annotations of {split} are missing"
+    return None
+
+
+def _write_split(root: Path, split: str, count: int, seed: int, progress: tqdm[Any]) -> None:
+    """Writes the images of a split, then its two annotation files."""
+    (root / split).mkdir()
+    offset = VAL_ID_OFFSET if split == "val" else 0
+    images: list[dict[str, Any]] = []
+    instances: list[dict[str, Any]] = []
+    captions: list[dict[str, Any]] = []
+    for index in range(count):
+        scene = render_scene(seed, split, index)
+        image_id = offset + index + 1
+        name = f"{image_id:012d}.png"
+        Image.fromarray(scene.image).save(root / split / name, compress_level=1)
+        images.append({"id": image_id, "file_name": name, "width": SIZE, "height": SIZE, "license": 1})
+        captions.append({"id": image_id, "image_id": image_id, "caption": caption(scene)})
+        for thing in scene.objects:
+            x, y, width, height = thing.box
+            corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+            instances.append(
+                {
+                    "id": offset * 10
+                    + len(instances)
+                    + 1,  # an image has at most 7 objects, so the two splits never meet
+                    "image_id": image_id,
+                    "category_id": CATEGORIES[thing.category].coco_id,
+                    "bbox": [x, y, width, height],
+                    "area": thing.area,
+                    "segmentation": [corners],
+                    "iscrowd": 0,
+                }
+            )
+        progress.update()
+    info = {"description": f"Embedded scene world, {split}", "version": str(WORLD_VERSION), "year": 2025}
+    licences = [
+        {
+            "id": 1,
+            "name": "SIL Open Font License 1.1 (glyphs of Noto Color Emoji)",
+            "url": "https://openfontlicense.org",
+        }
+    ]
+    shared = {"info": info, "licenses": licences, "images": images}
+    categories = [{"id": c.coco_id, "name": c.name, "supercategory": c.context} for c in CATEGORIES]
+    folder = root / "annotations"
+    (folder / f"instances_{split}.json").write_text(
+        json.dumps({**shared, "annotations": instances, "categories": categories})
+    )
+    (folder / f"captions_{split}.json").write_text(json.dumps({**shared, "annotations": captions}))

@@ -1,0 +1,64 @@
+"""`python -m scenes`: what it writes, and what it says when it can't."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from scenes.__main__ import main
+from scenes.categories import CATEGORIES
+from scenes.show import contact_sheet
+from scenes.sprites import SPRITE_SIZE, load_sprites, make_sheet
+from scenes.world import render_scene
+
+
+def test_render_writes_scenes_and_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["render", "--out", str(tmp_path), "--count", "5", "--columns", "3"]) == 0
+    assert len(list(tmp_path.glob("scene-*.png"))) == 5
+    with Image.open(tmp_path / "contact-sheet.png") as sheet:
+        assert sheet.width > 3 * 96
+    assert str(tmp_path / "contact-sheet.png") in capsys.readouterr().out
+
+
+def test_sheet_of_one_scene_is_one_column():
+    assert contact_sheet([render_scene(0, "val", 0)]).width < 300
+
+
+def test_world_command_makes_then_reuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for expected in ("rendering", "reusing"):
+        assert main(["world", "--out", str(tmp_path / "world"), "--train", "2", "--val", "1"]) == 0
+        assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["render", "--count", "0"], "count=0"),
+        (["world", "--train", "0"], "train=0"),
+        (["fit", "--steps-scale", "-1"], "steps scale -1"),
+        (["evaluate", "--checkpoint", "nowhere"], "no checkpoint at nowhere"),
+        (["sprites", "--font", "nowhere.ttf"], "No font at nowhere.ttf"),
+    ],
+)
+def test_bad_values_are_named_and_nothing_is_written(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_sheet_has_a_sprite_for_every_category():
+    sprites = load_sprites()
+    assert len(sprites) == len(CATEGORIES)
+    assert all(max(sprite.size) >= SPRITE_SIZE - 4 for sprite in sprites)
+
+
+def test_a_font_that_is_none_is_refused(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="fonts-noto-color-emoji"):
+        make_sheet(tmp_path / "none.ttf", tmp_path / "sheet.png")
