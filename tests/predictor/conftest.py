@@ -1,6 +1,6 @@
 """A synthetic set whose maps follow from states, question and position, in the data module's batch form."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -69,11 +69,3 @@ def make_loader() -> Callable[..., DataLoader[dict[str, Any]]]:
         )
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
