@@ -295,7 +295,7 @@ def tell(
     )
     print(f"\nAnswers on {comparison.images} held-out images\n")
     print(report.table(report.answer_rows(comparison)))
-    print("\n" + "\n".join(f"- {line}" for line in report.reading(comparison, embedded=embedded)))
+    print("\n" + report.bullets(report.reading(comparison, embedded=embedded)))
     folder = exported.folder
     ui = (
         "make ui" if config.tracking.uri is None and config.runs_dir == "runs" else f"mlflow ui: {config.tracking_uri}"
@@ -348,6 +348,9 @@ def _quieten() -> None:
     """Silences what is no news to a user: advice about workers, and notices of libraries about each other."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.loggers.mlflow").setLevel(
+        logging.ERROR
+    )  # "experiment not found, creating it"
     for message in (
         ".*does not have many workers.*",
         ".*exists and is not empty.*",

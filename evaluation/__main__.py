@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     embedded = config.data.world is not None
     print(report.table(report.answer_rows(comparison)))
-    print("\n" + "\n".join(f"- {line}" for line in report.reading(comparison, embedded=embedded)))
+    print("\n" + report.bullets(report.reading(comparison, embedded=embedded)))
     files = report.write(paths.reports, comparison, embedded=embedded)
     print(f"\nreport: {files['md']}, figure: {files['png']}")
     return 0

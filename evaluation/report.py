@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,10 +103,15 @@ def reading(comparison: Comparison, *, embedded: bool) -> list[str]:
         lines.append(
             "This small world shows that the chain works: harvest, fit, export, the edit, and how closely one-pass "
             "follows two-pass. It does not show that SCR lowers hallucination in real models; for that, run it on "
-            "COCO and POPE. Prefill ratios here are dominated by Python overhead on a 2.5 M parameter model; "
+            "COCO and POPE. Prefill ratios here are dominated by Python overhead on so small a model; "
             "benchmarks/prefill.py measures them at a size that means something."
         )
     return lines
+
+
+def bullets(lines: Sequence[str], width: int = 110) -> str:
+    """Wraps sentences for a terminal, one bullet each."""
+    return "\n".join(textwrap.fill(line, width, initial_indent="- ", subsequent_indent="  ") for line in lines)
 
 
 def figure(comparison: Comparison) -> Figure:
