@@ -135,6 +135,11 @@ class Prefill:
             with suppress(MapComplete):
                 Context().run(run_blocks, self.hidden if index is None else self.hidden[index])
         total = captured.total
+        if total is None and tap is not None:
+            raise UnsupportedModelError(
+                "the blocks' attention did not pass where its q and k are read (a fused kernel?); load the model "
+                "with its plain attention, or use mode='one-pass' or 'uniform'"
+            )
         if total is None:  # check_depth has seen that the layers exist, so their attention was not the wrapper
             block: Any = self.blocks[0]
             implementation = block.self_attn.config._attn_implementation
@@ -170,7 +175,7 @@ class Prefill:
         if self.args:
             names = list(inspect.signature(self.blocks[0].forward).parameters)[1:]
             kwargs |= dict(zip(names, self.args, strict=False))
-        kwargs |= {key: None for key in ("past_key_values", "past_key_value", "layer_past") if key in kwargs}
+        kwargs |= {key: None for key in ("past_key_values", "past_key_value") if key in kwargs}
         kwargs |= {key: False for key in ("use_cache", "output_attentions") if key in kwargs}
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 4:

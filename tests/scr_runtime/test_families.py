@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from scr_runtime import SCR, PredictorConfig, SCRConfig, SourcePredictor, capture, errors
+from scr_runtime.families import ImageGrid
+from scr_runtime.layout import visual_layout
 from scr_runtime.redistribute import effective_num_sources
 from scr_runtime.sources import _select_rows, _UnknownBatchDimension
 from tests.scr_runtime.reference import (
@@ -191,13 +193,16 @@ def test_vanilla_is_bit_identical_before_after_and_off(tiny: Tiny) -> None:
     model = tiny.model(9)
     prompt = tiny.prompt(model, [1, 1], seed=9)
     with torch.no_grad():
+        if tiny.name.startswith("chameleon"):
+            model.config.vq_config._attn_implementation = "eager"  # a sub-config with an implementation of its own
         vanilla = model(**prompt.inputs).logits
         hooks, attributes, configs = hook_count(model), set(model.__dict__), config_state(model)
-        edited, _ = logits_of(model, prompt, mode="two-pass")
+        edited, after = logits_of(model, prompt, mode="two-pass")
         assert not torch.equal(edited, vanilla)
         assert torch.equal(model(**prompt.inputs).logits, vanilla)
         off, scr = logits_of(model, prompt, mode="off")
         assert torch.equal(off, vanilla) and scr.reports == []
+    assert after._last is not None and not after._last.decoder_call  # features of the image are let go
     assert (hook_count(model), set(model.__dict__), config_state(model)) == (hooks, attributes, configs)
 
 
@@ -264,6 +269,10 @@ def test_another_count_of_visual_tokens_is_refused(tiny: Tiny) -> None:
     else:
         ids[0, place] = 5
     refused(model, prompt.inputs | {"input_ids": ids}, errors.PrefillError, "do not match")
+    if tiny.generates:
+        prompt = tiny.prompt(model, [1], seed=11)
+        prompt.inputs["input_ids"][0, -1] = IMAGE_TOKEN  # one too many, all in one prompt
+        refused(model, prompt.inputs, errors.PrefillError, "do not match")
 
 
 def test_an_image_spread_over_two_prompts_is_refused() -> None:
@@ -404,6 +413,33 @@ def test_an_unknown_argument_of_a_block_diagnoses_all_rows() -> None:
     assert sorted(report.provider for report in scr.reports) == ["one-pass", "two-pass"]
     for mine, full in zip(scr.reports, truth.reports, strict=True):
         assert mine.provider == "one-pass" or mine.sources == full.sources
+
+
+def test_padding_is_no_text_under_any_mask() -> None:
+    visual = torch.tensor([[False] * 2 + [True] * 9 + [False] * 5])
+    kept_positions = torch.ones(1, 16, dtype=torch.bool)
+    kept_positions[:, -2:] = False
+    causal = (torch.ones(16, 16, dtype=torch.bool).tril() & kept_positions)[None, None]
+    additive = torch.zeros(1, 1, 16, 16).masked_fill(~causal, -1e9)
+    expected = [0, 0, 1 / 3, 1 / 3, 1 / 3, 0, 0]
+    for mask in (kept_positions.long(), causal, additive, {"sliding_attention": None, "full_attention": causal}):
+        (group,) = visual_layout(visual, mask, [ImageGrid((3, 3))]).groups
+        assert group.text_weights.tolist() == [pytest.approx(expected)]
+    (group,) = visual_layout(visual, None, [ImageGrid((3, 3))], prompt_length=13).groups
+    assert group.text_weights.tolist() == [pytest.approx([0, 0, 0.5, 0.5, 0, 0, 0])]
+
+
+def test_attention_that_hides_its_queries_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TINY["qwen-vl"].model(13)
+    prompt = TINY["qwen-vl"].prompt(model, [1])
+    attention = type(model.transformer.h[0].attn)
+
+    def fused(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.c_proj(hidden_states), None
+
+    monkeypatch.setattr(attention, "forward", fused)
+    refused(model, prompt.inputs, errors.UnsupportedModelError, "did not pass where its q and k are read")
+    logits_of(model, prompt, mode="uniform")
 
 
 def test_long_prompts_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

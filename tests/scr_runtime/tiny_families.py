@@ -34,7 +34,7 @@ class Picture:
 
 @dataclass
 class Prompt:
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     images: list[Image]
     visual: Tensor  # [B, S] bool
     pictures: list[list[Picture]]
@@ -63,7 +63,6 @@ class Tiny:
     picture: Callable[[Any, torch.Generator, int], Picture]
     attentions: tuple[str, ...] = ("sdpa", "eager")
     generates: bool = True
-    static_cache: bool = True
     token_types: bool = False
 
     def model(self, seed: int = 0, attn: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
@@ -259,13 +258,13 @@ def _qwen_picture(model: Any, generator: torch.Generator, index: int) -> Picture
 def _chameleon(swin_norm: bool) -> Callable[[str], Any]:
     def build(attn: str) -> Any:
         names = {f"IMGIMG{letter}Z": 60 + place for place, letter in enumerate("ABCDEFGH")}
+        settings: dict[str, Any] = {"attn_implementation": attn}
         config = transformers.ChameleonConfig(
-            **_text(), swin_norm=swin_norm, vocabulary_map={"<image>": IMAGE_TOKEN} | names,
+            **_text(), **settings, swin_norm=swin_norm, vocabulary_map={"<image>": IMAGE_TOKEN} | names,
             vq_config={
                 "resolution": 12, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1,
                 "num_embeddings": 8, "embed_dim": 8, "latent_channels": 8,
             },
-            attn_implementation=attn,
         )  # fmt: skip
         model = transformers.ChameleonForConditionalGeneration(config)
         with torch.no_grad():  # an untrained encoder maps all to one code
