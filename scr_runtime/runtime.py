@@ -297,11 +297,6 @@ class SCR:
             )
         generate = self._generate
         call_length = generate.prompt_length if generate is not None else None
-        if generate is not None and generate.fresh_cache and (call_length or 0) > input_ids.shape[1]:
-            raise PrefillError(
-                "a chunked prefill parts sources from their neighbours and from the question: set "
-                "prefill_chunk_size=None"
-            )
         given = {key: value for key, value in call.items() if value is not None}
         images = self._family.image_grids(self.model, {**(generate.inputs if generate is not None else {}), **given})
         visual = self._family.visual_tokens(self.model, input_ids)
@@ -425,6 +420,7 @@ class SCR:
 
         def generate(*args: Any, **kwargs: Any) -> Any:
             prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+            self._refuse_chunks(args, kwargs)
             outer = self._generate
             self._generate = _Generate(
                 prompt_length=prompt.shape[-1] if isinstance(prompt, Tensor) else None,
@@ -444,6 +440,16 @@ class SCR:
                 self.model.__dict__["generate"] = shadowed
 
         return restore
+
+    def _refuse_chunks(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        settings: Any = self.model.generation_config if given is None else given
+        size = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
+        if size is not None and self._family.brings_images(self.model, kwargs):
+            raise PrefillError(
+                f"a chunked prefill (of {size} tokens) parts sources from their neighbours and from the question: "
+                "set prefill_chunk_size=None"
+            )
 
     def _require(self, holds: Tensor, error: Callable[[], SCRError]) -> None:
         """Raises at once where reading costs nothing, and at the next free moment on an accelerator."""
