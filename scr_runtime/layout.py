@@ -101,7 +101,8 @@ def visual_layout(
         tokens = torch.stack([pieces[index] for index in indices])  # [I, tokens]
         positions = image.patches(tokens)  # [I, N]
         rows = tokens[:, 0] // length
-        fits = fits & (tokens[:, -1] // length == rows).all()
+        if batch > 1:
+            fits = fits & (tokens[:, -1] // length == rows).all()
         after = text[rows] & (place > (tokens[:, -1] % length)[:, None])  # [I, S]
         weights = after[:, length - text_rows :].float()
         weights = weights / weights.sum(-1, keepdim=True)
