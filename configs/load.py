@@ -165,13 +165,14 @@ def help_text(cls: type, defaults: str = "train", folder: Path = CONFIGS) -> str
     lines = ["groups: group=option takes configs/<group>/<option>.yaml (* default)", ""]
     for group, chosen in groups.items():
         options = "  ".join(option + "*" * (option == chosen) for option in _options(folder, group))
-        lines.append(f"  {group:<12}{options}")
+        lines.append(_fill(f"{group:<12}{options}", 2, 14))
     lines += ["", "keys: section.key=value, with their defaults"]
     for key in _walk(cls):
         if key.section:
             lines += ["", _fill(f"{key.path}: {key.doc}", 0)]
             continue
-        lines.append(f"  {key.path}={_value_text(OmegaConf.select(config, key.path))}  ({_legal(key)})")
+        value = _value_text(OmegaConf.select(config, key.path))
+        lines.append(_fill(f"{key.path}={value}  ({_legal(key)})", 2, 6))
         lines.append(_fill(key.doc, 6))
     return "\n".join(lines)
 
@@ -424,14 +425,13 @@ def _describe(problem: Problem) -> str:
     return "\n".join(lines)
 
 
-def _fill(text: str, indent: int) -> str:
+def _fill(text: str, indent: int, rest: int | None = None) -> str:
     """Wrap a paragraph to the terminal, never inside a word: keys and paths stay whole."""
-    space = " " * indent
     return textwrap.fill(
         text,
         TERMINAL_COLUMNS,
-        initial_indent=space,
-        subsequent_indent=space,
+        initial_indent=" " * indent,
+        subsequent_indent=" " * (indent if rest is None else rest),
         break_on_hyphens=False,
         break_long_words=False,
     )

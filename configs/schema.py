@@ -18,7 +18,9 @@ from typing import Any
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
-FAMILIES = ("llava",)
+FAMILIES = (
+    "chameleon", "internvl", "llava", "llava_next", "llava_onevision", "qwen", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
+)  # fmt: skip
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 STATES_DTYPES = ("float16", "bfloat16", "float32")
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")

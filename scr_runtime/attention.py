@@ -17,6 +17,7 @@ from torch import Tensor
 from scr_runtime.errors import UnsupportedModelError
 
 _PREFIX = "scr_"
+_MOST_WEIGHTS = 2**24  # attention weights held at a time: 64 MiB of float32
 
 
 class MapComplete(Exception):  # noqa: N818 - a signal, not an error
@@ -59,24 +60,29 @@ class AttentionRows:
             return
         batch, heads, length, size = query.shape
         groups = heads // key.shape[1]
-        rows = query[:, :, length - self.rows :].view(batch, key.shape[1], groups, self.rows, size)
-        weights = torch.matmul(rows, key[:, :, None].transpose(-1, -2))  # [B, H_kv, G, T, S]
-        weights = weights.float() * (size**-0.5 if scaling is None else scaling)
-        weights = _masked(weights, attention_mask).softmax(-1).mean((1, 2))  # [B, T, S]
-        self.total = weights if self.total is None else self.total.add_(weights)
+        chunk = max(_MOST_WEIGHTS // (batch * heads * length), 1)  # one chunk, but for prompts of many tiles
+        means: list[Tensor] = []
+        for first in range(length - self.rows, length, chunk):
+            rows = query[:, :, first : first + chunk].unflatten(1, (key.shape[1], groups))  # [B, H_kv, G, t, h]
+            weights = torch.matmul(rows, key[:, :, None].transpose(-1, -2))  # [B, H_kv, G, t, S]
+            weights = weights.float() * (size**-0.5 if scaling is None else scaling)
+            means.append(_masked(weights, attention_mask, first).softmax(-1).mean((1, 2)))  # [B, t, S]
+        mean = means[0] if len(means) == 1 else torch.cat(means, dim=1)  # [B, T, S]
+        self.total = mean if self.total is None else self.total.add_(mean)
         if layer >= self.layers[1]:
             raise MapComplete
 
 
-def _masked(weights: Tensor, attention_mask: Tensor | None) -> Tensor:
+def _masked(weights: Tensor, attention_mask: Tensor | None, first: int) -> Tensor:
+    """[B, H_kv, G, t, S] weights of the query positions from ``first`` on, with those masked that they don't see."""
     rows, length = weights.shape[-2:]
     if attention_mask is not None and attention_mask.ndim == 4:
-        mask = attention_mask[:, :, -rows:, :length][:, :, None]  # [B, 1, 1, T, S]
+        mask = attention_mask[:, :, first : first + rows, :length][:, :, None]  # [B, 1, 1, t, S]
         if mask.dtype == torch.bool:
             return weights.masked_fill_(~mask, torch.finfo(weights.dtype).min)
         return weights.add_(mask)
     place = torch.arange(length, device=weights.device)
-    future = place[None, :] > place[length - rows :, None]  # [T, S]
+    future = place[None, :] > place[first : first + rows, None]  # [t, S]
     weights = weights.masked_fill_(future, float("-inf"))
     if attention_mask is not None:  # flash attention gets [B, S] or nothing
         hidden = ~attention_mask[:, None, None, None, :length].bool()
@@ -113,10 +119,10 @@ def select_wrapper(config: Any) -> Callable[[], None]:
     if name not in functions:
         AttentionInterface.register(name, _wrapper(functions[base] if base != "eager" else None))
         AttentionMaskInterface.register(name, masks[base])
-    config._attn_implementation = name
+    config._attn_implementation = {"": name}  # this config alone: a name by itself would reach its sub-configs
 
     def restore() -> None:
-        config._attn_implementation = base
+        config._attn_implementation = {"": base}
 
     return restore
 

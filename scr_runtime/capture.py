@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from scr_runtime.attention import select_wrapper
 from scr_runtime.config import SCRConfig
 from scr_runtime.errors import PrefillError
-from scr_runtime.families import family_of, is_image_prefill
-from scr_runtime.layout import visual_layout
+from scr_runtime.families import family_of, keep_decoder_call
+from scr_runtime.layout import count_mismatch, visual_layout
 from scr_runtime.redistribute import Grid, credit_entropy
 from scr_runtime.sources import Prefill
 
@@ -63,18 +64,20 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any]) -> l
     family = family_of(model)
     blocks = family.blocks(model)
     config.check_depth(len(blocks))
-    token = family.image_token_id(model)
-    input_ids: Tensor = inputs["input_ids"]
-    if not is_image_prefill(inputs) or not bool((input_ids == token).any()):
+    visual = family.visual_tokens(model, inputs["input_ids"])
+    if not family.brings_images(model, inputs) or not bool(visual.any()):
         raise PrefillError(
             "a prompt without an image: the diagnostic run needs pixel_values and an image placeholder in the text"
         )
-    layout = visual_layout(input_ids, inputs.get("attention_mask"), token, family.image_grids(model, inputs))
+    layout = visual_layout(visual, inputs.get("attention_mask"), family.image_grids(model, inputs))
+    if not bool(layout.fits):
+        raise count_mismatch(layout)
+    decoder_call: dict[str, Any] = {}
     captures: list[Capture] = []
 
     def after_block_0(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        prefill = Prefill(hidden, layout, config, blocks, args[1:], kwargs)
+        prefill = Prefill(hidden, layout, config, blocks, args[1:], kwargs, family, decoder_call)
         found: dict[int, Capture] = {}
         for group, attention in zip(layout.groups, prefill.diagnose(), strict=True):
             states, question = prefill.states(group), prefill.question(group)
@@ -86,13 +89,13 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any]) -> l
         captures.extend(found[image] for image in sorted(found))
         raise _Captured
 
-    restore = select_wrapper(family.text_config(model))
-    hook = blocks[0].register_forward_hook(after_block_0, with_kwargs=True)
-    try:
-        model(**{**inputs, "use_cache": False})
-    except _Captured:
-        return captures
-    finally:
-        hook.remove()
-        restore()
+    with ExitStack() as stack:
+        if family.tap is None:
+            stack.callback(select_wrapper(family.text_config(model)))
+        stack.callback(keep_decoder_call(family, model, decoder_call))
+        stack.callback(blocks[0].register_forward_hook(after_block_0, with_kwargs=True).remove)
+        try:
+            model(**{**inputs, "use_cache": False})
+        except _Captured:
+            return captures
     raise PrefillError("the model ran to its end without passing block 0's hook; is it compiled as a whole?")

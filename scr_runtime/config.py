@@ -20,6 +20,8 @@ class SCRConfig:
 
     Attributes:
         num_sources: K, source patches per image. Capped at half the eligible patches of a small grid.
+        source_fraction: K as a share of an image's patches instead, for models whose grids differ from image to
+            image; the paper's 32 of 24 x 24 is 0.0556. ``None`` keeps ``num_sources``.
         strength: lambda of eq. (1). A neighbour gains ``(strength - 1)`` times its source, and a source is divided
             by ``strength``. The paper finds 1.05-1.15 usable.
         edit_layers: first and last decoder block whose output is edited, both included.
@@ -38,6 +40,7 @@ class SCRConfig:
     attention_layers: tuple[int, int] = (8, 16)
     connectivity: int = 8
     exclude_border: bool = True
+    source_fraction: float | None = None
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -51,6 +54,8 @@ class SCRConfig:
             problems.append(f"attention_layers={self.attention_layers}: must start at block 1 or later")
         if self.num_sources < 1:
             problems.append(f"num_sources={self.num_sources}: expected at least 1")
+        if self.source_fraction is not None and not 0.0 < self.source_fraction <= 0.5:
+            problems.append(f"source_fraction={self.source_fraction}: expected above 0, up to 0.5")
         if not (math.isfinite(self.strength) and 1.0 <= self.strength <= 2.0):
             problems.append(f"strength={self.strength}: expected 1.0 to 2.0 (the paper uses 1.05 to 1.15)")
         if self.connectivity not in (4, 8):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ class ImageGroup:
 
     Attributes:
         grid: Rows and columns of patches.
+        tokens: Visual tokens that each image takes, at least N.
         images: The images' places in order of appearance over (row of the batch, position).
         positions: [I, N] int64, each patch's token in ``hidden.view(-1, d)``.
         rows: [I] int64, the batch row of each image.
@@ -27,6 +28,7 @@ class ImageGroup:
     """
 
     grid: Grid
+    tokens: int
     images: list[int]
     positions: Tensor
     rows: Tensor
@@ -40,10 +42,12 @@ class VisualLayout:
     Attributes:
         text_rows: T, how many of the last query positions can hold text after an image.
         groups: The images by grid.
+        fits: [] bool, whether the images take every visual token, each within one row. Still on the device.
     """
 
     text_rows: int
     groups: list[ImageGroup]
+    fits: Tensor
 
     @property
     def num_images(self) -> int:
@@ -52,21 +56,19 @@ class VisualLayout:
 
 
 def visual_layout(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    image_token_id: int,
+    visual: Tensor,
+    attention_mask: Tensor | Mapping[str, Tensor | None] | None,
     images: Sequence[ImageGrid],
     prompt_length: int | None = None,
 ) -> VisualLayout:
     """Finds every image's tokens without waiting for the device.
 
-    Visual tokens are placeholder tokens; images take them in order of appearance. That their number fits the
-    grids is checked by the model itself.
+    Images take visual tokens in order of appearance.
 
     Args:
-        input_ids: [B, S] int64.
-        attention_mask: [B, S] of kept positions, [B, 1, S, >= S] bool or additive, or ``None``.
-        image_token_id: The placeholder token.
+        visual: [B, S] bool, the visual tokens.
+        attention_mask: [B, S] of kept positions, [B, 1, S, >= S] bool or additive, one of these per kind of
+            layer, or ``None``.
         images: One grid per image.
         prompt_length: Positions from here on are draft tokens of assisted decoding, or were generated: not part
             of the question. ``None`` for all.
@@ -74,7 +76,7 @@ def visual_layout(
     Raises:
         PrefillError: If the grids need more tokens than the prompt has.
     """
-    batch, length = input_ids.shape
+    batch, length = visual.shape
     total = sum(image.tokens for image in images)
     text_rows = length - min(image.tokens for image in images)
     if total > batch * length or text_rows < 1:
@@ -82,9 +84,8 @@ def visual_layout(
             f"{len(images)} images need {total} visual tokens and a question after them, but the prompt has "
             f"{batch} x {length} tokens. Is an image placeholder missing from the prompt?"
         )
-    visual = input_ids == image_token_id  # [B, S]
     order = (~visual).view(-1).byte().sort(stable=True).indices[:total]  # flat positions of visual tokens
-    place = torch.arange(length, device=input_ids.device)
+    place = torch.arange(length, device=visual.device)
     text = ~visual & (place < (length if prompt_length is None else prompt_length))
     kept = _kept_positions(attention_mask, length)
     if kept is not None:
@@ -95,18 +96,34 @@ def visual_layout(
         by_grid.setdefault(image, []).append(index)
     pieces = order.split([image.tokens for image in images])
     groups: list[ImageGroup] = []
+    fits = visual.sum() == total
     for image, indices in by_grid.items():
-        positions = torch.stack([pieces[index] for index in indices])[:, image.skip :]  # [I, N]
-        rows = positions[:, 0] // length
-        after = text[rows] & (place > (positions[:, -1] % length)[:, None])  # [I, S]
+        tokens = torch.stack([pieces[index] for index in indices])  # [I, tokens]
+        positions = image.patches(tokens)  # [I, N]
+        rows = tokens[:, 0] // length
+        if batch > 1:
+            fits = fits & (tokens[:, -1] // length == rows).all()
+        after = text[rows] & (place > (tokens[:, -1] % length)[:, None])  # [I, S]
         weights = after[:, length - text_rows :].float()
         weights = weights / weights.sum(-1, keepdim=True)
-        groups.append(ImageGroup(image.grid, indices, positions, rows, weights))
-    return VisualLayout(text_rows, groups)
+        groups.append(ImageGroup(image.grid, image.tokens, indices, positions, rows, weights))
+    return VisualLayout(text_rows, groups, fits)
 
 
-def _kept_positions(attention_mask: Tensor | None, length: int) -> Tensor | None:
+def count_mismatch(layout: VisualLayout) -> PrefillError:
+    """The error for a layout that does not fit."""
+    total = sum(group.tokens * len(group.images) for group in layout.groups)
+    return PrefillError(
+        f"the visual tokens of the prompt and the grids of its images do not match: {layout.num_images} images or "
+        f"tiles need {total} tokens, each image's within one prompt. Is a placeholder missing, or was an image "
+        "resized after the prompt was made?"
+    )
+
+
+def _kept_positions(attention_mask: Tensor | Mapping[str, Tensor | None] | None, length: int) -> Tensor | None:
     """[B, S] bool of positions that are not padding, from any mask that a forward call may bring."""
+    if isinstance(attention_mask, Mapping):
+        attention_mask = attention_mask.get("full_attention")
     if attention_mask is None:
         return None
     if attention_mask.ndim == 2:

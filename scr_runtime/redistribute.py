@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scr_runtime.config import SCRConfig
+from scr_runtime.errors import PrefillError
 
 Grid = tuple[int, int]  # rows, columns of patches
 
@@ -60,16 +61,19 @@ def eligible_patches(grid: Grid, exclude_border: bool, device: torch.device | No
 
 
 def effective_num_sources(grid: Grid, config: SCRConfig) -> int:
-    """K for a grid: ``config.num_sources``, at most half of the eligible patches, at least one.
+    """K for a grid: ``config``'s number or share, at most half of the eligible patches, at least one (decision D4).
 
     Raises:
-        ValueError: If the grid has no eligible patch.
+        PrefillError: If the grid has no eligible patch.
     """
     rows, columns = grid
     eligible = max(rows - 2, 0) * max(columns - 2, 0) if config.exclude_border else rows * columns
     if eligible == 0:
-        raise ValueError(f"a grid of {rows} x {columns} patches has no patch off its border; set exclude_border=False")
-    return min(config.num_sources, max(eligible // 2, 1))
+        raise PrefillError(
+            f"a grid of {rows} x {columns} patches has no patch off its border; set exclude_border=False"
+        )
+    wanted = config.num_sources if config.source_fraction is None else round(config.source_fraction * rows * columns)
+    return min(max(wanted, 1), max(eligible // 2, 1))
 
 
 def select_sources(scores: Tensor, eligible: Tensor, k: int) -> Tensor:

@@ -26,10 +26,11 @@ from scr_runtime.errors import (
     PredictorError,
     PredictorMismatchError,
     PrefillError,
+    SCRError,
     UnsupportedModelError,
 )
-from scr_runtime.families import family_of, is_image_prefill, model_differences
-from scr_runtime.layout import VisualLayout, visual_layout
+from scr_runtime.families import family_of, keep_decoder_call, model_differences
+from scr_runtime.layout import VisualLayout, count_mismatch, visual_layout
 from scr_runtime.network import SourcePredictor
 from scr_runtime.redistribute import (
     EditPlan,
@@ -90,6 +91,7 @@ class _Generate:
 
     prompt_length: int | None
     fresh_cache: bool
+    inputs: Mapping[str, Any]
     choice: _Choice | None = None
 
 
@@ -100,6 +102,7 @@ class _Run:
     layout: VisualLayout
     stack: ExitStack
     past: bool
+    decoder_call: dict[str, Any] = field(default_factory=dict[str, Any])
     fired: list[int] = field(default_factory=list[int])
     choice: _Choice | None = None
     plan: EditPlan | None = None
@@ -176,7 +179,7 @@ class SCR:
         self._generate: _Generate | None = None
         self._run: _Run | None = None
         self._last: _Run | None = None
-        self._pending: list[tuple[Tensor, Any]] = []
+        self._pending: list[tuple[Tensor, Any, Callable[[], SCRError]]] = []
         self._parameters = tuple(inspect.signature(self.model.forward).parameters)
 
     # -- attaching -----------------------------------------------------------------------------------------------
@@ -197,7 +200,8 @@ class SCR:
             self.model.__dict__[_OWNER] = self
             stack.callback(self.model.__dict__.pop, _OWNER, None)
             if self.mode != "off":
-                stack.callback(select_wrapper(self._family.text_config(self.model)))
+                if self._family.tap is None:
+                    stack.callback(select_wrapper(self._family.text_config(self.model)))
                 pre = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
                 stack.callback(pre.remove)
                 post = self.model.register_forward_hook(self._after_forward, always_call=True)
@@ -212,6 +216,7 @@ class SCR:
         Raises:
             AttachError: If a forward pass is running.
             NonFiniteScoresError: If scores of an earlier prefill on an accelerator were not finite.
+            PrefillError: If its visual tokens did not fit the grids.
         """
         if self._run is not None:
             raise AttachError("a forward pass is running; detach after it has returned")
@@ -234,6 +239,7 @@ class SCR:
 
         Raises:
             NonFiniteScoresError: If the last prefill's scores were not finite.
+            PrefillError: If its visual tokens did not fit the grids.
         """
         self._raise_pending(wait=True)
         if self._last is None or self._last.choice is None:
@@ -266,13 +272,14 @@ class SCR:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._raise_pending(wait=False)
         call = dict(zip(self._parameters, args, strict=False)) | kwargs
-        if not is_image_prefill(call):
+        if not self._family.brings_images(self.model, call):
             return
         if module.training:
             raise UnsupportedModelError("the model is in training mode; call model.eval() before using SCR")
         run = self._start(call)
         first, last = self.config.edit_layers
         with run.stack as stack:
+            stack.callback(keep_decoder_call(self._family, self.model, run.decoder_call))
             hook = self._blocks[0].register_forward_hook(self._after_block_0, with_kwargs=True)
             stack.callback(hook.remove)
             for layer in range(max(first, 1), last + 1):
@@ -288,10 +295,13 @@ class SCR:
                 "a prefill with images but without input_ids: the visual tokens can't be found in "
                 "inputs_embeds. Pass input_ids with pixel_values, or with mm_encoder_outputs."
             )
-        images = self._family.image_grids(self.model, call)
-        token = self._family.image_token_id(self.model)
-        call_length = self._generate.prompt_length if self._generate is not None else None
-        layout = visual_layout(input_ids, call.get("attention_mask"), token, images, call_length)
+        generate = self._generate
+        call_length = generate.prompt_length if generate is not None else None
+        given = {key: value for key, value in call.items() if value is not None}
+        images = self._family.image_grids(self.model, {**(generate.inputs if generate is not None else {}), **given})
+        visual = self._family.visual_tokens(self.model, input_ids)
+        layout = visual_layout(visual, call.get("attention_mask"), images, call_length)
+        self._require(layout.fits, lambda: count_mismatch(layout))
         past = self._has_past(call.get("past_key_values"))
         return _Run(layout, ExitStack(), past)
 
@@ -307,7 +317,10 @@ class SCR:
         with torch.no_grad():
             frozen = self._generate.choice if self._generate is not None else None
             if frozen is None:
-                run.choice = self._choose(Prefill(hidden, run.layout, self.config, self._blocks, args[1:], kwargs))
+                prefill = Prefill(
+                    hidden, run.layout, self.config, self._blocks, args[1:], kwargs, self._family, run.decoder_call
+                )
+                run.choice = self._choose(prefill)
             else:
                 run.choice = frozen
             if self._generate is not None:
@@ -335,7 +348,7 @@ class SCR:
         results = self._provide(prefill)
         chosen: list[Tensor] = []
         for group, result in zip(prefill.layout.groups, results, strict=True):
-            self._check_finite(result.scores)
+            self._require(result.scores.isfinite().all(), _not_finite)
             eligible = eligible_patches(group.grid, self.config.exclude_border, result.scores.device)
             chosen.append(select_sources(result.scores, eligible, effective_num_sources(group.grid, self.config)))
         return _Choice(chosen, results, norms)
@@ -345,6 +358,7 @@ class SCR:
         if run is None:
             return
         run.stack.close()
+        run.decoder_call.clear()
         self._last = run
         first, last = self.config.edit_layers
         expected = list(range(first, last + 1))
@@ -406,10 +420,12 @@ class SCR:
 
         def generate(*args: Any, **kwargs: Any) -> Any:
             prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+            self._refuse_chunks(args, kwargs)
             outer = self._generate
             self._generate = _Generate(
                 prompt_length=prompt.shape[-1] if isinstance(prompt, Tensor) else None,
                 fresh_cache=kwargs.get("past_key_values") is None,
+                inputs=kwargs,
             )
             try:
                 return inner(*args, **kwargs)
@@ -425,23 +441,32 @@ class SCR:
 
         return restore
 
-    def _check_finite(self, scores: Tensor) -> None:
+    def _refuse_chunks(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        settings: Any = self.model.generation_config if given is None else given
+        size = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
+        if size is not None and self._family.brings_images(self.model, kwargs):
+            raise PrefillError(
+                f"a chunked prefill (of {size} tokens) parts sources from their neighbours and from the question: "
+                "set prefill_chunk_size=None"
+            )
+
+    def _require(self, holds: Tensor, error: Callable[[], SCRError]) -> None:
         """Raises at once where reading costs nothing, and at the next free moment on an accelerator."""
-        finite = scores.isfinite().all()
-        if scores.device.type == "cpu":
-            self._pending.append((finite, None))
+        if holds.device.type == "cpu":
+            self._pending.append((holds, None, error))
             self._raise_pending(wait=True)
             return
-        flag = torch.empty((), dtype=torch.bool, pin_memory=scores.device.type == "cuda")
-        flag.copy_(finite, non_blocking=True)
-        event = torch.cuda.Event() if scores.device.type == "cuda" else None
+        flag = torch.empty((), dtype=torch.bool, pin_memory=holds.device.type == "cuda")
+        flag.copy_(holds, non_blocking=True)
+        event = torch.cuda.Event() if holds.device.type == "cuda" else None
         if event is not None:
             event.record()
-        self._pending.append((flag, event))
+        self._pending.append((flag, event, error))
 
     def _raise_pending(self, *, wait: bool) -> None:
         while self._pending:
-            flag, event = self._pending[0]
+            flag, event, error = self._pending[0]
             if event is not None and not event.query():
                 if not wait:
                     return
@@ -449,11 +474,15 @@ class SCR:
             self._pending.pop(0)
             if not bool(flag):
                 self._pending.clear()
-                raise NonFiniteScoresError(
-                    "the source scores of a prefill hold NaN or infinity, so its output is not usable. Causes "
-                    "seen: no text after the image in the prompt, activations that overflow float16, a damaged "
-                    "predictor. mode='auto' runs two-pass instead of a failing predictor."
-                )
+                raise error()
+
+
+def _not_finite() -> NonFiniteScoresError:
+    return NonFiniteScoresError(
+        "the source scores of a prefill hold NaN or infinity, so its output is not usable. Causes seen: no text "
+        "after the image in the prompt, activations that overflow float16, a damaged predictor. mode='auto' runs "
+        "two-pass instead of a failing predictor."
+    )
 
 
 class _EditHook:

@@ -10,8 +10,9 @@ The same edit follows whichever provider was asked (decision D2):
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from scr_runtime.attention import AttentionRows, MapComplete
 from scr_runtime.config import SCRConfig
 from scr_runtime.errors import UnsupportedModelError
+from scr_runtime.families import Family
 from scr_runtime.layout import ImageGroup, VisualLayout
 from scr_runtime.network import SourcePredictor, raw_confidence
 from scr_runtime.redistribute import effective_num_sources, eligible_patches, select_sources
@@ -60,6 +62,8 @@ class Prefill:
         blocks: The decoder blocks.
         args: Positional arguments of block 0's call.
         kwargs: Keyword arguments of block 0's call.
+        family: Whose blocks these are.
+        decoder_call: Keyword arguments of the decoder's call, where the family needs them.
     """
 
     hidden: Tensor
@@ -68,6 +72,8 @@ class Prefill:
     blocks: nn.ModuleList
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    family: Family
+    decoder_call: Mapping[str, Any]
 
     def states(self, group: ImageGroup) -> Tensor:
         """[I, N, d] block-0 states of a group's patches."""
@@ -90,28 +96,50 @@ class Prefill:
         Returns:
             Per group, [I, N] float32: attention from text to patches, averaged over text rows, heads and
             ``attention_layers`` (arXiv 2602.22469). Images in other rows get meaningless values.
+
+        Raises:
+            UnsupportedModelError: If the blocks' masks differ, or their attention was changed after attaching.
         """
+        first, last = self.config.attention_layers
+        self._check_masks(last)
         batch, length, _ = self.hidden.shape
         captured = AttentionRows(self.config.attention_layers, self.layout.text_rows)
-        hidden = self.hidden if rows is None else self.hidden[rows]
-        args = tuple(_select_rows(value, rows, batch) for value in self.args)
-        kwargs = {key: _select_rows(value, rows, batch) for key, value in self.kwargs.items()}
-        kwargs |= {key: None for key in ("past_key_values", "past_key_value") if key in kwargs}
-        kwargs |= {key: False for key in ("use_cache", "output_attentions") if key in kwargs}
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 4:
-            kwargs["attention_mask"] = mask[..., :length]  # a static cache brings columns for later tokens
+        kwargs = self._diagnostic_call()
+        index = None
+        if rows is not None:
+            index = torch.tensor(rows).to(self.hidden.device, non_blocking=True)
+            try:
+                kwargs = {key: _select_rows(key, value, index, batch) for key, value in kwargs.items()}
+            except _UnknownBatchDimension:
+                rows = index = None  # all rows then: slower, and as exact
+        between = self.family.between_blocks
+        add = between(self.decoder_call) if between is not None else None
+        tap = self.family.tap
 
         def run_blocks(hidden: Tensor) -> None:
-            for block in list(self.blocks)[1:]:
-                output: Any = block.forward(hidden, *args, **kwargs, scr_rows=captured)
-                hidden = output[0] if isinstance(output, tuple) else output
+            for layer, block in enumerate(self.blocks):
+                if layer > 0:
+                    output: Any = block.forward(hidden, **kwargs)
+                    hidden = output[0] if isinstance(output, tuple) else output
+                if add is not None:
+                    hidden = add(layer, hidden, index)
 
-        # An empty context: transformers collects output_attentions through a context variable, and the
-        # diagnostic's own must not be among them.
-        with suppress(MapComplete):
-            Context().run(run_blocks, hidden)
+        with ExitStack() as stack:
+            if tap is None:
+                kwargs["scr_rows"] = captured
+            else:
+                for layer, block in enumerate(self.blocks):
+                    stack.callback(tap(block, layer, captured))
+            # An empty context: transformers collects output_attentions through a context variable, and the
+            # diagnostic's own must not be among them.
+            with suppress(MapComplete):
+                Context().run(run_blocks, self.hidden if index is None else self.hidden[index])
         total = captured.total
+        if total is None and tap is not None:
+            raise UnsupportedModelError(
+                "the blocks' attention did not pass where its q and k are read (a fused kernel?); load the model "
+                "with its plain attention, or use mode='one-pass' or 'uniform'"
+            )
         if total is None:  # check_depth has seen that the layers exist, so their attention was not the wrapper
             block: Any = self.blocks[0]
             implementation = block.self_attn.config._attn_implementation
@@ -119,7 +147,6 @@ class Prefill:
                 f"the attention implementation was changed to {implementation!r} while SCR was attached; "
                 "detach, change it, and attach again"
             )
-        first, last = self.config.attention_layers
         place = None
         if rows is not None:
             place = torch.zeros(batch, dtype=torch.long)
@@ -131,6 +158,30 @@ class Prefill:
             columns = torch.bmm(group.text_weights[:, None, :], total[source]).squeeze(1)  # [I, S]
             maps.append(columns.gather(1, group.positions % length) / (last - first + 1))
         return maps
+
+    def _check_masks(self, last: int) -> None:
+        """The run has block 0's mask for all blocks, so that they have to be of one kind."""
+        attention = getattr(self.blocks[0], "self_attn", None)
+        kinds: list[str] = getattr(getattr(attention, "config", None), "layer_types", None) or []
+        if len(set(kinds[: last + 1])) > 1:
+            raise UnsupportedModelError(
+                f"blocks 0-{last} mix attention of different reach ({sorted(set(kinds))}); the diagnostic run "
+                "knows the mask of one. Use mode='one-pass' or 'uniform'."
+            )
+
+    def _diagnostic_call(self) -> dict[str, Any]:
+        """Block 0's arguments but the hidden states, by name, without its cache."""
+        kwargs = dict(self.kwargs)
+        if self.args:
+            names = list(inspect.signature(self.blocks[0].forward).parameters)[1:]
+            kwargs |= dict(zip(names, self.args, strict=False))
+        kwargs |= {key: None for key in ("past_key_values", "past_key_value") if key in kwargs}
+        kwargs |= {key: False for key in ("use_cache", "output_attentions") if key in kwargs}
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            # A static cache brings columns for later tokens.
+            kwargs["attention_mask"] = mask[..., : self.hidden.shape[1]]
+        return kwargs
 
 
 def predicted(predictor: SourcePredictor) -> Provider:
@@ -224,12 +275,38 @@ def _verdict(value: float, finite: bool, threshold: float) -> str | None:
     return f"confidence {value:.3f} is under the threshold {threshold:.3f}" if value < threshold else None
 
 
-def _select_rows(value: Any, rows: list[int] | None, batch: int) -> Any:
-    """Takes batch rows out of one argument of block 0: tensors whose first dimension is the batch."""
-    if rows is None:
+class _UnknownBatchDimension(Exception):  # noqa: N818 - a signal, not an error
+    """An argument of a block whose batch dimension is not in the table."""
+
+
+# Where the batch is in the arguments of a decoder block. M-RoPE puts the three axes of a position before the batch
+# (position_ids [3, B, S], cos and sin [3, B, S, h]) where other models have [B, S] and [B, S, h]: counted from the
+# end both are the same, and no shape has to be guessed when B happens to be 3.
+_BATCH_DIMENSION = {
+    "attention_mask": 0,
+    "position_ids": -2,
+    "position_embeddings": -3,
+    "rotary_pos_emb": 0,
+    "registered_causal_mask": 0,
+}
+
+
+def _select_rows(name: str, value: Any, index: Tensor, batch: int) -> Any:
+    """Takes batch rows out of one argument of a block.
+
+    Raises:
+        _UnknownBatchDimension: If it can't be told where the rows are.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, tuple):
-        return tuple(_select_rows(item, rows, batch) for item in value)  # pyright: ignore[reportUnknownVariableType]
-    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == batch and batch > 1:
-        return value[rows]
-    return value
+    if isinstance(value, tuple | list):
+        items = [_select_rows(name, item, index, batch) for item in value]  # pyright: ignore[reportUnknownVariableType]
+        return tuple(items) if isinstance(value, tuple) else items
+    dimension = _BATCH_DIMENSION.get(name)
+    if dimension is None or not isinstance(value, Tensor):
+        raise _UnknownBatchDimension
+    if value.ndim < -dimension or value.shape[dimension] == 1:
+        return value  # the same for all rows
+    if value.shape[dimension] != batch:
+        raise _UnknownBatchDimension
+    return value.index_select(dimension, index)

@@ -1,5 +1,6 @@
 """The YAML files load, every kind of mistake is told, and all mistakes are told at once."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,15 @@ def test_every_yaml_file_is_found():
     assert files == [
         "data/coco2014.yaml",
         "data/scenes.yaml",
+        "model/chameleon-30b.yaml",
+        "model/chameleon-7b.yaml",
+        "model/internvl3-8b.yaml",
+        "model/llava-1.5-13b.yaml",
         "model/llava-1.5-7b.yaml",
+        "model/qwen-vl.yaml",
+        "model/qwen2-vl-7b.yaml",
+        "model/qwen2.5-vl-7b.yaml",
+        "model/qwen3-vl-8b.yaml",
         "model/scene-llava.yaml",
         "predictor/default.yaml",
         "predictor/paper.yaml",
@@ -80,10 +89,28 @@ def test_defaults_are_the_embedded_ones():
     assert config.harvest.images <= config.data.world.train
 
 
-def test_llava_has_the_settings_of_the_paper():
-    scr = load_config(TrainConfig, overrides=["model=llava-1.5-7b"]).model.scr
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("llava-1.5-7b", 11),
+        ("llava-1.5-13b", 11),
+        ("chameleon-7b", 15),
+        ("chameleon-30b", 20),
+        ("qwen-vl", 15),
+        ("qwen2-vl-7b", 15),
+    ],
+)
+def test_models_of_the_paper_have_its_settings(name: str, last: int):
+    scr = load_config(TrainConfig, overrides=[f"model={name}"]).model.scr
     assert (scr.num_sources, scr.strength, scr.connectivity, scr.exclude_border) == (32, 1.10, 8, True)
-    assert (scr.edit_layers, scr.attention_layers) == ([0, 11], [8, 16])
+    assert (scr.edit_layers, scr.attention_layers) == ([0, last], [8, 16])
+
+
+@pytest.mark.parametrize(("name", "depth"), [("qwen2.5-vl-7b", 28), ("qwen3-vl-8b", 36), ("internvl3-8b", 28)])
+def test_other_models_have_the_fractions_of_qwen2_vl(name: str, depth: int):
+    scr = load_config(TrainConfig, overrides=[f"model={name}"]).model.scr
+    assert scr.edit_layers == [0, int(16 / 28 * depth + 0.5) - 1]
+    assert scr.attention_layers == [int(8 / 28 * depth), int(16 / 28 * depth)]
 
 
 def test_paper_predictor_sees_states_only():
@@ -384,8 +411,8 @@ def test_help_lists_every_key_with_its_meaning_and_every_option():
         assert key.doc, f"{key.path} has no docstring in configs/schema.py"
         assert (f"\n{key.path}: " if key.section else f"\n  {key.path}=") in text
     for group, option in OPTIONS:
-        line = next(line for line in text.splitlines() if line.startswith(f"  {group} "))
-        assert option in line.replace("*", "").split()
+        found = re.search(rf"\n  {group} (.*?)\n(?:  \S|\n)", text, re.DOTALL)  # wrapped where it is long
+        assert found is not None and option in found[1].replace("*", "").split()
     assert max(map(len, text.splitlines())) <= TERMINAL_COLUMNS
 
 

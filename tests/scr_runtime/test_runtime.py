@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from typing import Any
 
@@ -11,121 +10,19 @@ import torch
 from torch import Tensor
 
 from scr_runtime import SCR, PredictorConfig, SCRConfig, SourcePredictor, capture, errors
+from tests.scr_runtime.reference import (
+    IMAGE_TOKEN,
+    hook_count,
+    kept,
+    make_predictor,
+    reference_greedy,
+    reference_images,
+    reference_logits,
+    reference_maps,
+    reference_sources,
+)
 
-IMAGE_TOKEN = 99
 CONFIG = SCRConfig(num_sources=5, strength=1.3, edit_layers=(0, 2), attention_layers=(2, 4))
-
-
-# -- the reference ---------------------------------------------------------------------------------------------------
-
-
-def reference_maps(model: Any, inputs: dict[str, Tensor], config: SCRConfig, prompt_length: int) -> list[Tensor]:
-    """Attention maps from whole eager attention matrices, one [N] per image."""
-    eager = copy.deepcopy(model)
-    eager.set_attn_implementation("eager")
-    with torch.no_grad():
-        attentions = eager(**inputs, output_attentions=True).attentions
-    first, last = config.attention_layers
-    mean = torch.stack(attentions[first : last + 1]).mean((0, 2))  # [B, S, S]
-    maps = []
-    for row, image in reference_images(model, inputs):
-        queries = [
-            place
-            for place in range(image[-1] + 1, prompt_length)
-            if inputs["attention_mask"][row, place] and inputs["input_ids"][row, place] != IMAGE_TOKEN
-        ]
-        maps.append(mean[row][queries][:, image].mean(0))
-    return maps
-
-
-def reference_images(model: Any, inputs: dict[str, Tensor]) -> list[tuple[int, list[int]]]:
-    """(row, positions of the patches) of each image."""
-    vision = model.config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    skip = int(model.config.vision_feature_select_strategy == "full")
-    found = []
-    for row, ids in enumerate(inputs["input_ids"].tolist()):
-        places = [place for place, token in enumerate(ids) if token == IMAGE_TOKEN]
-        for start in range(0, len(places), patches + skip):
-            found.append((row, places[start + skip : start + skip + patches]))
-    return found
-
-
-def reference_sources(attention: Tensor, config: SCRConfig) -> list[int]:
-    side = int(len(attention) ** 0.5)
-    candidates = [
-        (-float(value), index)
-        for index, value in enumerate(attention)
-        if not config.exclude_border or (0 < index // side < side - 1 and 0 < index % side < side - 1)
-    ]
-    k = min(config.num_sources, len(candidates) // 2)
-    return [index for _, index in sorted(candidates)[:k]]
-
-
-def reference_edit(hidden: Tensor, positions: list[int], sources: list[int], config: SCRConfig) -> None:
-    """Eq. (1), source after source in descending attention; claimed neighbours stay claimed."""
-    side = int(len(positions) ** 0.5)
-    before = hidden.clone()
-    taken = set(sources)
-    for source in sources:
-        for row in range(source // side - 1, source // side + 2):
-            for column in range(source % side - 1, source % side + 2):
-                near = abs(row - source // side) + abs(column - source % side)
-                index = row * side + column
-                if not (0 <= row < side and 0 <= column < side) or index in taken:
-                    continue
-                if config.connectivity == 4 and near != 1:
-                    continue
-                taken.add(index)
-                hidden[positions[index]] += (config.strength - 1) * before[positions[source]]
-        hidden[positions[source]] = before[positions[source]] / config.strength
-
-
-def reference_logits(
-    model: Any,
-    inputs: dict[str, Tensor],
-    config: SCRConfig,
-    sources: list[list[int]] | None = None,
-    prompt_length: int | None = None,
-) -> tuple[Tensor, list[list[int]]]:
-    """Two whole passes: eager maps, then a forward whose blocks are followed by loops."""
-    eager = copy.deepcopy(model)
-    eager.set_attn_implementation("eager")
-    if sources is None:
-        length = inputs["input_ids"].shape[1] if prompt_length is None else prompt_length
-        sources = [reference_sources(a, config) for a in reference_maps(model, inputs, config, length)]
-    images = reference_images(model, inputs)
-
-    def edit(module: Any, args: Any, output: Tensor) -> Tensor:
-        output = output.clone()
-        for (row, positions), chosen in zip(images, sources, strict=True):
-            reference_edit(output[row], positions, chosen, config)
-        return output
-
-    for layer in range(config.edit_layers[0], config.edit_layers[1] + 1):
-        eager.model.language_model.layers[layer].register_forward_hook(edit)
-    with torch.no_grad():
-        return eager(**inputs).logits, sources
-
-
-def kept(inputs: dict[str, Tensor], logits: Tensor) -> Tensor:
-    return logits[inputs["attention_mask"].bool()]
-
-
-def hook_count(model: torch.nn.Module) -> int:
-    tables = (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_forward_hooks_always_called",
-        "_forward_hooks_with_kwargs",
-    )
-    return sum(len(getattr(module, table)) for module in model.modules() for table in tables)
-
-
-def make_predictor(model: Any, seed: int = 0, **kwargs: Any) -> SourcePredictor:
-    torch.manual_seed(seed)
-    size = model.config.text_config.hidden_size
-    return SourcePredictor(PredictorConfig(size, rank=8, width=16, **kwargs)).eval()
 
 
 # -- exactness -------------------------------------------------------------------------------------------------------
@@ -194,7 +91,7 @@ def test_capture_states_are_block_0_outputs(tiny_llava: Any, llava_inputs: Any) 
     inputs = llava_inputs(model, [1, 1], seed=1)
     with torch.no_grad():
         hidden = model(**inputs, output_hidden_states=True).hidden_states[1]
-    for item, (row, positions) in zip(capture(model, CONFIG, inputs), reference_images(model, inputs), strict=True):
+    for item, (row, positions, _) in zip(capture(model, CONFIG, inputs), reference_images(model, inputs), strict=True):
         assert torch.equal(item.states, hidden[row, positions])
         text = [
             place
@@ -234,18 +131,6 @@ def test_one_pass_edits_the_sources_that_its_predictor_chose(tiny_llava: Any, ll
 
 
 # -- generate --------------------------------------------------------------------------------------------------------
-
-
-def reference_greedy(model: Any, inputs: dict[str, Tensor], config: SCRConfig, steps: int) -> Tensor:
-    """Greedy decoding by whole forward passes over a growing prompt, with the sources of the first."""
-    prompt = inputs["input_ids"].shape[1]
-    current, sources = dict(inputs), None
-    for _ in range(steps):
-        logits, sources = reference_logits(model, current, config, sources, prompt)
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        current["input_ids"] = torch.cat([current["input_ids"], token], 1)
-        current["attention_mask"] = torch.cat([current["attention_mask"], torch.ones_like(token)], 1)
-    return current["input_ids"]
 
 
 @pytest.mark.parametrize(
@@ -612,7 +497,7 @@ def test_a_layer_beyond_the_depth_and_an_unknown_family(tiny_llava: Any) -> None
         SCR(model, config=SCRConfig(edit_layers=(0, 6), attention_layers=(1, 2)), mode="two-pass")
     with pytest.raises(errors.ConfigurationError, match="expected one of"):
         SCR(model, config=CONFIG, mode="onepass")  # type: ignore[arg-type]
-    with pytest.raises(errors.UnsupportedModelError, match=r"Supported .* \['llava'\]"):
+    with pytest.raises(errors.UnsupportedModelError, match=r"Supported .*'llava'.*docs/families.md"):
         SCR(torch.nn.Linear(2, 2), config=CONFIG, mode="two-pass")
 
 
