@@ -25,6 +25,7 @@ from scr_runtime.errors import UnsupportedModelError
 from scr_runtime.layout import ImageGroup, VisualLayout
 from scr_runtime.network import SourcePredictor, raw_confidence
 from scr_runtime.redistribute import effective_num_sources, eligible_patches, select_sources
+from scr_runtime.session import NestedRun, Question
 
 ONE_PASS, TWO_PASS, UNIFORM = "one-pass", "two-pass", "uniform"
 
@@ -60,6 +61,7 @@ class Prefill:
         blocks: The decoder blocks.
         args: Positional arguments of block 0's call.
         kwargs: Keyword arguments of block 0's call.
+        asked: The image session's question that this prompt is; ``None`` outside a session.
     """
 
     hidden: Tensor
@@ -68,6 +70,7 @@ class Prefill:
     blocks: nn.ModuleList
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    asked: Question | None = None
 
     def states(self, group: ImageGroup) -> Tensor:
         """[I, N, d] block-0 states of a group's patches."""
@@ -102,16 +105,20 @@ class Prefill:
         if isinstance(mask, Tensor) and mask.ndim == 4:
             kwargs["attention_mask"] = mask[..., :length]  # a static cache brings columns for later tokens
 
+        run = NestedRun(hidden, kwargs, captured, lambda total: total)
+        if self.asked is not None and not args:
+            run = self.asked.enter(hidden, kwargs, captured, rows, batch)
+
         def run_blocks(hidden: Tensor) -> None:
             for block in list(self.blocks)[1:]:
-                output: Any = block.forward(hidden, *args, **kwargs, scr_rows=captured)
+                output: Any = block.forward(hidden, *args, **run.kwargs, scr_rows=run.captured)
                 hidden = output[0] if isinstance(output, tuple) else output
 
         # An empty context: transformers collects output_attentions through a context variable, and the
         # diagnostic's own must not be among them.
         with suppress(MapComplete):
-            Context().run(run_blocks, hidden)
-        total = captured.total
+            Context().run(run_blocks, run.hidden)
+        total = run.captured.total
         if total is None:  # check_depth has seen that the layers exist, so their attention was not the wrapper
             block: Any = self.blocks[0]
             implementation = block.self_attn.config._attn_implementation
@@ -119,6 +126,7 @@ class Prefill:
                 f"the attention implementation was changed to {implementation!r} while SCR was attached; "
                 "detach, change it, and attach again"
             )
+        total = run.finish(total)
         first, last = self.config.attention_layers
         place = None
         if rows is not None:
