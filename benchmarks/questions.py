@@ -3,9 +3,9 @@
 python -m benchmarks.questions
 python -m benchmarks.questions --repeats 40 --text 60
 
-The model and the prompt are those of benchmarks.prefill: about 220 M parameters, 576 visual tokens of 616. Times are CPU time
-of one thread, variants interleaved round by round; the ratio is the median over rounds, with quartiles. Every time
-includes the session's own checks of image and prefix.
+The model and the prompt are those of benchmarks.prefill: about 220 M parameters, 576 visual tokens of 616. Times are
+CPU time of one thread, variants interleaved round by round; the ratio is the median over rounds, with quartiles.
+Every time includes the session's own checks of image and prefix.
 """
 
 from __future__ import annotations

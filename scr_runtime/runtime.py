@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -285,7 +285,7 @@ class SCR:
         return ImageSession(self.model, self._family, inputs, self._asking)
 
     @contextmanager
-    def _asking(self, question: Question) -> Iterator[None]:
+    def _asking(self, question: Question) -> Generator[None]:
         if self.model.__dict__.get(_OWNER) is not self:
             raise AttachError("the SCR of this image session is not attached to its model; attach it first")
         self._question = question
