@@ -166,7 +166,7 @@ class Question:
         """A run over the text alone, which attends to the kept prefix.
 
         Rows of a padded batch that have less text than others bring their last visual tokens once more; those are
-        hidden as keys, and their own rows come out as they are kept.
+        hidden as keys, and their own attention rows are the kept ones.
         """
         kept, length = self.kept, hidden.shape[1]
         starts = [self.starts[prompt] for prompt in prompts]
@@ -195,8 +195,8 @@ class Question:
             early = kept.take(("rows", 0), prompts)
             for row, start in places:
                 end = start + kept.length
-                full[row, start : start + early.shape[1], start:end] = early[row]
                 full[row, -text:, start:end] = total[row, :, : kept.length]
+                full[row, start : start + early.shape[1], start:end] = early[row]  # over tokens run once more
             return full
 
         return NestedRun(hidden[:, length - text :], kwargs, AttentionRows(captured.layers, text), finish)
@@ -279,7 +279,7 @@ class ImageSession:
                 f"{type(model).__name__} can't take image features that were encoded before "
                 "(no mm_encoder_outputs): ask each question by itself"
             )
-        kept = KeptPrefix(_first_prefix(inputs, family.image_token_id(model)))
+        kept = KeptPrefix(_first_prefix(inputs, self._visual_tokens))
         names = set(inspect.signature(encode).parameters)
         image = {key: value for key, value in inputs.items() if key in names and value is not None}
         with torch.no_grad():
@@ -341,6 +341,9 @@ class ImageSession:
             raise SessionError("this image session is closed; open another with scr.image(**inputs)")
         return self._kept
 
+    def _visual_tokens(self, ids: Tensor) -> Tensor:
+        return ids == self._family.image_token_id(self._model)
+
     def _prepare(self, inputs: Mapping[str, Any]) -> tuple[Question, dict[str, Any]]:
         kept = self._open()
         for key in ("mm_encoder_outputs", "inputs_embeds"):
@@ -380,10 +383,10 @@ class ImageSession:
         ids, mask = _on_host(inputs)
         if len(ids) != len(kept.ids):
             raise SessionError(f"the session has {len(kept.ids)} batch rows, this question has {len(ids)}")
-        token = self._family.image_token_id(self._model)
+        visual = self._visual_tokens(ids)
         starts: list[int] = []
         for row in range(len(ids)):
-            end = _after_last(ids[row] == token)
+            end = _after_last(visual[row])
             start = end - kept.length
             if start < 0 or not torch.equal(ids[row, start:end], kept.ids[row]):
                 raise SessionError(
@@ -402,12 +405,13 @@ class ImageSession:
         return starts
 
 
-def _first_prefix(inputs: Mapping[str, Any], image_token_id: int) -> Tensor:
+def _first_prefix(inputs: Mapping[str, Any], visual_tokens: Callable[[Tensor], Tensor]) -> Tensor:
     """[B, P] tokens from the first one that is no padding to the last visual one, on the host."""
     ids, mask = _on_host(inputs)
+    visual = visual_tokens(ids)
     rows: list[Tensor] = []
     for row in range(len(ids)):
-        start, end = int(mask[row].byte().argmax()), _after_last(ids[row] == image_token_id)
+        start, end = int(mask[row].byte().argmax()), _after_last(visual[row])
         if end <= start or not bool(mask[row, start:end].all()):
             raise SessionError(
                 f"row {row} of the batch has no image placeholder, or masked tokens before its last one; a session "
