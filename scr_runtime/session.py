@@ -271,14 +271,14 @@ class ImageSession:
         self._kept: KeptPrefix | None = None
         self._features: Any = None
         self._image: dict[str, Any] = {}
-        if inputs.get(_PIXELS) is None:
-            raise SessionError("a session is about an image: pass the processor's pixel_values with input_ids")
-        encode: Any = getattr(model.base_model, "get_image_features", None)
+        encode: Any = getattr(getattr(model, "base_model", model), "get_image_features", None)
         if encode is None or "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
             raise UnsupportedModelError(
                 f"{type(model).__name__} can't take image features that were encoded before "
                 "(no mm_encoder_outputs): ask each question by itself"
             )
+        if inputs.get(_PIXELS) is None:
+            raise SessionError("a session is about an image: pass the processor's pixel_values with input_ids")
         kept = KeptPrefix(_first_prefix(inputs, self._visual_tokens))
         names = set(inspect.signature(encode).parameters)
         image = {key: value for key, value in inputs.items() if key in names and value is not None}

@@ -403,7 +403,9 @@ def test_a_pixel_buffer_that_is_filled_anew_is_another_image(opened: Any) -> Non
         image(**inputs)
 
 
-def test_what_a_session_cannot_be_opened_on(tiny_llava: Any, llava_inputs: Any) -> None:
+def test_what_a_session_cannot_be_opened_on(
+    tiny_llava: Any, llava_inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_llava(14)
     scr = SCR(model, config=CONFIG, mode="two-pass")
     with pytest.raises(errors.SessionError, match="about an image"):
@@ -412,6 +414,9 @@ def test_what_a_session_cannot_be_opened_on(tiny_llava: Any, llava_inputs: Any) 
         scr.image(**llava_inputs(model, [1, 0]))
     with pytest.raises(errors.SessionError, match=r"prefixes have \[39, 77\] tokens.*one session per row"):
         scr.image(**llava_inputs(model, [1, 2]))
+    monkeypatch.delattr(type(model.model), "get_image_features")
+    with pytest.raises(errors.UnsupportedModelError, match="ask each question by itself"):
+        scr.image(**llava_inputs(model, [1]))
 
 
 def test_a_session_ends_with_its_block_and_needs_its_scr(tiny_llava: Any, llava_inputs: Any) -> None:
