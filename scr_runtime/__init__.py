@@ -7,11 +7,13 @@ from scr_runtime.config import SCRConfig
 from scr_runtime.families import describe_model
 from scr_runtime.network import PredictorConfig, SourcePredictor
 from scr_runtime.runtime import SCR, ImageReport
+from scr_runtime.session import ImageSession
 
 __all__ = [
     "SCR",
     "Capture",
     "ImageReport",
+    "ImageSession",
     "PredictorConfig",
     "SCRConfig",
     "SourcePredictor",

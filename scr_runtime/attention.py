@@ -127,6 +127,11 @@ def select_wrapper(config: Any) -> Callable[[], None]:
     return restore
 
 
+def implementation(config: Any) -> str:
+    """Name of a decoder's attention implementation, whether it is wrapped or not."""
+    return str(config._attn_implementation).removeprefix(_PREFIX)
+
+
 def _wrapper(base: Callable[..., Any] | None) -> Callable[..., Any]:
     def attention(
         module: Any,

@@ -10,6 +10,7 @@ SCRError
 │   ├── PredictorVersionError    the folder was written by a newer scr_runtime
 │   └── PredictorMismatchError   the predictor was fitted for another model
 ├── PrefillError            the visual tokens of a prompt cannot be mapped to patch grids
+├── SessionError            a question is not about the session's image, or the session is closed
 ├── NonFiniteScoresError    a source provider returned NaN or infinite scores
 └── EditNotFiredError       a prefill went by without every edit, so the output is not an SCR output
 """
@@ -53,6 +54,10 @@ class PredictorMismatchError(PredictorError):
 
 class PrefillError(SCRError, ValueError):
     """The visual tokens of a prompt cannot be mapped to patch grids."""
+
+
+class SessionError(SCRError, ValueError):
+    """A question is not about the session's image, or the session is closed."""
 
 
 class NonFiniteScoresError(SCRError, ArithmeticError):

@@ -238,6 +238,7 @@ def _deepstack(call: Mapping[str, Any]) -> BetweenBlocks | None:
             return hidden
         placed = hidden.new_zeros(*visual.shape, hidden.shape[-1])  # [B, S, d]
         placed = placed.masked_scatter(visual[..., None], features[layer].to(hidden.dtype))
+        placed = placed[:, -hidden.shape[1] :]  # an image session runs the last positions only
         return hidden + (placed if rows is None else placed[rows])
 
     return add

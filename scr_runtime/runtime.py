@@ -6,8 +6,8 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -43,6 +43,7 @@ from scr_runtime.redistribute import (
     plan_edit,
     select_sources,
 )
+from scr_runtime.session import ImageSession, Question
 from scr_runtime.sources import Prefill, Scores
 from scr_runtime.types import Mode
 
@@ -177,6 +178,7 @@ class SCR:
         self._provide = self._build_provider(reason, threshold or 0.0, seed)
         self._detach: ExitStack | None = None
         self._generate: _Generate | None = None
+        self._question: Question | None = None
         self._run: _Run | None = None
         self._last: _Run | None = None
         self._pending: list[tuple[Tensor, Any, Callable[[], SCRError]]] = []
@@ -267,6 +269,37 @@ class SCR:
                 )
         return [reports[image] for image in sorted(reports)]
 
+    # -- several questions about one image -----------------------------------------------------------------------
+
+    def image(self, **inputs: Any) -> ImageSession:
+        """Opens a session for several questions about one image, whose features and prefix are worked out once.
+
+        ``image.generate(**inputs)`` and ``image(**inputs)`` then stand for ``model.generate`` and ``model``. Sessions
+        hold memory (``nbytes``) until they are closed; several may be open at a time.
+
+        Args:
+            **inputs: The processor's output for any of the questions.
+
+        Returns:
+            The session, open; use it as a context manager, or call its ``close``.
+
+        Raises:
+            SessionError: If the prompt has no image, a batch row has none, or rows differ in the length of what
+                comes before the end of their last image.
+            UnsupportedModelError: If the model can't take image features that were encoded before.
+        """
+        return ImageSession(self.model, self._family, inputs, self._asking)
+
+    @contextmanager
+    def _asking(self, question: Question) -> Generator[None]:
+        if self.model.__dict__.get(_OWNER) is not self:
+            raise AttachError("the SCR of this image session is not attached to its model; attach it first")
+        self._question = question
+        try:
+            yield
+        finally:
+            self._question = None
+
     # -- the pass ------------------------------------------------------------------------------------------------
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -318,7 +351,15 @@ class SCR:
             frozen = self._generate.choice if self._generate is not None else None
             if frozen is None:
                 prefill = Prefill(
-                    hidden, run.layout, self.config, self._blocks, args[1:], kwargs, self._family, run.decoder_call
+                    hidden,
+                    run.layout,
+                    self.config,
+                    self._blocks,
+                    args[1:],
+                    kwargs,
+                    self._family,
+                    run.decoder_call,
+                    self._question,
                 )
                 run.choice = self._choose(prefill)
             else:

@@ -27,6 +27,7 @@ from scr_runtime.families import Family
 from scr_runtime.layout import ImageGroup, VisualLayout
 from scr_runtime.network import SourcePredictor, raw_confidence
 from scr_runtime.redistribute import effective_num_sources, eligible_patches, select_sources
+from scr_runtime.session import NestedRun, Question
 
 ONE_PASS, TWO_PASS, UNIFORM = "one-pass", "two-pass", "uniform"
 
@@ -64,6 +65,7 @@ class Prefill:
         kwargs: Keyword arguments of block 0's call.
         family: Whose blocks these are.
         decoder_call: Keyword arguments of the decoder's call, where the family needs them.
+        asked: The image session's question that this prompt is; ``None`` outside a session.
     """
 
     hidden: Tensor
@@ -74,6 +76,7 @@ class Prefill:
     kwargs: Mapping[str, Any]
     family: Family
     decoder_call: Mapping[str, Any]
+    asked: Question | None = None
 
     def states(self, group: ImageGroup) -> Tensor:
         """[I, N, d] block-0 states of a group's patches."""
@@ -116,25 +119,30 @@ class Prefill:
         add = between(self.decoder_call) if between is not None else None
         tap = self.family.tap
 
+        hidden = self.hidden if index is None else self.hidden[index]
+        run = NestedRun(hidden, kwargs, captured, lambda total: total)
+        if self.asked is not None and tap is None:
+            run = self.asked.enter(hidden, kwargs, captured, rows, batch)
+
         def run_blocks(hidden: Tensor) -> None:
             for layer, block in enumerate(self.blocks):
                 if layer > 0:
-                    output: Any = block.forward(hidden, **kwargs)
+                    output: Any = block.forward(hidden, **run.kwargs)
                     hidden = output[0] if isinstance(output, tuple) else output
                 if add is not None:
                     hidden = add(layer, hidden, index)
 
         with ExitStack() as stack:
             if tap is None:
-                kwargs["scr_rows"] = captured
+                run.kwargs["scr_rows"] = run.captured
             else:
                 for layer, block in enumerate(self.blocks):
                     stack.callback(tap(block, layer, captured))
             # An empty context: transformers collects output_attentions through a context variable, and the
             # diagnostic's own must not be among them.
             with suppress(MapComplete):
-                Context().run(run_blocks, self.hidden if index is None else self.hidden[index])
-        total = captured.total
+                Context().run(run_blocks, run.hidden)
+        total = run.captured.total
         if total is None and tap is not None:
             raise UnsupportedModelError(
                 "the blocks' attention did not pass where its q and k are read (a fused kernel?); load the model "
@@ -147,6 +155,7 @@ class Prefill:
                 f"the attention implementation was changed to {implementation!r} while SCR was attached; "
                 "detach, change it, and attach again"
             )
+        total = run.finish(total)
         place = None
         if rows is not None:
             place = torch.zeros(batch, dtype=torch.long)
