@@ -7,6 +7,7 @@ from scr_runtime.config import SCRConfig
 from scr_runtime.families import describe_model
 from scr_runtime.network import PredictorConfig, SourcePredictor
 from scr_runtime.runtime import SCR, ImageReport
+from scr_runtime.stats import SCRStats
 
 __all__ = [
     "SCR",
@@ -14,6 +15,7 @@ __all__ = [
     "ImageReport",
     "PredictorConfig",
     "SCRConfig",
+    "SCRStats",
     "SourcePredictor",
     "capture",
     "describe_model",

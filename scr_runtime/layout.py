@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,13 +83,15 @@ def visual_layout(
             f"{len(images)} images need {total} visual tokens and a question after them, but the prompt has "
             f"{batch} x {length} tokens. Is an image placeholder missing from the prompt?"
         )
-    visual = input_ids == image_token_id  # [B, S]
-    order = (~visual).view(-1).byte().sort(stable=True).indices[:total]  # flat positions of visual tokens
-    place = torch.arange(length, device=input_ids.device)
-    text = ~visual & (place < (length if prompt_length is None else prompt_length))
+    device = input_ids.device
+    other = input_ids != image_token_id  # [B, S]
+    order = other.view(torch.uint8).view(-1).sort(stable=True).indices[:total]  # flat positions of visual tokens
+    tail = slice(length - text_rows, length)
+    place = _positions(length, device)[tail]  # [T]
     kept = _kept_positions(attention_mask, length)
-    if kept is not None:
-        text = text & kept
+    text = other[:, tail] if kept is None else torch.logical_and(other[:, tail], kept[:, tail])  # [B, T]
+    if prompt_length is not None and prompt_length < length:
+        text = text & (place < prompt_length)
 
     by_grid: dict[ImageGrid, list[int]] = {}
     for index, image in enumerate(images):
@@ -96,20 +99,47 @@ def visual_layout(
     pieces = order.split([image.tokens for image in images])
     groups: list[ImageGroup] = []
     for image, indices in by_grid.items():
-        positions = torch.stack([pieces[index] for index in indices])[:, image.skip :]  # [I, N]
-        rows = positions[:, 0] // length
-        after = text[rows] & (place > (positions[:, -1] % length)[:, None])  # [I, S]
-        weights = after[:, length - text_rows :].float()
-        weights = weights / weights.sum(-1, keepdim=True)
+        if len(by_grid) == 1:
+            tokens = order.view(len(indices), -1)
+        else:
+            tokens = torch.stack([pieces[index] for index in indices])
+        positions = tokens[:, image.skip :]  # [I, N]
+        if batch == 1:  # the common case, three kernels less
+            rows, own_text, last = _first_row(len(indices), device), text, positions[:, -1]
+        else:
+            rows = positions[:, 0] // length
+            own_text, last = text[rows], positions[:, -1] % length
+        after = own_text & (place > last[:, None])  # [I, T]
+        weights = after / after.sum(-1, keepdim=True, dtype=torch.float32)
         groups.append(ImageGroup(image.grid, indices, positions, rows, weights))
     return VisualLayout(text_rows, groups)
 
 
 def _kept_positions(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """[B, S] bool of positions that are not padding, from any mask that a forward call may bring."""
+    """[B, S] of positions that are not padding, true or not 0, from any mask that a forward call may bring."""
     if attention_mask is None:
         return None
     if attention_mask.ndim == 2:
-        return attention_mask[:, :length].bool()
+        return attention_mask[:, :length]
     last = attention_mask[:, 0, length - 1, :length]  # the last query sees every position but padding
     return last if last.dtype == torch.bool else last >= 0
+
+
+# Kept per device, so that a prefill does not make them again; no inference tensors, which others could not use.
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _arange(size: int, device: torch.device) -> Tensor:
+    return torch.arange(size, device=device)
+
+
+def _positions(length: int, device: torch.device) -> Tensor:
+    """[S] int64, 0 to S - 1; one tensor serves all lengths up to the next power of two."""
+    return _arange(1 << (length - 1).bit_length(), device)[:length]
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _first_row(images: int, device: torch.device) -> Tensor:
+    return torch.zeros(images, dtype=torch.int64, device=device)
