@@ -4,15 +4,17 @@ A TorchDispatchMode sees every aten operator below autograd. Each is sorted into
 
     free      views, allocations and metadata: an operator whose schema returns an alias that it does not write, or
               that is in FREE. No kernel on a GPU.
-    sync      an operator that makes the host wait for a device: reading a value (_local_scalar_dense, which is
-              ``item``, ``bool(tensor)``, ``float(tensor)``; tolist is not seen on a CPU), a shape that depends on
-              values (nonzero, masked_select, unique, index with a boolean mask), or a blocking copy to the host
-              (_to_copy and copy_ from an accelerator; on a CPU nothing is copied, so those show on a GPU only).
+    sync      what makes the host wait for a device: reading a value (_local_scalar_dense, which is ``item``,
+              ``bool(tensor)``, ``float(tensor)``; ``tolist`` and ``numpy``, seen one level above), or a shape that
+              depends on values (nonzero, masked_select, unique, index with a boolean mask). Reading the target of
+              a non-blocking copy is no sync: such code asks first whether the copy has arrived. A blocking copy to
+              the host (``cpu()``, ``to("cpu")``) is a no-operation on a CPU: it is counted where it is asked for by
+              ``cpu()``, and can't be seen where it is a ``to``.
     kernel    everything else, and the syncs too: one operator is one kernel here. On a GPU some are more (a sort is
-              about four) and a few are less, so that this is a measure for comparing passes, not a profile.
+              about four, a copy is a transfer), so that this compares passes and is no profile.
 
-Branches that depend on the device are counted as an accelerator would take them if the caller says so: see
-``accelerator_branches``.
+scr_runtime reads a prefill's scores at once on a CPU and asynchronously elsewhere. ``accelerator_branches`` makes it
+take the latter way here.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 FREE = {
@@ -85,6 +88,8 @@ class CountingMode(TorchDispatchMode):
         """Runs an operator and notes what it is."""
         result = func(*args, **(kwargs or {}))
         name = func.name()
+        if name == "aten::copy_" and (args[2:] == (True,) or (kwargs or {}).get("non_blocking")):
+            args[0].arrives_by_itself = True
         if _is_sync(name, args):
             self.count.syncs[name] += 1
         elif name in FREE or _is_view(func):
@@ -95,6 +100,22 @@ class CountingMode(TorchDispatchMode):
                 self.count.largest = max(self.count.largest, tensor.numel() * tensor.element_size())
                 self.count.shapes.add(tuple(tensor.shape))
         return result
+
+
+class _ReadingMode(TorchFunctionMode):
+    """Sees the reads that no operator tells of."""
+
+    def __init__(self, count: Count) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("tolist", "numpy", "cpu") and not hasattr(args[0], "arrives_by_itself"):
+            self.count.syncs[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _is_view(func: Any) -> bool:
@@ -112,9 +133,9 @@ def _is_sync(name: str, args: tuple[Any, ...]) -> bool:
 
 def counted(call: Callable[[], object]) -> Count:
     """Counts one call, run once before so that what is cached per shape and device does not count."""
-    call()
-    with CountingMode() as mode:
-        call()
+    for _ in range(2):
+        with CountingMode() as mode, _ReadingMode(mode.count):
+            call()
     return mode.count
 
 
