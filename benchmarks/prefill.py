@@ -26,7 +26,7 @@ SIDE = 24
 CONFIG = SCRConfig(num_sources=32, edit_layers=(0, 5), attention_layers=(4, 8))  # of 16; the paper's 0-11, 8-16 of 32
 
 
-def build_model(layers: int = 16, hidden: int = 1024) -> LlavaForConditionalGeneration:
+def build_model(layers: int = 16, hidden: int = 1024, tower_layers: int = 8) -> LlavaForConditionalGeneration:
     """A random LLaVA with 24 x 24 patches."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {"image_token_id": IMAGE_TOKEN}  # a dict: its type stub lacks the parameter
@@ -35,7 +35,7 @@ def build_model(layers: int = 16, hidden: int = 1024) -> LlavaForConditionalGene
         vision_config=CLIPVisionConfig(
             hidden_size=384,
             intermediate_size=1536,
-            num_hidden_layers=8,
+            num_hidden_layers=tower_layers,
             num_attention_heads=6,
             image_size=14 * SIDE,
             patch_size=14,
@@ -54,6 +54,17 @@ def build_model(layers: int = 16, hidden: int = 1024) -> LlavaForConditionalGene
     return LlavaForConditionalGeneration(config).eval()
 
 
+def make_inputs(batch: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """One image and 40 words per row."""
+    ids = [1, *[5] * 9, *[IMAGE_TOKEN] * SIDE * SIDE, *range(10, 40)]
+    return {
+        "input_ids": torch.tensor([ids] * batch),
+        "attention_mask": torch.ones(batch, len(ids), dtype=torch.long),
+        "pixel_values": torch.randn(batch, 3, 14 * SIDE, 14 * SIDE, dtype=dtype),
+        "use_cache": True,
+    }
+
+
 def main() -> None:
     """Prints one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,13 +74,7 @@ def main() -> None:
 
     model = build_model()
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    ids = [1, *[5] * 9, *[IMAGE_TOKEN] * SIDE * SIDE, *range(10, 40)]
-    inputs: dict[str, Any] = {
-        "input_ids": torch.tensor([ids] * options.batch),
-        "attention_mask": torch.ones(options.batch, len(ids), dtype=torch.long),
-        "pixel_values": torch.randn(options.batch, 3, 14 * SIDE, 14 * SIDE),
-        "use_cache": True,
-    }
+    inputs = make_inputs(options.batch)
     predictor = SourcePredictor(PredictorConfig(1024)).eval().requires_grad_(False)
     runtimes = {
         "two-pass": SCR(model, config=CONFIG, mode="two-pass"),
@@ -85,7 +90,7 @@ def main() -> None:
     names = ["vanilla", "vanilla again", *runtimes]
     costs = prefill_costs(model, inputs, names, applied, repeats=options.repeats)
     print(
-        f"{parameters:.0f} M parameters, batch {options.batch}, {len(ids)} tokens, {SIDE * SIDE} visual; "
+        f"{parameters:.0f} M parameters, batch {options.batch}, {inputs['input_ids'].shape[1]} tokens, {SIDE * SIDE} visual; "
         f"predictor {predictor.count_parameters():,} parameters; torch {torch.__version__}, {options.repeats} rounds\n"
     )
     rows = [["mode", "ms of thread time", "ratio to vanilla", "quartiles"]]
