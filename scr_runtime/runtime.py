@@ -389,9 +389,9 @@ class SCR:
         # An output of None means that the forward raised: its own exception goes on.
         if output is not None and run.fired != expected:
             raise EditNotFiredError(
-                f"blocks {expected} should have been edited in this prefill, but {run.fired} were. Hooks on a "
-                "language model that was compiled as a whole before attach() are ignored: compile its blocks "
-                "one by one, or attach before the first call."
+                f"blocks {expected} should have been edited in this prefill, but {run.fired} were. A language model "
+                "that is compiled as a whole ignores hooks where an earlier call was traced without them: compile "
+                "its blocks one by one."
             )
         if output is not None:
             self._note(run)
