@@ -66,9 +66,7 @@ class Count:
 
     def __sub__(self, other: Count) -> Count:
         """What this pass did more often than another; shapes that the other did not have."""
-        return Count(
-            self.kernels - other.kernels, self.syncs - other.syncs, self.largest, self.shapes - other.shapes
-        )
+        return Count(self.kernels - other.kernels, self.syncs - other.syncs, self.largest, self.shapes - other.shapes)
 
     def net(self, other: Count) -> int:
         """Kernels more than another pass, operators that it has less of taken off."""

@@ -128,9 +128,9 @@ def load_predictor(folder: str | os.PathLike[str], device: str | torch.device | 
     predictor.threshold = float(config["threshold"])
     if config.get("drift_limit") is not None:  # a folder without it has no guard
         try:
-            predictor.set_drift(config.get("drift_typical"), config["drift_limit"])
-        except (TypeError, ValueError) as error:
-            raise PredictorCorruptError(f"{path}: {error}") from error
+            predictor.set_drift(float(config["drift_typical"]), float(config["drift_limit"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise PredictorCorruptError(f"{path}: drift_typical and drift_limit: {error}") from error
     predictor.info = config
     return predictor.eval().requires_grad_(False).to(device)
 

@@ -21,7 +21,8 @@ TINY = SCRConfig(num_sources=5, edit_layers=(0, 2), attention_layers=(2, 4))
 @pytest.fixture(scope="module")
 def narrow() -> Any:
     """32 blocks, 24 x 24 patches, hidden size 64, bfloat16 as on a GPU."""
-    return build_model(layers=32, hidden=64, tower_layers=1).to(torch.bfloat16)
+    model: Any = build_model(layers=32, hidden=64, tower_layers=1)
+    return model.to(torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
