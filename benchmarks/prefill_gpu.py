@@ -167,8 +167,7 @@ class Clock:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             call()
             torch.cuda.synchronize()
-        on_device = torch.autograd.DeviceType.CUDA
-        return sum(event.device_type == on_device for event in profiler.events() or [])
+        return sum(event.device_type.name == "CUDA" for event in profiler.events() or [])
 
 
 def measure(name: str, model: Any, inputs: dict[str, Any], device: str, repeats: int) -> list[dict[str, Any]]:

@@ -175,10 +175,9 @@ def test_auto_falls_back_over_the_limit_and_one_pass_tells(tiny_llava: Any, llav
     assert [report.provider == "two-pass" for report in scr.reports] == far
     assert [report.drift for report in scr.reports] == pytest.approx(expected)
     assert scr.stats.fallbacks["drift"] == scr.stats.drifted == sum(far)
-    reason = scr.reports[far.index(True)].fallback_reason
-    assert reason == (
-        f"drift {expected[far.index(True)]:.2f} is over the limit {limit:.2f}: the features are unlike those of the fit"
-    )
+    first = far.index(True)
+    told = f"drift {expected[first]:.2f} is over the limit {limit:.2f}: the features are unlike those of the fit"
+    assert scr.reports[first].fallback_reason == told
 
 
 @pytest.mark.parametrize("factor", [0.0, float("nan"), float("inf")])
