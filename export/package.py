@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from predictor.calibration import Calibration, ConfidenceRows, confidence_rows, fit_calibration
+from predictor.calibration import Calibration, ConfidenceRows, confidence_rows, fit_calibration, fit_drift, spread_rows
 from predictor.module import SourceModule
 from scr_runtime import SCRConfig, SourcePredictor, load_predictor, save_predictor
 
@@ -57,7 +57,7 @@ def export_predictor(
         folder: Where the predictor goes. What lay there stays until the new one has been checked.
         scr: The settings that the targets were made with.
         model: ``scr_runtime.describe_model`` of the VLM.
-        validation: Batches of the validation split: the confidence is calibrated on them.
+        validation: Batches of the validation split: confidence and drift guard are calibrated on them.
         target_fallback: Share of them that ``auto`` would hand to the diagnostic run.
         metrics: Numbers for the card.
         provenance: Where it comes from.
@@ -74,6 +74,7 @@ def export_predictor(
     calibration = fit_calibration(rows.raw, rows.recall, target_fallback)
     predictor = module.predictor
     predictor.set_calibration(torch.tensor(calibration.raw), torch.tensor(calibration.expected), calibration.threshold)
+    predictor.set_drift(*fit_drift(spread_rows(module.spread, validation)))
     staged = folder.with_name(f".{folder.name}.staged")
     shutil.rmtree(staged, ignore_errors=True)
     save_predictor(staged, predictor, scr=scr, model=model, metrics=metrics, provenance=provenance)
@@ -85,6 +86,8 @@ def export_predictor(
     for name in ("calibration_raw", "calibration_expected"):
         if not torch.equal(getattr(predictor, name), getattr(again, name)) or again.threshold != predictor.threshold:
             raise ExportError(f"{staged}: the confidence calibration changed on its way through the folder")
+    if (again.drift_typical, again.drift_limit) != (predictor.drift_typical, predictor.drift_limit):
+        raise ExportError(f"{staged}: the drift guard changed on its way through the folder")
     if folder.exists():
         shutil.rmtree(folder)
     staged.rename(folder)

@@ -124,6 +124,47 @@ def fit_calibration(
     return Calibration(knots.tolist(), expected.tolist(), _threshold(confidence, target_fallback))
 
 
+@torch.inference_mode()
+def spread_rows(
+    spread: Callable[[Mapping[str, Any]], Tensor],
+    dataloader: Iterable[Mapping[str, Any]],
+) -> Array:
+    """Returns [R], how far each row's features reach.
+
+    Args:
+        spread: `batch -> spreads [B]`, e.g. `SourceModule.spread`.
+        dataloader: Batches of held-out rows.
+    """
+    parts = [spread(batch).double().cpu() for batch in dataloader]
+    if not parts:
+        raise ValueError("spread_rows got an empty set: the drift guard needs held-out rows.")
+    return torch.cat(parts).numpy()
+
+
+def fit_drift(spread: ArrayLike, quantile: float = 0.999, margin: float = 1.25) -> tuple[float, float]:
+    """Fits the drift guard on validation rows: features that reach unusually far, or not far enough, trip it.
+
+    Args:
+        spread: [R] spreads.
+        quantile: Share of validation rows whose drift the limit is to cover. The largest decides for fewer than
+            1,000 rows.
+        margin: Factor on that quantile's drift. Held-out images of the same kind stay under it; the cost of a false
+            alarm is one diagnostic run.
+
+    Returns:
+        The median spread, and the limit on how many times wider or narrower a spread may be.
+
+    Raises:
+        ValueError: Rows are missing, not finite, or not over 0.
+    """
+    spread = np.asarray(spread, dtype=np.float64)
+    if spread.ndim != 1 or not len(spread) or not (np.isfinite(spread).all() and (spread > 0).all()):
+        raise ValueError("spreads are missing, inf, nan or 0: the fit diverged, or the states are constant.")
+    typical = float(np.median(spread))
+    drift = np.maximum(spread / typical, typical / spread)
+    return typical, margin * float(np.quantile(drift, quantile))
+
+
 def expected_calibration_error(confidence: ArrayLike, recall: ArrayLike, bins: int = 10) -> float:
     """Mean distance between confidence and recall over bins of equally many rows (adaptive ECE).
 

@@ -114,6 +114,12 @@ class SourceModule(pl.LightningModule):
         scores = self(batch["states"].to(device), batch["grid"], batch["question"].to(device))
         return scores.to(home)
 
+    @torch.inference_mode()
+    def spread(self, batch: Batch) -> Tensor:
+        """How far each row's features reach, [B]: what the drift guard is fitted on."""
+        states, question = batch["states"].to(self.device), batch["question"].to(self.device)
+        return self.predictor.score_and_spread(states, batch["grid"], question)[1].to(batch["states"].device)
+
     def compute_statistics(self, dataloader: Iterable[Batch]) -> None:
         """Measures each feature's mean and standard deviation over the training set and stores them.
 

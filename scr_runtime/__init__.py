@@ -8,6 +8,7 @@ from scr_runtime.families import describe_model
 from scr_runtime.network import PredictorConfig, SourcePredictor
 from scr_runtime.runtime import SCR, ImageReport
 from scr_runtime.session import ImageSession
+from scr_runtime.stats import SCRStats
 
 __all__ = [
     "SCR",
@@ -16,6 +17,7 @@ __all__ = [
     "ImageSession",
     "PredictorConfig",
     "SCRConfig",
+    "SCRStats",
     "SourcePredictor",
     "capture",
     "describe_model",

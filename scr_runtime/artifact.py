@@ -1,8 +1,8 @@
 """A predictor folder: config.json, model.safetensors and a model card. Saved and loaded here, nowhere else.
 
 ``config.json`` holds everything that the runtime needs beside the weights: the format version, the network's
-sizes, the SCR settings and the model that the predictor was fitted for, its calibration threshold, its metrics,
-and the sha256 of the weights. There is no pickle, and no file name is guessed.
+sizes, the SCR settings and the model that the predictor was fitted for, its calibration threshold, its drift
+guard (null for none), its metrics, and the sha256 of the weights. There is no pickle, and no file name is guessed.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ def save_predictor(
         "scr": scr.to_dict(),
         "model": dict(model),
         "threshold": predictor.threshold,
+        "drift_typical": predictor.drift_typical,
+        "drift_limit": predictor.drift_limit,
         "parameters": predictor.count_parameters(),
         "metrics": dict(metrics or {}),
         "provenance": dict(provenance or {}),
@@ -124,6 +126,11 @@ def load_predictor(folder: str | os.PathLike[str], device: str | torch.device | 
         raise PredictorCorruptError(f"{path}: {error}") from error
     _load_tensors(predictor, load_tensors(weights), weights_path)
     predictor.threshold = float(config["threshold"])
+    if config.get("drift_limit") is not None:  # a folder without it has no guard
+        try:
+            predictor.set_drift(float(config["drift_typical"]), float(config["drift_limit"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise PredictorCorruptError(f"{path}: drift_typical and drift_limit: {error}") from error
     predictor.info = config
     return predictor.eval().requires_grad_(False).to(device)
 

@@ -70,7 +70,7 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any]) -> l
             "a prompt without an image: the diagnostic run needs pixel_values and an image placeholder in the text"
         )
     layout = visual_layout(visual, inputs.get("attention_mask"), family.image_grids(model, inputs))
-    if not bool(layout.fits):
+    if not layout.fits(layout.edge.tolist()):
         raise count_mismatch(layout)
     decoder_call: dict[str, Any] = {}
     captures: list[Capture] = []

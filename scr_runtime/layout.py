@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,12 +43,18 @@ class VisualLayout:
     Attributes:
         text_rows: T, how many of the last query positions can hold text after an image.
         groups: The images by grid.
-        fits: [] bool, whether the images take every visual token, each within one row. Still on the device.
+        edge: [2] uint8, still on the device: whether the last token that images take is visual, whether one is left
+            over; [1] where images take the whole batch. 2 where an image does not lie within one row.
     """
 
     text_rows: int
     groups: list[ImageGroup]
-    fits: Tensor
+    edge: Tensor
+
+    @staticmethod
+    def fits(edge: list[int]) -> bool:
+        """Whether the images take every visual token, each within one row: ``edge`` as read from the device."""
+        return edge in ([1, 0], [1])
 
     @property
     def num_images(self) -> int:
@@ -84,30 +91,38 @@ def visual_layout(
             f"{len(images)} images need {total} visual tokens and a question after them, but the prompt has "
             f"{batch} x {length} tokens. Is an image placeholder missing from the prompt?"
         )
-    order = (~visual).view(-1).byte().sort(stable=True).indices[:total]  # flat positions of visual tokens
-    place = torch.arange(length, device=visual.device)
-    text = ~visual & (place < (length if prompt_length is None else prompt_length))
+    device = visual.device
+    ranked = visual.view(torch.uint8).view(-1).sort(descending=True, stable=True)
+    order = ranked.indices[:total]  # flat positions of visual tokens
+    edge = ranked.values[total - 1 : total + 1]  # the last token taken, and the next: a count without a kernel
+    tail = slice(length - text_rows, length)
+    place = _positions(length, device)[tail]  # [T]
     kept = _kept_positions(attention_mask, length)
-    if kept is not None:
-        text = text & kept
+    text = ~visual[:, tail] if kept is None else kept[:, tail] > visual[:, tail]  # [B, T]
+    if prompt_length is not None and prompt_length < length:
+        text = text & (place < prompt_length)
 
     by_grid: dict[ImageGrid, list[int]] = {}
     for index, image in enumerate(images):
         by_grid.setdefault(image, []).append(index)
     pieces = order.split([image.tokens for image in images])
     groups: list[ImageGroup] = []
-    fits = visual.sum() == total
     for image, indices in by_grid.items():
-        tokens = torch.stack([pieces[index] for index in indices])  # [I, tokens]
+        if len(by_grid) == 1:
+            tokens = order.view(len(indices), -1)
+        else:
+            tokens = torch.stack([pieces[index] for index in indices])  # [I, tokens]
         positions = image.patches(tokens)  # [I, N]
-        rows = tokens[:, 0] // length
-        if batch > 1:
-            fits = fits & (tokens[:, -1] // length == rows).all()
-        after = text[rows] & (place > (tokens[:, -1] % length)[:, None])  # [I, S]
-        weights = after[:, length - text_rows :].float()
-        weights = weights / weights.sum(-1, keepdim=True)
+        if batch == 1:  # the common case, three kernels less
+            rows, own_text, last = _first_row(len(indices), device), text, tokens[:, -1]
+        else:
+            rows = tokens[:, 0] // length
+            own_text, last = text[rows], tokens[:, -1] % length
+            edge = torch.where((tokens[:, -1] // length == rows).all(), edge, 2)
+        after = own_text & (place > last[:, None])  # [I, T]
+        weights = after / after.sum(-1, keepdim=True, dtype=torch.float32)
         groups.append(ImageGroup(image.grid, image.tokens, indices, positions, rows, weights))
-    return VisualLayout(text_rows, groups, fits)
+    return VisualLayout(text_rows, groups, edge)
 
 
 def count_mismatch(layout: VisualLayout) -> PrefillError:
@@ -121,12 +136,32 @@ def count_mismatch(layout: VisualLayout) -> PrefillError:
 
 
 def _kept_positions(attention_mask: Tensor | Mapping[str, Tensor | None] | None, length: int) -> Tensor | None:
-    """[B, S] bool of positions that are not padding, from any mask that a forward call may bring."""
+    """[B, S] of positions that are not padding, true or 1, from any mask that a forward call may bring."""
     if isinstance(attention_mask, Mapping):
         attention_mask = attention_mask.get("full_attention")
     if attention_mask is None:
         return None
     if attention_mask.ndim == 2:
-        return attention_mask[:, :length].bool()
+        return attention_mask[:, :length]
     last = attention_mask[:, 0, length - 1, :length]  # the last query sees every position but padding
     return last if last.dtype == torch.bool else last >= 0
+
+
+# Kept per device, so that a prefill does not make them again; no inference tensors, which others could not use.
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _arange(size: int, device: torch.device) -> Tensor:
+    return torch.arange(size, device=device)
+
+
+def _positions(length: int, device: torch.device) -> Tensor:
+    """[S] int64, 0 to S - 1; one tensor serves all lengths up to the next power of two."""
+    return _arange(1 << (length - 1).bit_length(), device)[:length]
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _first_row(images: int, device: torch.device) -> Tensor:
+    return torch.zeros(images, dtype=torch.int64, device=device)

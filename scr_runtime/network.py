@@ -6,9 +6,10 @@ Training and deployment share this one definition.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,18 +82,29 @@ class PredictorConfig:
         return self.hidden_size * rank + gate + (features + 1) * self.width + self.width + 1
 
 
+class _Fold(NamedTuple):
+    """Two affine maps of raw states: to a patch's projection, and to the question's gate on it."""
+
+    patch: Tensor  # [r, d]
+    patch_bias: Tensor  # [r]
+    gate: Tensor | None = None  # [r, d]
+    gate_bias: Tensor | None = None  # [r]
+
+
 class SourcePredictor(nn.Module):
     """Scores every visual token of an image as a source of SCR.
 
     ``score_j = w2 . gelu(U f_j + b) + b2`` with ``f_j = [V z_j, (V z_j) * g(V q), mean, 3x3 mean, position_j]``:
     ``z`` and ``q`` are block-0 states of the patch and of the question, standardised by training statistics,
-    ``V: d -> r`` is the factorised first layer that a 120K budget forces (decision D3), ``g`` a small gate.
+    ``V: d -> r`` is the factorised first layer that a 120K budget forces (decision D3), ``g`` a small affine gate.
 
     Attributes:
         config: Sizes and features.
         info: What the predictor was fitted for: model, SCR settings, metrics, provenance. Filled by
             ``load_predictor``; empty for a network that is being trained.
         threshold: Calibrated confidence under which ``mode="auto"`` asks the diagnostic run.
+        drift_typical: Spread of the features of an image like those of the fit; ``None`` before ``set_drift``.
+        drift_limit: Drift over which an image's features are not like those of the fit; ``None``: no guard.
     """
 
     state_mean: Tensor
@@ -107,6 +119,8 @@ class SourcePredictor(nn.Module):
         self.config = config
         self.info: dict[str, Any] = {}
         self.threshold: float = 0.0
+        self.drift_typical: float | None = None
+        self.drift_limit: float | None = None
         size, rank = config.hidden_size, config.rank
         assert rank is not None  # __post_init__ resolved it
         self.project = nn.Linear(size, rank, bias=False)  # V
@@ -120,6 +134,7 @@ class SourcePredictor(nn.Module):
         self.register_buffer("calibration_raw", torch.tensor([0.0, 1.0]))
         self.register_buffer("calibration_expected", torch.tensor([0.0, 1.0]))
         self._positions: dict[tuple[Grid, torch.device], Tensor] = {}
+        self._kept_fold: tuple[tuple[object, ...], _Fold] | None = None
 
     def forward(self, states: Tensor, grid: Grid, question: Tensor | None = None) -> Tensor:
         """Scores patches.
@@ -135,6 +150,43 @@ class SourcePredictor(nn.Module):
         Raises:
             ValueError: If N or d don't fit, or the question is missing.
         """
+        return self._score(self._features(states, grid, question))
+
+    def score_and_spread(self, states: Tensor, grid: Grid, question: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scores patches, and tells how far the features reach that the scores were made from.
+
+        Args:
+            states: As ``forward``'s.
+            grid: As ``forward``'s.
+            question: As ``forward``'s.
+
+        Returns:
+            The scores, and [B] float32: each image's standard deviation of all features over patches and channels.
+            ``drift`` says whether that is usual. NaN or infinity if a state is.
+        """
+        features = self._features(states, grid, question)
+        return self._score(features), features.std((1, 2), correction=0)
+
+    def drift(self, spread: Tensor) -> Tensor:
+        """How many times wider, or narrower, an image's features reach than those of the fit: 1 is usual.
+
+        What the network cannot see cannot mislead it: so its own features are judged, standardised and projected,
+        and not the states.
+
+        Args:
+            spread: [B] as ``score_and_spread`` returns it.
+
+        Returns:
+            [B] float32, at least 1; infinity for features that don't vary or are not finite. Over ``drift_limit``
+            the scores mean nothing. 1 without a guard.
+        """
+        if self.drift_typical is None:
+            return torch.ones_like(spread)
+        ratio = spread / self.drift_typical
+        return torch.maximum(ratio, 1 / ratio).nan_to_num(nan=math.inf, posinf=math.inf)
+
+    def _features(self, states: Tensor, grid: Grid, question: Tensor | None) -> Tensor:
+        """[B, N, F] float32: what the hidden layer reads."""
         batch, patches, size = states.shape
         rows, columns = grid
         if size != self.config.hidden_size or patches != rows * columns:
@@ -142,24 +194,51 @@ class SourcePredictor(nn.Module):
                 f"states of shape {tuple(states.shape)} don't fit a grid of {rows} x {columns} patches and "
                 f"hidden_size={self.config.hidden_size}"
             )
-        # Standardising is folded into the projection: V ((h - mean) / std) = (V / std) h - (V / std) mean.
-        weight = self.project.weight / self.state_std  # [r, d]
-        patch = functional.linear(states.float(), weight, -(weight @ self.state_mean))  # [B, N, r]
+        fold = self._fold()
+        patch = functional.linear(states.float(), fold.patch, fold.patch_bias)  # [B, N, r]
         features = [patch]
-        if self.gate is not None:
+        if fold.gate is not None:
             if question is None:
                 raise ValueError("this predictor reads the question: pass question=[B, d]")
-            asked = self.project((question.float() - self.question_mean) / self.question_std)  # [B, r]
-            features.append(patch * self.gate(asked)[:, None, :])
+            gate = functional.linear(question.float(), fold.gate, fold.gate_bias)  # [B, r]
+            features.append(patch * gate[:, None, :])
         if self.config.context:
             features.append(patch.mean(1, keepdim=True).expand_as(patch))
-            image = patch.transpose(1, 2).reshape(batch, -1, rows, columns)
+            image = patch.view(batch, rows, columns, -1).permute(0, 3, 1, 2)  # [B, r, rows, columns], no copy
             around = functional.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
-            features.append(around.flatten(2).transpose(1, 2))
+            features.append(around.permute(0, 2, 3, 1).flatten(1, 2))
         if self.config.position:
             features.append(self._position_features(grid, states.device).expand(batch, -1, -1))
-        hidden = functional.gelu(self.hidden(torch.cat(features, dim=-1)))  # [B, N, width]
-        return self.score(hidden).squeeze(-1)
+        return torch.cat(features, dim=-1)
+
+    def _score(self, features: Tensor) -> Tensor:
+        return self.score(functional.gelu(self.hidden(features))).squeeze(-1)  # [B, N]
+
+    def _fold(self) -> _Fold:
+        """Standardising folded into the projections: V ((h - mean) / std) = (V / std) h - (V / std) mean.
+
+        A network that trains folds at each call. One that doesn't does it once: what the fold was made from is
+        known by address and version, so that loading or moving the network makes a new one.
+        """
+        made_from = [self.project.weight, self.state_mean, self.state_std]
+        if self.gate is not None:
+            made_from += [self.gate.weight, self.gate.bias, self.question_mean, self.question_std]
+        if any(tensor.requires_grad or tensor.is_inference() for tensor in made_from):
+            return self._make_fold()
+        key = tuple((tensor.data_ptr(), tensor._version, tensor.device) for tensor in made_from)
+        kept = self._kept_fold
+        if kept is None or kept[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._kept_fold = (key, self._make_fold())
+        return kept[1]
+
+    def _make_fold(self) -> _Fold:
+        patch = self.project.weight / self.state_std  # [r, d]
+        patch_bias = -(patch @ self.state_mean)
+        if self.gate is None:
+            return _Fold(patch, patch_bias)
+        gate = self.gate.weight @ (self.project.weight / self.question_std)  # [r, d]
+        return _Fold(patch, patch_bias, gate, self.gate.bias - gate @ self.question_mean)
 
     def set_statistics(
         self,
@@ -198,6 +277,20 @@ class SourcePredictor(nn.Module):
         self.calibration_raw = raw.float().to(self.calibration_raw.device)
         self.calibration_expected = expected.float().to(self.calibration_raw.device)
         self.threshold = float(threshold)
+
+    def set_drift(self, typical: float, limit: float) -> None:
+        """Stores the drift guard.
+
+        Args:
+            typical: Spread of a usual image's features, over 0.
+            limit: Largest drift of an image like those of the fit, at least 1.
+
+        Raises:
+            ValueError: If a value is out of range.
+        """
+        if not (math.isfinite(typical) and typical > 0 and math.isfinite(limit) and limit >= 1):
+            raise ValueError(f"typical={typical}, limit={limit}: expected a spread over 0 and a ratio of at least 1")
+        self.drift_typical, self.drift_limit = float(typical), float(limit)
 
     def calibrate(self, raw: Tensor) -> Tensor:
         """Maps raw confidences [...] to expected shares of true sources [...], piecewise linearly."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from scr_runtime.config import SCRConfig
 from scr_runtime.errors import PrefillError
@@ -30,8 +31,8 @@ class EditPlan:
 
     Attributes:
         sources: [M] int64, flat positions of the M = sum of K source tokens in ``hidden.view(-1, d)``.
-        targets: [M, C + 1] int64, flat positions that each source writes to: its C neighbours, then itself.
-        coefficients: [M, C + 1] float32, factor of the source's activation that is added there. Zero where the
+        targets: [C + 1, M] int64, flat positions that each source writes to: itself, then its C neighbours.
+        coefficients: [C + 1, M] float, factor of the source's activation that is added there. Zero where the
             neighbour belongs to another source, is itself a source, or lies outside the grid.
     """
 
@@ -53,11 +54,12 @@ def eligible_patches(grid: Grid, exclude_border: bool, device: torch.device | No
         [N] bool, N = rows * columns in row-major order. Do not write to it: it is cached.
     """
     rows, columns = grid
-    mask = torch.ones(rows, columns, dtype=torch.bool)
-    if exclude_border:
-        mask[[0, -1], :] = False
-        mask[:, [0, -1]] = False
-    return mask.flatten().to(device)
+    with torch.inference_mode(False):  # kept for later, so it must not be an inference tensor
+        mask = torch.ones(rows, columns, dtype=torch.bool)
+        if exclude_border:
+            mask[[0, -1], :] = False
+            mask[:, [0, -1]] = False
+        return mask.flatten().to(device)
 
 
 def effective_num_sources(grid: Grid, config: SCRConfig) -> int:
@@ -76,19 +78,24 @@ def effective_num_sources(grid: Grid, config: SCRConfig) -> int:
     return min(max(wanted, 1), max(eligible // 2, 1))
 
 
-def select_sources(scores: Tensor, eligible: Tensor, k: int) -> Tensor:
-    """Picks the K eligible patches of highest score.
+def rank_patches(scores: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
+    """Orders patches by descending score, those that can't be sources last.
 
     Args:
         scores: [I, N], one score per patch; any real dtype.
         eligible: [N] or [I, N] bool.
-        k: Sources per image.
 
     Returns:
-        [I, K] int64 patch indices in descending score. Equal scores go to the lower index (decision D7).
+        ``(values, patches)``: [I, N] float32 and int64. Equal scores go to the lower index (decision D7).
     """
-    masked = scores.float().masked_fill(~eligible, float("-inf"))
-    return masked.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    masked = torch.where(eligible, scores.float(), _minus_infinity(scores.device))
+    ranked = masked.sort(dim=-1, descending=True, stable=True)
+    return ranked.values, ranked.indices
+
+
+def select_sources(scores: Tensor, eligible: Tensor, k: int) -> Tensor:
+    """[I, K] int64 eligible patches of highest score, best first; see ``rank_patches``."""
+    return rank_patches(scores, eligible)[1][:, :k]
 
 
 def claim_neighbours(sources: Tensor, grid: Grid, connectivity: int) -> tuple[Tensor, Tensor]:
@@ -103,36 +110,35 @@ def claim_neighbours(sources: Tensor, grid: Grid, connectivity: int) -> tuple[Te
         connectivity: 4 or 8.
 
     Returns:
-        ``(neighbours, owned)``: [I, K, C] int64 patch indices (clamped into the grid) and [I, K, C] bool.
+        ``(patches, owned)``: [C + 1, I, K] int64 and bool. Each source itself, then its C neighbours, as places in
+        the [I * N] patches of all images; a neighbour outside the grid is the source itself. ``owned`` tells which
+        neighbours the source may write to; never the source itself.
     """
     rows, columns = grid
     images, k = sources.shape
-    order = torch.arange(k, device=sources.device)
-    rank = torch.full((images, rows * columns), k, dtype=torch.float32, device=sources.device)
-    rank.scatter_(1, sources, order.float().expand(images, k))  # [I, N], K where the patch is no source
-
-    better = -rank.view(images, 1, rows, columns)
+    rank = _descending(k, sources.device)  # [K]: K for the best source, 1 for the last
+    value = torch.zeros(images, rows * columns, device=sources.device)
+    value.scatter_(1, sources, rank.expand(images, k))  # [I, N], 0 where the patch is no source
+    square = value.view(images, 1, rows, columns)
     if connectivity == 8:
-        best = torch.nn.functional.max_pool2d(better, 3, stride=1, padding=1)
+        best = functional.max_pool2d(square, 3, stride=1, padding=1)
     else:
         best = torch.maximum(
-            torch.nn.functional.max_pool2d(better, (3, 1), stride=1, padding=(1, 0)),
-            torch.nn.functional.max_pool2d(better, (1, 3), stride=1, padding=(0, 1)),
+            functional.max_pool2d(square, (3, 1), stride=1, padding=(1, 0)),
+            functional.max_pool2d(square, (1, 3), stride=1, padding=(0, 1)),
         )
-    best = -best.view(images, -1)  # [I, N], best rank in the neighbourhood; the patch itself is no source below
-
-    offsets = _offsets(connectivity, sources.device)  # [C, 2]
-    row = (sources // columns)[..., None] + offsets[:, 0]  # [I, K, C]
-    column = (sources % columns)[..., None] + offsets[:, 1]
-    inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
-    neighbours = row.clamp(0, rows - 1) * columns + column.clamp(0, columns - 1)
-    flat = neighbours.view(images, -1)
-    free = rank.gather(1, flat).view_as(neighbours) == k
-    mine = best.gather(1, flat).view_as(neighbours) == order[:, None]
-    return neighbours, inside & free & mine
+    # [I, N]: for a free patch the rank of its best adjacent source, for a source something negative.
+    owner = torch.sub(best.view(images, -1), value, alpha=k + 1)
+    patches = _neighbourhoods(grid, connectivity, sources.device).index_select(1, sources.reshape(-1))
+    patches = patches.view(-1, images, k)
+    if images > 1:
+        patches = patches + _first_patches(images, rows * columns, sources.device)
+    return patches, owner.view(-1)[patches] == rank
 
 
-def plan_edit(sources: Tensor, grid: Grid, config: SCRConfig, positions: Tensor) -> EditPlan:
+def plan_edit(
+    sources: Tensor, grid: Grid, config: SCRConfig, positions: Tensor, dtype: torch.dtype = torch.float32
+) -> EditPlan:
     """Turns chosen sources into the fixed-shape plan that every edited block uses.
 
     Args:
@@ -140,28 +146,21 @@ def plan_edit(sources: Tensor, grid: Grid, config: SCRConfig, positions: Tensor)
         grid: Rows and columns of patches.
         config: Strength and connectivity.
         positions: [I, N] int64, where each patch's token lies in ``hidden.view(-1, d)``.
+        dtype: Of the coefficients: that of the states to edit, so that no block has to convert them.
     """
-    neighbours, owned = claim_neighbours(sources, grid, config.connectivity)
-    own = torch.full_like(sources, 1, dtype=torch.float32) * (1.0 / config.strength - 1.0)  # [I, K]
-    coefficients = torch.cat([owned * (config.strength - 1.0), own[..., None]], dim=-1)  # [I, K, C + 1]
-    targets = torch.cat([neighbours, sources[..., None]], dim=-1)
-    width = targets.shape[-1]
-    return EditPlan(
-        sources=positions.gather(1, sources).view(-1),
-        targets=positions.gather(1, targets.view(len(sources), -1)).view(-1, width),
-        coefficients=coefficients.view(-1, width),
-    )
+    patches, owned = claim_neighbours(sources, grid, config.connectivity)
+    itself = _own_coefficients(len(patches), config.strength, dtype, sources.device)  # [C + 1, 1, 1]
+    coefficients = torch.add(itself, owned, alpha=config.strength - 1.0)  # [C + 1, I, K]
+    targets = positions.reshape(-1)[patches].view(len(patches), -1)
+    return EditPlan(targets[0], targets, coefficients.view(len(patches), -1))
 
 
 def merge_plans(plans: list[EditPlan]) -> EditPlan:
     """Joins the plans of several grids, so that each edited block writes once."""
     if len(plans) == 1:
         return plans[0]
-    return EditPlan(
-        sources=torch.cat([plan.sources for plan in plans]),
-        targets=torch.cat([plan.targets for plan in plans]),
-        coefficients=torch.cat([plan.coefficients for plan in plans]),
-    )
+    targets = torch.cat([plan.targets for plan in plans], dim=1)
+    return EditPlan(targets[0], targets, torch.cat([plan.coefficients for plan in plans], dim=1))
 
 
 def apply_edit(hidden: Tensor, plan: EditPlan) -> None:
@@ -175,7 +174,7 @@ def apply_edit(hidden: Tensor, plan: EditPlan) -> None:
     """
     flat = hidden.view(-1, hidden.shape[-1])  # [B * S, d]
     activation = flat.index_select(0, plan.sources)  # [M, d]
-    change = activation[:, None, :] * plan.coefficients.to(flat.dtype)[:, :, None]  # [M, C + 1, d]
+    change = activation * plan.coefficients.to(flat.dtype)[:, :, None]  # [C + 1, M, d]
     flat.index_add_(0, plan.targets.view(-1), change.view(-1, flat.shape[-1]))
 
 
@@ -192,6 +191,46 @@ def credit_entropy(norms: Tensor) -> Tensor:
     return torch.special.entr(share).sum(-1)
 
 
+# Small constants, made once per shape and device: a kernel each, and a copy to the device, saved in every prefill.
+# Not inference tensors, which later calls outside inference mode could not use.
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _neighbourhoods(grid: Grid, connectivity: int, device: torch.device) -> Tensor:
+    """[C + 1, N] int64: each patch, then its neighbours; the patch itself in place of those outside the grid."""
+    rows, columns = grid
+    row, column = torch.arange(rows)[:, None], torch.arange(columns)[None, :]
+    own = row * columns + column
+    places = [own]
+    for down, right in _OFFSETS[connectivity]:
+        inside = (row + down >= 0) & (row + down < rows) & (column + right >= 0) & (column + right < columns)
+        places.append(torch.where(inside, own + down * columns + right, own))
+    return torch.stack(places).flatten(1).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _first_patches(images: int, patches: int, device: torch.device) -> Tensor:
+    return torch.arange(images, device=device)[:, None] * patches  # [I, 1]
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _descending(k: int, device: torch.device) -> Tensor:
+    return torch.arange(k, 0, -1, dtype=torch.float32, device=device)
+
+
 @functools.lru_cache(maxsize=16)
-def _offsets(connectivity: int, device: torch.device) -> Tensor:
-    return torch.tensor(_OFFSETS[connectivity], device=device)
+@torch.inference_mode(False)
+def _minus_infinity(device: torch.device) -> Tensor:
+    return torch.full((), float("-inf"), device=device)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _own_coefficients(rows: int, strength: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[C + 1, 1, 1]: what a source adds to itself, 1 / strength - 1; then zeros."""
+    coefficients = torch.zeros(rows, 1, 1)
+    coefficients[0] = 1.0 / strength - 1.0
+    return coefficients.to(device, dtype)

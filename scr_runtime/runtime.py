@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Generator, Mapping
@@ -41,10 +42,11 @@ from scr_runtime.redistribute import (
     eligible_patches,
     merge_plans,
     plan_edit,
-    select_sources,
+    rank_patches,
 )
 from scr_runtime.session import ImageSession, Question
-from scr_runtime.sources import Prefill, Scores
+from scr_runtime.sources import Fallback, Prefill, Scores
+from scr_runtime.stats import SCRStats, Tally
 from scr_runtime.types import Mode
 
 logger = logging.getLogger("scr_runtime")
@@ -65,6 +67,8 @@ class ImageReport:
         entropy_normalised: The same divided by ln N, comparable between grids.
         grid: Rows and columns of patches.
         layers_edited: The decoder blocks whose output was edited.
+        drift: How many times wider or narrower the predictor's features reach than those of its fit; ``None`` if it
+            was not asked or has no drift guard.
     """
 
     provider: str
@@ -75,6 +79,7 @@ class ImageReport:
     entropy_normalised: float
     grid: Grid
     layers_edited: tuple[int, ...]
+    drift: float | None = None
 
 
 @dataclass
@@ -104,6 +109,7 @@ class _Run:
     stack: ExitStack
     past: bool
     decoder_call: dict[str, Any] = field(default_factory=dict[str, Any])
+    fresh: bool = False
     fired: list[int] = field(default_factory=list[int])
     choice: _Choice | None = None
     plan: EditPlan | None = None
@@ -157,6 +163,7 @@ class SCR:
             raise ConfigurationError(f"mode={mode!r}: expected one of {list(get_args(Mode))}")
         self.model: Any = model
         self.mode: Mode = mode
+        self._warned: set[str] = set()  # kinds of fallback that the log has told of
         self._family = family_of(model)
         self._blocks = self._family.blocks(model)
         self._predictor, reason = self._resolve_predictor(predictor) if mode != "off" else (None, None)
@@ -175,13 +182,15 @@ class SCR:
         self.config = config
         if self._predictor is not None and threshold is None:
             threshold = self._predictor.threshold
-        self._provide = self._build_provider(reason, threshold or 0.0, seed)
+        self._threshold = threshold or 0.0
+        self._provide = self._build_provider(reason, self._threshold, seed)
         self._detach: ExitStack | None = None
         self._generate: _Generate | None = None
         self._question: Question | None = None
         self._run: _Run | None = None
         self._last: _Run | None = None
-        self._pending: list[tuple[Tensor, Any, Callable[[], SCRError]]] = []
+        self._pending: list[tuple[Tensor, Any, Callable[[Any], bool], Callable[[], SCRError]]] = []
+        self._tally = Tally(self._judge)
         self._parameters = tuple(inspect.signature(self.model.forward).parameters)
 
     # -- attaching -----------------------------------------------------------------------------------------------
@@ -210,6 +219,16 @@ class SCR:
                 stack.callback(post.remove)
                 stack.callback(self._wrap_generate())
             self._detach = stack.pop_all()
+        logger.info(
+            "attached to %s (%s): mode %s, blocks %d-%d, %d sources, strength %g, %s",
+            type(self.model).__name__,
+            self._family.name,
+            self.mode,
+            *self.config.edit_layers,
+            self.config.num_sources,
+            self.config.strength,
+            "no predictor" if self._predictor is None else f"threshold {self._threshold:.3f}",
+        )
         return self
 
     def detach(self) -> None:
@@ -253,21 +272,36 @@ class SCR:
         ):
             entropies = credit_entropy(norms)
             normalised = entropies / torch.log(torch.tensor(float(norms.shape[-1])))
-            sure = scores.confidence
-            if sure is None and self._predictor is not None and providers.ONE_PASS in scores.providers:
-                sure = providers.confidence(self._predictor, scores.scores, group, self.config)
+            sure = drift = None
+            if self._predictor is not None and scores.predicted is not None:
+                sure = providers.confidence(self._predictor, scores.predicted, group.grid, self.config)
+                drift = None if scores.spread is None else self._predictor.drift(scores.spread)
             for index, image in enumerate(group.images):
+                fallback = scores.fallbacks[index]
                 reports[image] = ImageReport(
                     provider=scores.providers[index],
-                    fallback_reason=scores.reasons[index],
+                    fallback_reason=None if fallback is None else fallback.reason,
                     sources=chosen[index].tolist(),
                     confidence=None if sure is None else float(sure[index]),
                     entropy=float(entropies[index]),
                     entropy_normalised=float(normalised[index]),
                     grid=group.grid,
                     layers_edited=layers,
+                    drift=None if drift is None else float(drift[index]),
                 )
         return [reports[image] for image in sorted(reports)]
+
+    @property
+    def stats(self) -> SCRStats:
+        """What was done since this SCR was made, or since ``reset_stats``. Waits for the device.
+
+        A prefill counts when its forward pass is over; one that raises doesn't.
+        """
+        return self._tally.snapshot()
+
+    def reset_stats(self) -> None:
+        """Sets ``stats`` back to zero."""
+        self._tally.reset()
 
     # -- several questions about one image -----------------------------------------------------------------------
 
@@ -334,7 +368,7 @@ class SCR:
         images = self._family.image_grids(self.model, {**(generate.inputs if generate is not None else {}), **given})
         visual = self._family.visual_tokens(self.model, input_ids)
         layout = visual_layout(visual, call.get("attention_mask"), images, call_length)
-        self._require(layout.fits, lambda: count_mismatch(layout))
+        self._require(layout.edge, layout.fits, lambda: count_mismatch(layout))
         past = self._has_past(call.get("past_key_values"))
         return _Run(layout, ExitStack(), past)
 
@@ -349,6 +383,7 @@ class SCR:
         hidden = _residual_stream(output)
         with torch.no_grad():
             frozen = self._generate.choice if self._generate is not None else None
+            run.fresh = frozen is None
             if frozen is None:
                 prefill = Prefill(
                     hidden,
@@ -367,7 +402,7 @@ class SCR:
             if self._generate is not None:
                 self._generate.choice = run.choice
             plans = [
-                plan_edit(chosen, group.grid, self.config, group.positions)
+                plan_edit(chosen, group.grid, self.config, group.positions, hidden.dtype)
                 for group, chosen in zip(run.layout.groups, run.choice.sources, strict=True)
             ]
             run.plan = merge_plans(plans)
@@ -389,9 +424,11 @@ class SCR:
         results = self._provide(prefill)
         chosen: list[Tensor] = []
         for group, result in zip(prefill.layout.groups, results, strict=True):
-            self._require(result.scores.isfinite().all(), _not_finite)
             eligible = eligible_patches(group.grid, self.config.exclude_border, result.scores.device)
-            chosen.append(select_sources(result.scores, eligible, effective_num_sources(group.grid, self.config)))
+            values, patches = rank_patches(result.scores, eligible)
+            k = effective_num_sources(group.grid, self.config)
+            self._require(values[:, :k], _all_finite, _not_finite)  # NaN ranks first, so the best K tell
+            chosen.append(patches[:, :k])
         return _Choice(chosen, results, norms)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -406,10 +443,41 @@ class SCR:
         # An output of None means that the forward raised: its own exception goes on.
         if output is not None and run.fired != expected:
             raise EditNotFiredError(
-                f"blocks {expected} should have been edited in this prefill, but {run.fired} were. Hooks on a "
-                "language model that was compiled as a whole before attach() are ignored: compile its blocks "
-                "one by one, or attach before the first call."
+                f"blocks {expected} should have been edited in this prefill, but {run.fired} were. A language model "
+                "that is compiled as a whole ignores hooks where an earlier call was traced without them: compile "
+                "its blocks one by one."
             )
+        if output is not None:
+            self._note(run)
+
+    def _note(self, run: _Run) -> None:
+        """Statistics and log of a prefill that is over. Nothing here waits for the device."""
+        assert run.choice is not None  # every edit fired
+        chosen = list(zip((group.grid for group in run.layout.groups), run.choice.scores, strict=True))
+        self._tally.add(chosen if run.fresh else [], len(run.fired))
+        for _, scores in chosen if run.fresh else []:
+            for fallback in scores.fallbacks:
+                self._warn_once(fallback)
+        if logger.isEnabledFor(logging.DEBUG):
+            names = [name for _, scores in chosen for name in scores.providers]
+            told = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names)))
+            logger.debug("prefill of %d images: %s; %d blocks edited", len(names), told, len(run.fired))
+
+    def _warn_once(self, fallback: Fallback | None) -> None:
+        """Low confidence is daily business; any other reason to fall back is told once."""
+        if fallback is None or fallback.kind == providers.LOW_CONFIDENCE or fallback.kind in self._warned:
+            return
+        self._warned.add(fallback.kind)
+        logger.warning("an image fell back to the diagnostic run (told once): %s", fallback.reason)
+
+    def _judge(self, grid: Grid, scores: Scores) -> tuple[Tensor, Tensor]:
+        """[I] confidence and [I] bool whether the drift guard tripped, for the statistics."""
+        predictor, predicted = self._predictor, scores.predicted
+        assert predictor is not None and predicted is not None  # only what a predictor said is judged
+        sure = providers.confidence(predictor, predicted, grid, self.config)
+        if scores.spread is None or predictor.drift_limit is None:
+            return sure, torch.zeros_like(sure, dtype=torch.bool)
+        return sure, predictor.drift(scores.spread) > predictor.drift_limit
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
@@ -434,6 +502,7 @@ class SCR:
             message = f"predictor not usable, every prefill runs two-pass: {error}"
             warnings.warn(message, RuntimeWarning, stacklevel=4)
             logger.warning(message)
+            self._warned.add(providers.NO_PREDICTOR)
             return None, str(error)
         weight = self._blocks[0].parameters().__next__()
         return predictor.to(weight.device), None
@@ -449,7 +518,7 @@ class SCR:
         if self.mode == "uniform":
             return providers.uniform(seed)
         if self.mode in ("two-pass", "off") or self._predictor is None:
-            return providers.diagnosed(reason)
+            return providers.diagnosed(None if reason is None else Fallback(providers.NO_PREDICTOR, reason))
         if self.mode == "one-pass":
             return providers.predicted(self._predictor)
         return providers.auto(self._predictor, threshold)
@@ -492,30 +561,39 @@ class SCR:
                 "set prefill_chunk_size=None"
             )
 
-    def _require(self, holds: Tensor, error: Callable[[], SCRError]) -> None:
-        """Raises at once where reading costs nothing, and at the next free moment on an accelerator."""
-        if holds.device.type == "cpu":
-            self._pending.append((holds, None, error))
+    def _require(self, seen: Tensor, holds: Callable[[Any], bool], error: Callable[[], SCRError]) -> None:
+        """Raises ``error`` unless ``holds(seen.tolist())``: at once where reading is free, else when it is."""
+        if reading_is_free(seen.device):
+            self._pending.append((seen, None, holds, error))
             self._raise_pending(wait=True)
             return
-        flag = torch.empty((), dtype=torch.bool, pin_memory=holds.device.type == "cuda")
-        flag.copy_(holds, non_blocking=True)
-        event = torch.cuda.Event() if holds.device.type == "cuda" else None
+        copy = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=seen.device.type == "cuda")
+        copy.copy_(seen, non_blocking=True)
+        event = torch.cuda.Event() if seen.device.type == "cuda" else None
         if event is not None:
             event.record()
-        self._pending.append((flag, event, error))
+        self._pending.append((copy, event, holds, error))
 
     def _raise_pending(self, *, wait: bool) -> None:
         while self._pending:
-            flag, event, error = self._pending[0]
+            seen, event, holds, error = self._pending[0]
             if event is not None and not event.query():
                 if not wait:
                     return
                 event.synchronize()
             self._pending.pop(0)
-            if not bool(flag):
+            if not holds(seen.tolist()):
                 self._pending.clear()
                 raise error()
+
+
+def reading_is_free(device: torch.device) -> bool:
+    """Whether the host can read a tensor there without waiting for it. On accelerators it can't."""
+    return device.type == "cpu"
+
+
+def _all_finite(values: list[list[float]]) -> bool:
+    return all(math.isfinite(value) for row in values for value in row)
 
 
 def _not_finite() -> NonFiniteScoresError:

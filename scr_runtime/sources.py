@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from contextvars import Context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,10 +26,25 @@ from scr_runtime.errors import UnsupportedModelError
 from scr_runtime.families import Family
 from scr_runtime.layout import ImageGroup, VisualLayout
 from scr_runtime.network import SourcePredictor, raw_confidence
-from scr_runtime.redistribute import effective_num_sources, eligible_patches, select_sources
+from scr_runtime.redistribute import Grid, effective_num_sources, eligible_patches, select_sources
 from scr_runtime.session import NestedRun, Question
 
 ONE_PASS, TWO_PASS, UNIFORM = "one-pass", "two-pass", "uniform"
+LOW_CONFIDENCE, DRIFT, NOT_FINITE, NO_PREDICTOR = "low confidence", "drift", "not finite", "no predictor"
+FALLBACKS = (LOW_CONFIDENCE, DRIFT, NOT_FINITE, NO_PREDICTOR)
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """Why the diagnostic run stood in for the predictor.
+
+    Attributes:
+        kind: One of ``FALLBACKS``.
+        reason: The same in a sentence, with the values that decided.
+    """
+
+    kind: str
+    reason: str
 
 
 @dataclass
@@ -39,14 +54,16 @@ class Scores:
     Attributes:
         scores: [I, N] float32.
         providers: Per image, who scored it: ``"one-pass"``, ``"two-pass"`` or ``"uniform"``.
-        reasons: Per image, why the diagnostic run stood in for the predictor; ``None`` where it did not.
-        confidence: [I] calibrated expected share of true sources; ``None`` where no predictor was asked.
+        fallbacks: Per image, why the diagnostic run stood in for the predictor; ``None`` where it did not.
+        predicted: [I, N] the predictor's scores, also where others stood in; ``None`` if it was not asked.
+        spread: [I] how far the features reach that it read; ``None`` if it was not asked or has no drift guard.
     """
 
     scores: Tensor
     providers: list[str]
-    reasons: list[str | None]
-    confidence: Tensor | None = None
+    fallbacks: list[Fallback | None]
+    predicted: Tensor | None = None
+    spread: Tensor | None = None
 
 
 Provider = Callable[["Prefill"], list[Scores]]
@@ -77,15 +94,20 @@ class Prefill:
     family: Family
     decoder_call: Mapping[str, Any]
     asked: Question | None = None
+    _gathered: dict[int, Tensor] = field(default_factory=dict[int, Tensor], init=False, repr=False)
 
     def states(self, group: ImageGroup) -> Tensor:
-        """[I, N, d] block-0 states of a group's patches."""
-        return self.hidden.reshape(-1, self.hidden.shape[-1])[group.positions]
+        """[I, N, d] block-0 states of a group's patches, gathered once."""
+        first = group.images[0]
+        if first not in self._gathered:
+            self._gathered[first] = self.hidden.reshape(-1, self.hidden.shape[-1])[group.positions]
+        return self._gathered[first]
 
     def question(self, group: ImageGroup) -> Tensor:
         """[I, d] float32 mean block-0 state of the text that asks about each image."""
         rows = self.hidden[:, -self.layout.text_rows :].float()  # [B, T, d]
-        return torch.bmm(group.text_weights[:, None, :], rows[group.rows]).squeeze(1)
+        own = rows.expand(len(group.images), -1, -1) if len(rows) == 1 else rows[group.rows]
+        return torch.bmm(group.text_weights[:, None, :], own).squeeze(1)
 
     def diagnose(self, rows: list[int] | None = None) -> list[Tensor]:
         """Runs blocks 1..last attention layer on block 0's output and returns the attention maps.
@@ -200,27 +222,30 @@ def predicted(predictor: SourcePredictor) -> Provider:
         results: list[Scores] = []
         for group in prefill.layout.groups:
             question = prefill.question(group) if predictor.config.question else None
-            scores = predictor(prefill.states(group), group.grid, question)
+            given = (prefill.states(group), group.grid, question)
+            guarded = predictor.drift_limit is not None
+            scores, spread = predictor.score_and_spread(*given) if guarded else (predictor(*given), None)
             count = len(group.images)
-            results.append(Scores(scores, [ONE_PASS] * count, [None] * count))
+            results.append(Scores(scores, [ONE_PASS] * count, [None] * count, scores, spread))
         return results
 
     return provide
 
 
-def diagnosed(reason: str | None = None) -> Provider:
-    """Two-pass: the nested diagnostic run, for every image; ``reason`` tells why, where it stands in."""
+def diagnosed(fallback: Fallback | None = None) -> Provider:
+    """Two-pass: the nested diagnostic run, for every image; ``fallback`` tells why, where it stands in."""
 
     def provide(prefill: Prefill) -> list[Scores]:
-        return [Scores(scores, [TWO_PASS] * len(scores), [reason] * len(scores)) for scores in prefill.diagnose()]
+        return [Scores(scores, [TWO_PASS] * len(scores), [fallback] * len(scores)) for scores in prefill.diagnose()]
 
     return provide
 
 
 def auto(predictor: SourcePredictor, threshold: float) -> Provider:
-    """The predictor, and the diagnostic run for the images whose confidence is under ``threshold``.
+    """The predictor, and the diagnostic run for images whose scores are not to be trusted.
 
-    One host sync per prefill decides whether there is such an image.
+    Those are images of low confidence, images whose features are unlike those of the fit, and scores that are not
+    finite. One host sync per prefill decides whether there are any.
     """
     ask = predicted(predictor)
 
@@ -228,12 +253,14 @@ def auto(predictor: SourcePredictor, threshold: float) -> Provider:
         results = ask(prefill)
         columns: list[Tensor] = []
         for group, result in zip(prefill.layout.groups, results, strict=True):
-            result.confidence = confidence(predictor, result.scores, group, prefill.config)
+            sure = confidence(predictor, result.scores, group.grid, prefill.config)
+            drift = torch.ones_like(sure) if result.spread is None else predictor.drift(result.spread)
             finite = result.scores.isfinite().all(-1)
-            columns.append(torch.stack([result.confidence, finite.float(), group.rows.float()]))
-        table = torch.cat(columns, dim=1).T.tolist()  # the one sync: [confidence, finite, row] per image
+            columns.append(torch.stack([sure, finite.float(), group.rows.float(), drift]))
+        table = torch.cat(columns, dim=1).T.tolist()  # the one sync: [confidence, finite, row, drift] per image
 
-        verdicts = [_verdict(value, bool(finite), threshold) for value, finite, _ in table]
+        limit = predictor.drift_limit
+        verdicts = [_verdict(sure, bool(finite), threshold, drift, limit) for sure, finite, _, drift in table]
         rows = sorted({int(line[2]) for line, verdict in zip(table, verdicts, strict=True) if verdict})
         if not rows:
             return results
@@ -245,7 +272,7 @@ def auto(predictor: SourcePredictor, threshold: float) -> Provider:
             low = torch.tensor([verdict is not None for verdict in mine], device=scores.device)
             result.scores = torch.where(low[:, None], scores, result.scores)
             result.providers = [TWO_PASS if verdict else ONE_PASS for verdict in mine]
-            result.reasons = list(mine)
+            result.fallbacks = list(mine)
         return results
 
     return provide
@@ -271,17 +298,22 @@ def uniform(seed: int) -> Provider:
     return provide
 
 
-def confidence(predictor: SourcePredictor, scores: Tensor, group: ImageGroup, config: SCRConfig) -> Tensor:
+def confidence(predictor: SourcePredictor, scores: Tensor, grid: Grid, config: SCRConfig) -> Tensor:
     """[I] calibrated expected share of true sources among those that ``scores`` would choose."""
-    eligible = eligible_patches(group.grid, config.exclude_border, scores.device)
-    sources = select_sources(scores, eligible, effective_num_sources(group.grid, config))
+    eligible = eligible_patches(grid, config.exclude_border, scores.device)
+    sources = select_sources(scores, eligible, effective_num_sources(grid, config))
     return predictor.calibrate(raw_confidence(scores, sources, eligible))
 
 
-def _verdict(value: float, finite: bool, threshold: float) -> str | None:
+def _verdict(sure: float, finite: bool, threshold: float, drift: float, limit: float | None) -> Fallback | None:
     if not finite:
-        return "the predictor's scores are not finite"
-    return f"confidence {value:.3f} is under the threshold {threshold:.3f}" if value < threshold else None
+        return Fallback(NOT_FINITE, "the predictor's scores are not finite")
+    if limit is not None and drift > limit:
+        reason = f"drift {drift:.2f} is over the limit {limit:.2f}: the features are unlike those of the fit"
+        return Fallback(DRIFT, reason)
+    if sure < threshold:
+        return Fallback(LOW_CONFIDENCE, f"confidence {sure:.3f} is under the threshold {threshold:.3f}")
+    return None
 
 
 class _UnknownBatchDimension(Exception):  # noqa: N818 - a signal, not an error

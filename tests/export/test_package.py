@@ -84,3 +84,14 @@ def test_a_failed_check_leaves_the_former_folder(
 def test_no_checkpoint(batches: list[dict[str, Any]], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"run train\.py first"):
         run(tmp_path / "none.ckpt", tmp_path / "predictor", batches)
+
+
+def test_the_folder_has_a_drift_guard(checkpoint: Path, batches: list[dict[str, Any]], tmp_path: Path) -> None:
+    predictor = run(checkpoint, tmp_path / "predictor", batches).predictor
+    assert predictor.drift_limit is not None
+    own, other = ({**batches[0], "states": batches[0]["states"] * factor} for factor in (1, 10))
+    spreads = [
+        predictor.score_and_spread(batch["states"], batch["grid"], batch["question"])[1] for batch in (own, other)
+    ]
+    assert bool((predictor.drift(spreads[0]) <= predictor.drift_limit).all())
+    assert bool((predictor.drift(spreads[1]) > predictor.drift_limit).all())

@@ -13,6 +13,7 @@ from predictor.calibration import (
     confidence_rows,
     expected_calibration_error,
     fit_calibration,
+    fit_drift,
     reliability_bins,
     risk_coverage,
 )
@@ -146,3 +147,13 @@ def test_confidence_rows_of_a_loader(make_loader: Callable[..., Any]) -> None:
 def test_confidence_rows_refuse_an_empty_set() -> None:
     with pytest.raises(ValueError, match="empty"):
         confidence_rows(lambda batch: batch["attention"], [], num_sources=6)
+
+
+def test_the_drift_limit_is_the_quantile_times_the_margin():
+    spread = np.concatenate([np.full(99, 2.0), [3.0]])
+    assert fit_drift(spread) == pytest.approx((2.0, 1.25 * np.quantile([1.0] * 99 + [1.5], 0.999)))
+    assert fit_drift(1 / spread)[1] == pytest.approx(fit_drift(spread)[1])  # narrower counts like wider
+    assert fit_drift(spread, quantile=0.5, margin=2.0)[1] == 2.0
+    for bad in ([], [1.0, float("nan")], [0.0, 1.0]):
+        with pytest.raises(ValueError, match="spreads are missing"):
+            fit_drift(bad)

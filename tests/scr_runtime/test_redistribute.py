@@ -74,11 +74,12 @@ def test_claims_and_edit_follow_the_sequential_rule(
             expected[0, positions[image, patch]] += (strength - 1) * hidden[0, positions[image, source]]
         for source in chosen:
             expected[0, positions[image, source]] = hidden[0, positions[image, source]] / strength
-        neighbours, owned = claim_neighbours(sources, grid, connectivity)
+        patches, owned = claim_neighbours(sources, grid, connectivity)
+        assert (patches[0, image] - image * rows * columns).tolist() == chosen
         pairs = {
-            (int(patch), chosen[rank])
+            (int(patch) - image * rows * columns, chosen[rank])
             for rank in range(count)
-            for patch, mine in zip(neighbours[image, rank], owned[image, rank], strict=True)
+            for patch, mine in zip(patches[:, image, rank], owned[:, image, rank], strict=True)
             if mine
         }
         assert pairs == set(owner.items())
