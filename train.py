@@ -98,7 +98,7 @@ def chain(config: TrainConfig, tracker: MLFlowLogger) -> None:
     )
     fit = fit_predictor(config, scr, data, tracker)
     step(4, "export: the predictor folder, calibrated, reloaded and compared")
-    exported = export(config, scr, fit, data, describe_model(model), harvested, tracker)
+    exported = export(config, scr, fit, data, describe_model(model, processor), harvested, tracker)
     step(5, "compare: two-pass, one-pass, auto and the controls on held-out images")
     settings = dataclasses.asdict(config.evaluation)
     comparison = compare(

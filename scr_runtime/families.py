@@ -381,14 +381,24 @@ def keep_decoder_call(family: Family, model: nn.Module, kept: dict[str, Any]) ->
     return family.decoder(model).register_forward_pre_hook(keep, with_kwargs=True).remove
 
 
-def describe_model(model: Any) -> dict[str, Any]:
+STATE_LAYER = 0
+"""The decoder block whose output predictors read."""
+
+
+def describe_model(model: Any, processor: Any = None) -> dict[str, Any]:
     """Tells a model apart from others: what a predictor folder stores and the runtime compares.
 
     The probe, 32 evenly spaced entries of the input embedding, tells models of one architecture apart; it is
     compared loosely, so that a predictor survives a change of dtype.
 
+    Args:
+        model: A model of a supported family.
+        processor: Its processor; the class of its image processor is kept, since other image back ends make
+            other pixels of the same image.
+
     Returns:
-        Plain values: ``name``, ``revision``, ``family``, ``hidden_size``, ``num_blocks``, ``embedding_probe``.
+        Plain values: ``name``, ``revision``, ``family``, ``hidden_size``, ``num_blocks``, ``state_layer``,
+        ``image_backend`` (``None`` without a processor), ``embedding_probe``.
     """
     family = family_of(model)
     config = family.text_config(model)
@@ -400,16 +410,23 @@ def describe_model(model: Any) -> dict[str, Any]:
         "family": family.name,
         "hidden_size": int(config.hidden_size),
         "num_blocks": len(family.blocks(model)),
+        "state_layer": STATE_LAYER,
+        "image_backend": None
+        if processor is None
+        else type(getattr(processor, "image_processor", processor)).__name__,
         "embedding_probe": [float(value) for value in table.view(-1)[places].float().tolist()],
     }
 
 
-def model_differences(expected: Mapping[str, Any], model: Any) -> list[str]:
-    """Lists in words how a model differs from the one that a predictor was fitted for."""
-    found = describe_model(model)
+def model_differences(expected: Mapping[str, Any], model: Any, processor: Any = None) -> list[str]:
+    """Lists in words how a model, and its processor if given, differ from what a predictor was fitted for."""
+    found = describe_model(model, processor)
+    keys = ["family", "hidden_size", "num_blocks", "state_layer"]
+    if found["image_backend"] is not None and expected.get("image_backend") is not None:
+        keys.append("image_backend")
     problems = [
         f"{key} is {found[key]!r}, the predictor expects {expected.get(key)!r}"
-        for key in ("family", "hidden_size", "num_blocks")
+        for key in keys
         if found[key] != expected.get(key)
     ]
     probe, mine = expected.get("embedding_probe"), found["embedding_probe"]

@@ -119,7 +119,10 @@ def visual_layout(
             rows = tokens[:, 0] // length
             own_text, last = text[rows], tokens[:, -1] % length
             edge = torch.where((tokens[:, -1] // length == rows).all(), edge, 2)
-        after = own_text & (place > last[:, None])  # [I, T]
+        if batch == len(images) == 1 and text_rows <= image.tokens:
+            after = own_text  # the last T positions reach back into the image at most, not before it
+        else:
+            after = own_text & (place > last[:, None])  # [I, T]
         weights = after / after.sum(-1, keepdim=True, dtype=torch.float32)
         groups.append(ImageGroup(image.grid, image.tokens, indices, positions, rows, weights))
     return VisualLayout(text_rows, groups, edge)

@@ -131,6 +131,8 @@ class SCR:
             ``"off"``: nothing is touched.
         threshold: Confidence under which ``auto`` falls back. ``None`` takes the predictor's own.
         seed: Of the uniform draw.
+        processor: The model's processor, to check that its image back end is the one that the predictor was fitted
+            with. Without it that is not checked.
 
     Attributes:
         config: The settings in force.
@@ -158,11 +160,13 @@ class SCR:
         mode: Mode = "auto",
         threshold: float | None = None,
         seed: int = 0,
+        processor: Any = None,
     ) -> None:
         if mode not in get_args(Mode):
             raise ConfigurationError(f"mode={mode!r}: expected one of {list(get_args(Mode))}")
         self.model: Any = model
         self.mode: Mode = mode
+        self._processor = processor
         self._warned: set[str] = set()  # kinds of fallback that the log has told of
         self._family = family_of(model)
         self._blocks = self._family.blocks(model)
@@ -509,7 +513,7 @@ class SCR:
 
     def _mismatches(self, predictor: SourcePredictor) -> list[str]:
         if predictor.info:
-            return model_differences(predictor.info["model"], self.model)
+            return model_differences(predictor.info["model"], self.model, self._processor)
         size = self._family.text_config(self.model).hidden_size
         found = predictor.config.hidden_size
         return [] if found == size else [f"hidden_size is {size}, the predictor expects {found}"]

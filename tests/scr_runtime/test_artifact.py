@@ -86,6 +86,8 @@ DAMAGES: list[tuple[Any, type[Exception], str]] = [
     (lambda f: change_config(f, network=None), errors.PredictorCorruptError, r"missing keys \['network'\]"),
     (lambda f: change_config(f, network={"hidden_size": 32}), errors.PredictorCorruptError, "expected the keys"),
     (lambda f: change_config(f, scr={"num_sauces": 3}), errors.PredictorCorruptError, "num_sauces"),
+    (lambda f: change_config(f, drift_limit=0.5, drift_typical=1.0), errors.PredictorCorruptError, "drift_limit"),
+    (lambda f: change_config(f, drift_limit=2.0), errors.PredictorCorruptError, "drift_typical"),
 ]
 
 
@@ -125,6 +127,27 @@ def test_another_model_is_refused(folder: Path, tiny_llava: Any) -> None:
             SCR(model, predictor=folder, mode="one-pass")
         with pytest.warns(RuntimeWarning, match=words):
             SCR(model, config=CONFIG, predictor=folder, mode="auto")
+
+
+class ImageProcessorA:
+    pass
+
+
+class ImageProcessorB:
+    pass
+
+
+def test_another_image_backend_or_layer_is_refused(folder: Path, tiny_llava: Any) -> None:
+    model = tiny_llava(0)
+    record = json.loads((folder / "config.json").read_text())["model"]
+    change_config(folder, model=describe_model(model, ImageProcessorA()))
+    SCR(model, predictor=folder, mode="one-pass", processor=ImageProcessorA())
+    SCR(model, predictor=folder, mode="one-pass")  # no processor, nothing to compare
+    with pytest.raises(errors.PredictorMismatchError, match="image_backend is 'ImageProcessorB'"):
+        SCR(model, predictor=folder, mode="one-pass", processor=ImageProcessorB())
+    change_config(folder, model=record | {"state_layer": 1})
+    with pytest.raises(errors.PredictorMismatchError, match="state_layer is 0, the predictor expects 1"):
+        SCR(model, predictor=folder, mode="one-pass")
 
 
 def test_no_settings_anywhere(tiny_llava: Any, tmp_path: Path) -> None:
