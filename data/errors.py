@@ -10,7 +10,11 @@ DataError
 ├── DamagedShardError        a shard (or its sidecar) is missing, cut, flipped or of another format
 ├── HarvestMismatchError     a folder of shards was made with other settings
 ├── DiskTooSmallError        the harvest would not fit on the disk
-└── StatesOverflowError      states that `harvest.states_dtype` cannot hold
+├── StatesOverflowError      states that `harvest.states_dtype` cannot hold
+├── RankError                environment variables of a launcher that contradict each other
+├── LockTimeoutError         another process held a lock for too long
+└── ClusterError             the Ray engine: it is not installed, its workers do not start
+    └── PoisonShardsError    shards that failed on every worker that tried them; all others are there
 """
 
 from __future__ import annotations
@@ -82,3 +86,27 @@ class DiskTooSmallError(DataError):
 
 class StatesOverflowError(DataError):
     """A state is not finite in the storage dtype."""
+
+
+class RankError(DataError):
+    """RANK, WORLD_SIZE or SLURM_* say something impossible."""
+
+
+class LockTimeoutError(DataError):
+    """A lock was not to be had in time."""
+
+
+class ClusterError(DataError):
+    """Ray is not installed, or its workers cannot be started."""
+
+
+class PoisonShardsError(ClusterError):
+    """Shards that no worker could make: `failures` maps each name to what its last worker ended with."""
+
+    def __init__(self, failures: Mapping[str, str], attempts: int) -> None:
+        lines = "".join(f"\n  {name}: {reason}" for name, reason in sorted(failures.items()))
+        super().__init__(
+            f"{len(failures)} shards failed (up to {attempts} attempts each); all others are whole:{lines}\n"
+            "Find out why (an image, memory, the device?) and start again: only these shards are made."
+        )
+        self.failures = dict(failures)
