@@ -21,10 +21,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class DataError(Exception):
     """Root of everything that `data` raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # as it stands, not through __init__, whose arguments differ: errors cross process borders
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[DataError], args: tuple[Any, ...], state: dict[str, Any]) -> DataError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class AnnotationError(DataError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import platform
 import queue
@@ -370,7 +371,9 @@ def harvest(
         jobs.check_disk(job, job.missing())
         title = f"harvest, {rank}" if rank.size > 1 else "harvest"
         known = sum(len(sidecar["samples"]) for sidecar in sidecars.values())
-        with tqdm(total=sum(len(plan.image_ids) for plan in mine), initial=known, desc=title, unit="image") as progress:
+        with tqdm(
+            total=sum(len(plan.image_ids) for plan in mine), initial=known, desc=title, unit="image"
+        ) as progress:
             for plan in todo:
                 sidecars[plan.name] = harvester.harvest_shard(plan, progress.update)
                 jobs.check_bad_images(sidecars.values(), job.allowed_bad)
@@ -546,6 +549,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             summary = harvest_from_config(config, model, processor, rank=rank)
     except DataError as error:
         print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"the disk is full ({error}): free some space and start again, finished shards are kept", file=sys.stderr
+        )
         return 1
     rate = (summary["images"] - summary["reused"]) / summary["seconds"]
     state = f"fingerprint {summary['fingerprint'][:16]}" if summary["finished"] else "unfinished"

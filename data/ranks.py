@@ -81,8 +81,10 @@ def rank_of_this_process(environment: Mapping[str, str] = os.environ) -> Rank:
         text = environment.get(name)
         if text is None and default is not None:
             return default
+        if text is None:
+            raise RankError(f"{name} is missing: set it, or unset the variables that go with it.")
         try:
-            return int(text or "")
+            return int(text)
         except ValueError:
             raise RankError(f"{name}={text!r} is not a whole number: correct or unset it.") from None
 
@@ -90,9 +92,6 @@ def rank_of_this_process(environment: Mapping[str, str] = os.environ) -> Rank:
         return number(name) if name in environment else None
 
     if "RANK" in environment or "WORLD_SIZE" in environment:
-        absent = [name for name in ("RANK", "WORLD_SIZE") if name not in environment]
-        if absent:
-            raise RankError(f"{absent[0]} is missing: set both RANK and WORLD_SIZE, or neither.")
         return Rank(number("RANK"), number("WORLD_SIZE"), local("LOCAL_RANK"), "RANK, WORLD_SIZE")
     index, count, names = 0, 1, []
     if "SLURM_ARRAY_TASK_ID" in environment:
@@ -133,5 +132,7 @@ def exclusively(lock: Path, seconds: float, what: str) -> Iterator[None]:
                     ) from None
                 time.sleep(_POLL_SECONDS)
             except OSError as error:
-                raise LockTimeoutError(f"{lock} cannot be locked ({error}): do the {what} once, beforehand.") from error
+                raise LockTimeoutError(
+                    f"{lock} cannot be locked ({error}): do the {what} once, beforehand."
+                ) from error
         yield

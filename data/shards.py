@@ -153,6 +153,8 @@ def create_atomically(path: Path, content: bytes) -> bool:
     Returns:
         Whether it was this call that made the file.
     """
+    if path.exists():  # also where there is no room for a temporary file
+        return False
     temporary = _temporary(path)
     try:
         with temporary.open("wb") as stream:
