@@ -47,10 +47,12 @@ class _Worker:
     """Lives in a process of its own, maybe on another machine."""
 
     def __init__(self, prepare: Prepare) -> None:
-        self.job, self.harvester = prepare()
+        self.prepare = prepare
 
-    def plan(self) -> tuple[Job, int]:
-        return self.job, os.getpid()
+    def plan(self) -> Job:
+        """Loads the model; the first call. Not in `__init__`, whose errors Ray turns into text."""
+        self.job, self.harvester = self.prepare()
+        return self.job
 
     def make(self, plan: ShardPlan, anew: bool) -> tuple[dict[str, Any], bool]:
         """The sidecar of a shard, and whether it was there and whole already."""
@@ -142,6 +144,7 @@ class _Driver:
             silent = time.monotonic()
             while self.job is None or self.queue or self.running:
                 references = [*self.starting, *self.running]
+                assert references, "shards are left, and nobody to make them"
                 done, _ = self.ray.wait(references, num_returns=1, timeout=_WAIT_SECONDS)
                 for reference in done:
                     silent = time.monotonic()
@@ -176,15 +179,16 @@ class _Driver:
     def _on_start(self, reference: Any, overwrite: bool) -> None:
         actor = self.starting.pop(reference)
         try:
-            job, _ = self.ray.get(reference)
+            job = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
+            self.ray.kill(actor)
             cause = _cause(error)
             if isinstance(cause, DataError):
                 raise cause from error
             self.failed_starts += 1
             if self.failed_starts > self.max_retries:
                 raise ClusterError(
-                    f"workers do not start ({self.failed_starts} in a row failed): {_first_line(error)}. See the logs "
+                    f"workers do not start ({self.failed_starts} in a row failed): {_first_line(cause)}. See the logs "
                     "of the Ray session, and try `python -m data.harvest` without harvest.engine=ray on that machine."
                 ) from error
             self._start_worker()
@@ -229,6 +233,7 @@ class _Driver:
             self._start_worker()
             self._on_failure(plan, f"its worker died ({type(error).__name__})", final=False)
         else:
+            self.idle.append(actor)
             self.sidecars[plan.name] = sidecar
             if reused:
                 self.reused.append(plan.name)

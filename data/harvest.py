@@ -371,9 +371,8 @@ def harvest(
         jobs.check_disk(job, job.missing())
         title = f"harvest, {rank}" if rank.size > 1 else "harvest"
         known = sum(len(sidecar["samples"]) for sidecar in sidecars.values())
-        with tqdm(
-            total=sum(len(plan.image_ids) for plan in mine), initial=known, desc=title, unit="image"
-        ) as progress:
+        total = sum(len(plan.image_ids) for plan in mine)
+        with tqdm(total=total, initial=known, desc=title, unit="image") as progress:
             for plan in todo:
                 sidecars[plan.name] = harvester.harvest_shard(plan, progress.update)
                 jobs.check_bad_images(sidecars.values(), job.allowed_bad)
@@ -569,4 +568,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from data import harvest as importable  # what is sent to Ray's workers must not live in `__main__`
+
+    raise SystemExit(importable.main())

@@ -40,8 +40,8 @@ class Rank:
     def __post_init__(self) -> None:
         if not 0 <= self.number < self.size:
             raise RankError(
-                f"rank {self.number} of {self.size} ({self.told_by or 'given'}): ranks are 0 to {max(0, self.size - 1)}. "
-                "Correct or unset these variables."
+                f"rank {self.number} of {self.size} ({self.told_by or 'given'}): ranks are 0 to "
+                f"{max(0, self.size - 1)}. Correct or unset these variables."
             )
 
     def share(self, items: Sequence[_T]) -> list[_T]:
@@ -133,6 +133,6 @@ def exclusively(lock: Path, seconds: float, what: str) -> Iterator[None]:
                 time.sleep(_POLL_SECONDS)
             except OSError as error:
                 raise LockTimeoutError(
-                    f"{lock} cannot be locked ({error}): do the {what} once, beforehand."
+                    f"{lock} cannot be locked ({error}): start one process alone first, for {what}."
                 ) from error
         yield

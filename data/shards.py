@@ -198,8 +198,8 @@ class ShardWriter:
         with ShardWriter(directory, "train-00000", fingerprint) as writer:
             writer.write(sample)
 
-    The tar grows as `train-00000.tar.tmp.<machine>.<pid>`. Leaving the block normally syncs it, renames it, and writes the
-    sidecar; leaving it through an exception removes it. Equal samples give equal bytes (mtime is 0).
+    The tar grows as `train-00000.tar.tmp.<machine>.<pid>`. Leaving the block normally syncs it, renames it, and writes
+    the sidecar; leaving it through an exception removes it. Equal samples give equal bytes (mtime is 0).
 
     Args:
         directory: where the shard goes.

@@ -1,4 +1,4 @@
-"""Harvests that are killed, that run out of disk, whose shards are damaged: nothing is lost, nothing is there twice."""
+"""Harvests that are killed, that run out of disk, whose shards are damaged: nothing is lost or doubled."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path, small_disk: Path, coco:
     assert sorted(contents(target)) == [
         "harvest.json", "train-00000.json", "train-00000.tar", "train-00001.json", "train-00001.tar",
     ]  # fmt: skip
-    with pytest.raises(DiskTooSmallError, match="0.0 MB are free"):
+    with pytest.raises(DiskTooSmallError, match=r"0\.0 MB are free"):
         run_harvest(target, coco)
     filler.unlink()
     assert run_harvest(target, coco)["shards_reused"] == 2

@@ -123,9 +123,8 @@ def test_ranks_fill_one_folder(
 def test_a_rank_says_who_is_missing(tmp_path: Path, coco: CocoImages, run_harvest: Run, capsys: Any):
     run_harvest(tmp_path, coco, rank=Rank(1, 3, told_by="RANK, WORLD_SIZE"))
     out = capsys.readouterr().out
-    assert (
-        "5 of 7 shards are missing: train-00000, train-00002, train-00003, validation-00001, test-00000 (of ranks 0, 2)"
-    ) in out
+    missing = "train-00000, train-00002, train-00003, validation-00001, test-00000"
+    assert f"5 of 7 shards are missing: {missing} (of ranks 0, 2)" in out
 
 
 def test_a_damaged_shard_of_another_rank_is_no_longer_counted(tmp_path: Path, coco: CocoImages, run_harvest: Run):
@@ -190,10 +189,9 @@ def test_one_of_many_creates_a_file(tmp_path: Path):
 
 def test_a_lock_is_held_by_one_and_waited_for_in_bounded_time(tmp_path: Path):
     lock = tmp_path / "there" / "lock"
-    with exclusively(lock, 1, "testing"):
-        with pytest.raises(LockTimeoutError, match="another process has been testing for 0 s"):
-            with exclusively(lock, 0.3, "testing"):
-                raise AssertionError("two hold the lock")
+    waited = pytest.raises(LockTimeoutError, match="another process has been testing for 0 s")
+    with exclusively(lock, 1, "testing"), waited, exclusively(lock, 0.3, "testing"):
+        raise AssertionError("two hold the lock")
     with exclusively(lock, 0.3, "testing"):
         pass
 

@@ -157,8 +157,9 @@ def main() -> None:
     mode, coco, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     if mode == "ray":
         from data.cluster import harvest_with_ray
+        from tests.data import victim  # not from `__main__`, which workers can't import
 
-        harvest_with_ray(functools.partial(prepared, coco, target, 0.1), workers=2)
+        harvest_with_ray(functools.partial(victim.prepared, coco, target, 0.1), workers=2)
         return
     llava()
     assert not killed(fork(lambda: harvest(**arguments(coco, target.with_name("undisturbed"), seconds=0))))
