@@ -9,6 +9,7 @@ Retries are counted here, not by Ray: a shard whose images kill every actor woul
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from collections import deque
@@ -93,7 +94,7 @@ def harvest_with_ray(
         DataError: as `data.harvest.harvest`.
     """
     try:
-        import ray
+        ray: Any = importlib.import_module("ray")  # not `import ray`: type checkers run without it too
     except ImportError as error:
         raise ClusterError(
             'harvest.engine=ray needs Ray, which is not installed: pip install -c constraints.txt -e ".[train,ray]"'
@@ -162,6 +163,7 @@ class _Driver:
             for actor in [*self.starting.values(), *(actor for actor, _ in self.running.values()), *self.idle]:
                 self.ray.kill(actor)
         job = self.job
+        assert job is not None
         if self.failures:
             raise PoisonShardsError(self.failures, self.max_retries + 1)
         index = jobs.finish(job)

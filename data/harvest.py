@@ -426,6 +426,9 @@ def harvest_on_cluster(config: TrainConfig, *, overwrite: bool = False) -> dict[
     """`harvest_from_config` by Ray actors, each with a model of its own."""
     from data.cluster import harvest_with_ray
 
+    # workers have another working directory, maybe on another machine
+    data = dataclasses.replace(config.data, root=str(config.paths.data.absolute()))
+    config = dataclasses.replace(config, runs_dir=str(Path(config.runs_dir).expanduser().absolute()), data=data)
     _render_world(config)  # once, before the actors would
     section = config.harvest
     return harvest_with_ray(
