@@ -164,13 +164,11 @@ def test_workers_that_do_not_start_end_the_job(tmp_path: Path, many: CocoImages,
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_command_with_ray(
-    tmp_path: Path, llava: tuple[Any, Any], cluster: str, capsys: pytest.CaptureFixture[str]
-):
+def test_the_command_with_ray(tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]):
     from data.harvest import main
 
     images = tiny.write_coco(tmp_path / "coco", 12)
-    for part in llava:
+    for part in tiny.build_llava():  # not the shared one: saving changes a model's config
         part.save_pretrained(tmp_path / "tiny-llava")
     arguments = [
         f"runs_dir={tmp_path / 'runs'}", f"model.hub_id={tmp_path / 'tiny-llava'}", "model.device=cpu",

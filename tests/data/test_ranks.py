@@ -199,8 +199,8 @@ def test_a_lock_is_held_by_one_and_waited_for_in_bounded_time(tmp_path: Path):
 # ---- real processes
 
 
-def command(tmp_path: Path, llava: tuple[Any, Any]) -> list[str]:
-    for part in llava:
+def command(tmp_path: Path) -> list[str]:
+    for part in tiny.build_llava():  # not the shared one: saving changes a model's config
         part.save_pretrained(tmp_path / "tiny-llava")
     return [
         f"runs_dir={tmp_path / 'runs'}",
@@ -219,11 +219,9 @@ def command(tmp_path: Path, llava: tuple[Any, Any]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_torchrun_and_slurm(
-    tmp_path: Path, llava: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_torchrun_and_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Two processes of torchrun render one world and harvest it; then ranks of other counts, as Slurm starts them."""
-    arguments = command(tmp_path, llava)
+    arguments = command(tmp_path)
     target = tmp_path / "runs" / "harvest" / "scene-llava-scenes"
     plain = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     run = subprocess.run(
