@@ -232,8 +232,9 @@ class _Driver:
                 raise cause from error
             self._on_failure(plan, _first_line(cause), final=isinstance(cause, DataError))
         except errors.RayError as error:
-            self._start_worker()
             self._on_failure(plan, f"its worker died ({type(error).__name__})", final=False)
+            if self.queue:
+                self._start_worker()
         else:
             self.idle.append(actor)
             self.sidecars[plan.name] = sidecar

@@ -144,7 +144,7 @@ def test_actors_are_killed_poison_is_reported_and_the_driver_starts_again(
         ShardReader(target, "train")
 
     # with the image mended, this shard alone is made
-    summary = harvest_with_ray(functools.partial(victim.prepared, coco, target), workers=2)
+    summary = harvest_with_ray(functools.partial(victim.prepared, coco, target), workers=1)
     assert summary["shards_reused"] == victim.SHARDS - 1 and summary["finished"]
     assert contents(target) == undisturbed
     keys = [key for split in victim.SPLITS for key in ShardReader(target, split).keys]
