@@ -71,7 +71,7 @@ lock:
 	@echo "resolving in .lock (some minutes)"
 	@rm -rf .lock && $(PYTHON) -m venv .lock
 	@.lock/bin/python -m pip --disable-pip-version-check install --quiet \
-	  "$$(grep '^torch==' constraints.txt)" -e ".[train,dev]"
+	  "$$(grep '^torch==' constraints.txt)" -e ".[train,dev,ray]"
 	@{ sed -n '/^#/p;/^[^#]/q' constraints.txt; \
 	  .lock/bin/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools --exclude wheel \
 	  | sed 's/+.*//' | grep -Ev '^(nvidia|cuda|triton)' | LC_ALL=C sort -f; } > constraints.new

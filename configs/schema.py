@@ -26,6 +26,7 @@ STATES_DTYPES = ("float16", "bfloat16", "float32")
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 CONNECTIVITIES = (4, 8)
 LOSSES = ("kl", "bce", "mse_log")
+ENGINES = ("local", "ray")
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 
 
@@ -233,6 +234,22 @@ class HarvestConfig:
     """Number format of the states at rest."""
     seed: int = _key(0, low=0)
     """Seed of the split and of the questions."""
+    engine: str = _key("local", choices=ENGINES)
+    """Who makes the shards: local, this process (one of several under torchrun or Slurm); ray, the actors of a Ray
+    cluster, which RAY_ADDRESS names, or of this machine."""
+    workers: int = _count(1)
+    """Ray actors, each with a model of its own; only with engine=ray."""
+    gpus_per_worker: float | None = _key(None, low=0)
+    """GPUs that each Ray actor reserves; null takes 1 where the cluster has any, else 0. Only with engine=ray."""
+    max_retries: int = _key(2, low=0)
+    """How often a shard is tried again after its Ray actor died or failed, before it is given up."""
+
+    def check(self) -> Iterator[Problem]:
+        """Workers are Ray's: elsewhere the launcher says how many processes there are."""
+        for key, plain in (("workers", 1), ("gpus_per_worker", None)):
+            if self.engine == "local" and getattr(self, key) != plain:
+                hint = "Add harvest.engine=ray, or start several processes with torchrun or Slurm (docs/harvest.md)."
+                yield Problem(key, getattr(self, key), "needs harvest.engine=ray", hint=hint)
 
     @property
     def images(self) -> int:

@@ -1,8 +1,9 @@
 """Images and questions in, shards of states and attention maps out, batches for the predictor.
 
 `images`, `questions` and `vlm` are what a harvest reads, `shards` is the one place that knows the files on disk,
-`harvest` fills them and `datamodule` reads them. Nothing is imported here: `data.datamodule` needs Lightning,
-`data.vlm` needs transformers, and neither should cost the other anything.
+`harvest` fills them and `datamodule` reads them. `jobs` knows what is planned, there and missing; `ranks` and
+`cluster` divide it among processes. Nothing is imported here: `data.datamodule` needs Lightning, `data.vlm` needs
+transformers, and neither should cost the other anything.
 """
 
 import os

@@ -10,17 +10,33 @@ DataError
 ├── DamagedShardError        a shard (or its sidecar) is missing, cut, flipped or of another format
 ├── HarvestMismatchError     a folder of shards was made with other settings
 ├── DiskTooSmallError        the harvest would not fit on the disk
-└── StatesOverflowError      states that `harvest.states_dtype` cannot hold
+├── StatesOverflowError      states that `harvest.states_dtype` cannot hold
+├── RankError                environment variables of a launcher that contradict each other
+├── LockTimeoutError         another process held a lock for too long
+└── ClusterError             the Ray engine: it is not installed, its workers do not start
+    └── PoisonShardsError    shards that failed on every worker that tried them; all others are there
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class DataError(Exception):
     """Root of everything that `data` raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # as it stands, not through __init__, whose arguments differ: errors cross process borders
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[DataError], args: tuple[Any, ...], state: dict[str, Any]) -> DataError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class AnnotationError(DataError):
@@ -82,3 +98,27 @@ class DiskTooSmallError(DataError):
 
 class StatesOverflowError(DataError):
     """A state is not finite in the storage dtype."""
+
+
+class RankError(DataError):
+    """RANK, WORLD_SIZE or SLURM_* say something impossible."""
+
+
+class LockTimeoutError(DataError):
+    """A lock was not to be had in time."""
+
+
+class ClusterError(DataError):
+    """Ray is not installed, or its workers cannot be started."""
+
+
+class PoisonShardsError(ClusterError):
+    """Shards that no worker could make: `failures` maps each name to what its last worker ended with."""
+
+    def __init__(self, failures: Mapping[str, str], attempts: int) -> None:
+        lines = "".join(f"\n  {name}: {reason}" for name, reason in sorted(failures.items()))
+        super().__init__(
+            f"{len(failures)} shards failed (up to {attempts} attempts each); all others are whole:{lines}\n"
+            "Find out why (an image, memory, the device?) and start again: only these shards are made."
+        )
+        self.failures = dict(failures)

@@ -5,17 +5,17 @@
 The unit of work is a shard: which images it holds follows from the settings alone, and `Harvester.harvest_shard`
 gives the same bytes whenever and however often it runs. So an interrupted harvest is finished by starting it again;
 shards that are there and whole are kept. `harvest.json` holds the settings of a folder, `index.json` appears when all
-is done.
+is done. Several processes share one folder: ranks (`data.ranks`) or Ray actors (`data.cluster`). See docs/harvest.md.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
+import errno
+import functools
+import platform
 import queue
-import shutil
 import sys
 import threading
 import time
@@ -29,68 +29,25 @@ import torch
 from PIL.Image import Image as PILImage
 from tqdm import tqdm
 
-from data import shards, vlm
-from data.errors import (
-    CorruptImageError,
-    DamagedShardError,
-    DataError,
-    DiskTooSmallError,
-    HarvestMismatchError,
-    StatesOverflowError,
-    TooManyBadImagesError,
-)
-from data.images import CocoImages, seeded_order, split_ids
+from data import jobs, shards, vlm
+from data.errors import CorruptImageError, DataError, StatesOverflowError, UnfinishedHarvestError
+from data.images import CocoImages
+from data.jobs import Job, ShardPlan, plan_shards
 from data.questions import DEFAULT_MIX, Question, count_objects, image_prompts
-from data.shards import Sample, ShardWriter, canonical_json, shard_name
+from data.ranks import Rank, exclusively, rank_of_this_process
+from data.shards import Sample, ShardWriter
 from scr_runtime import SCRConfig
 from scr_runtime import capture as run_diagnostic
 
 if TYPE_CHECKING:
     from configs.schema import TrainConfig
 
-SETTINGS = "harvest.json"
 SETTINGS_VERSION = 1  # raised when equal settings come to mean other samples
-BAD_SHARE = 0.01  # of the planned images may be undecodable
+_RENDERING_SECONDS = 1800.0  # that a process waits at most for another that renders the embedded world
 _PREFETCHED_BATCHES = 2
 _T = TypeVar("_T")
 
 Capture = Callable[[Any, SCRConfig, Mapping[str, Any]], Sequence[Any]]
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """What a shard will hold.
-
-    Attributes:
-        name: shard name without ending.
-        split: train, validation or test.
-        image_ids: its images, in order.
-        reserve: images that no other shard may use; they replace undecodable ones, in order.
-    """
-
-    name: str
-    split: str
-    image_ids: tuple[int, ...]
-    reserve: tuple[int, ...]
-
-
-def plan_shards(ids: Sequence[int], splits: Mapping[str, int], shard_size: int, seed: int) -> list[ShardPlan]:
-    """Deals images to shards.
-
-    The images behind the splits in the seeded order are dealt out as reserves, one to each shard in turn, so that a
-    shard can replace a bad image without knowing what happened to the others.
-
-    Raises:
-        NotEnoughImagesError: the splits ask for more than there are ids.
-    """
-    chosen = split_ids(ids, splits, seed)
-    parts = [
-        (shard_name(split, number), split, tuple(members[start : start + shard_size]))
-        for split, members in chosen.items()
-        for number, start in enumerate(range(0, len(members), shard_size))
-    ]
-    spare = seeded_order(ids, seed, "split")[sum(splits.values()) :]
-    return [ShardPlan(*part, tuple(spare[rank :: len(parts)])) for rank, part in enumerate(parts)]
 
 
 @dataclass(frozen=True)
@@ -125,6 +82,7 @@ class Harvester:
         seed: of the prompts.
         settings_fingerprint: identity of all settings, written into every sidecar.
         allowed_bad: undecodable images that one shard may have.
+        provenance: how the samples come about, beyond the settings; written into every sidecar.
         capture: the diagnostic run; returns one capture per image, in order.
     """
 
@@ -143,6 +101,7 @@ class Harvester:
         seed: int,
         settings_fingerprint: str,
         allowed_bad: int,
+        provenance: Mapping[str, Any] | None = None,
         capture: Capture = run_diagnostic,
     ) -> None:
         self.directory = directory
@@ -157,6 +116,7 @@ class Harvester:
         self.seed = seed
         self.settings_fingerprint = settings_fingerprint
         self.allowed_bad = allowed_bad
+        self.provenance = provenance
         self._capture = capture
         self._counts = count_objects(images)
 
@@ -176,7 +136,7 @@ class Harvester:
         """
         skipped: list[dict[str, Any]] = []
         pending: dict[int, list[tuple[_Row, Any]]] = defaultdict(list)
-        with ShardWriter(self.directory, plan.name, self.settings_fingerprint) as writer:
+        with ShardWriter(self.directory, plan.name, self.settings_fingerprint, self.provenance) as writer:
             with contextlib.closing(_prefetch(self._batches(plan, skipped), _PREFETCHED_BATCHES)) as batches:
                 for batch in batches:
                     for row, capture in zip(batch.rows, self._run(batch), strict=True):
@@ -206,7 +166,7 @@ class Harvester:
                     picture = self.images.open(image_id)
                 except CorruptImageError as error:
                     skipped.append({"image_id": image_id, "file": self._file(image_id), "reason": error.reason})
-                    _check_bad_images(skipped, self.allowed_bad)
+                    jobs.refuse_bad_images(skipped, self.allowed_bad)
                     image_id = next(reserve, None)
                 else:
                     yield image_id, picture
@@ -268,7 +228,7 @@ class Harvester:
         )
 
 
-def harvest(
+def prepare(
     directory: str | Path,
     *,
     model: Any,
@@ -282,40 +242,13 @@ def harvest(
     shard_size: int = 50,
     states_dtype: str = "float16",
     seed: int = 0,
-    overwrite: bool = False,
     capture: Capture = run_diagnostic,
-) -> dict[str, Any]:
-    """Harvests what is missing in a folder, and says how much was there already.
-
-    Args:
-        directory: folder of the shards; made if missing.
-        model: vision-language model in eval mode.
-        processor: its processor, left padding.
-        config: which layers' attention is captured (the edit's settings play no part here).
-        images: images and annotations to harvest from.
-        splits: images per split, e.g. `{"train": 4000, "validation": 400, "test": 400}`; splits of 0 are left out.
-        prompts_per_image: maps per image.
-        prompt_mix: kinds of prompts, dealt out in turn.
-        batch_size: prompts per forward. It changes rounding only, and may differ between runs of one harvest.
-        shard_size: images per shard.
-        states_dtype: float16, bfloat16 or float32.
-        seed: of splits and prompts.
-        overwrite: when the folder was made with other settings, remove its shards and harvest anew.
-        capture: the diagnostic run; one capture per batch row, in order.
-
-    Returns:
-        `images` (of which `reused` were there before), `samples` (maps), `skipped` (undecodable images), `tokens`
-        (visual tokens of all images), `bytes`, `shards`, `shards_reused`, `seconds`, `fingerprint` (of the data, for
-        tracking), `settings_fingerprint`, `directory`.
+) -> tuple[Job, Harvester]:
+    """Plans a harvest, and makes what carries it out; the arguments are those of `harvest`. Nothing is written.
 
     Raises:
-        HarvestMismatchError: the folder holds shards of other settings, and `overwrite` is False.
         NotEnoughImagesError: `splits` asks for more images than there are.
-        DiskTooSmallError: what is missing does not fit.
-        TooManyBadImagesError: over 1 % (and at least two) of the planned images cannot be decoded.
-        StatesOverflowError: states that `states_dtype` cannot hold.
     """
-    started = time.perf_counter()
     directory = Path(directory)
     if states_dtype not in shards.STATES_DTYPES:
         raise ValueError(f"harvest.states_dtype={states_dtype!r}: use {', '.join(shards.STATES_DTYPES)}")
@@ -335,9 +268,6 @@ def harvest(
         "states_dtype": states_dtype,
         "seed": seed,
     }
-    planned = sum(splits.values())
-    allowed_bad = max(1, int(BAD_SHARE * planned))
-    settings_fingerprint = hashlib.sha256(canonical_json(settings)).hexdigest()[:16]
     harvester = Harvester(
         directory,
         model=model,
@@ -349,80 +279,187 @@ def harvest(
         batch_size=batch_size,
         states_dtype=states_dtype,
         seed=seed,
-        settings_fingerprint=settings_fingerprint,
-        allowed_bad=allowed_bad,
+        settings_fingerprint=jobs.fingerprint_of(settings),
+        allowed_bad=jobs.allowed_bad_of(sum(splits.values())),
+        provenance={
+            "attn_implementation": str(getattr(model.config, "_attn_implementation", None)),
+            "batch_size": batch_size,
+            "device": str(model.device.type),
+            "image_backend": str(getattr(processor.image_processor, "backend", None)),
+            "libraries": {"python": platform.python_version(), **vlm.library_versions()},
+        },
         capture=capture,
     )
-    _claim_folder(directory, settings, overwrite)
-    sidecars = _take_stock(directory, plans, settings_fingerprint, allowed_bad)
-    todo = [plan for plan in plans if plan.name not in sidecars]
-    reused = sum(len(sidecar["samples"]) for sidecar in sidecars.values())
+    tokens = _tokens_of_first(harvester, plans)
+    width = model.config.get_text_config().hidden_size
+    job = Job(
+        directory=directory,
+        plans=tuple(plans),
+        settings=settings,
+        provenance={
+            "images_dir": str(images.images_dir),
+            "annotations_file": str(images.annotations_file),
+            "scr": dataclasses.asdict(config),
+        },
+        bytes_per_image=shards.sample_bytes(tokens, width, prompts_per_image, harvester.states_dtype),
+        tokens_per_image=tokens,
+        prompts_per_image=prompts_per_image,
+    )
+    return job, harvester
+
+
+def harvest(
+    directory: str | Path,
+    *,
+    model: Any,
+    processor: Any,
+    config: SCRConfig,
+    images: CocoImages,
+    splits: Mapping[str, int],
+    overwrite: bool = False,
+    rank: Rank | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Harvests what is missing in a folder, and says how much was there already.
+
+    Args:
+        directory: folder of the shards; made if missing.
+        model: vision-language model in eval mode.
+        processor: its processor, left padding.
+        config: which layers' attention is captured (the edit's settings play no part here).
+        images: images and annotations to harvest from.
+        splits: images per split, e.g. `{"train": 4000, "validation": 400, "test": 400}`; splits of 0 are left out.
+        overwrite: when the folder was made with other settings, remove its shards and harvest anew.
+        rank: this process among several that fill the folder together; it makes its share of the shards, and whoever
+            finds all of them whole finishes the harvest.
+        settings: further arguments of `prepare`:
+            `prompts_per_image` (2), maps per image; `prompt_mix`, kinds of prompts, dealt out in turn; `batch_size`
+            (32), prompts per forward, which changes rounding only and may differ between runs of one harvest;
+            `shard_size` (50), images per shard; `states_dtype` (float16, bfloat16 or float32); `seed` (0) of splits
+            and prompts; `capture`, the diagnostic run: one capture per batch row, in order.
+
+    Returns:
+        `images` of this process (of which `reused` were there before), `samples` (maps), `skipped` (undecodable
+        images), `tokens` (visual tokens of all images), `bytes`, `shards`, `shards_reused`, `seconds`, `directory`,
+        `settings_fingerprint`; `finished`, and if so the `fingerprint` of the data, for tracking, else the names of
+        the `missing` shards, which other ranks have to make.
+
+    Raises:
+        HarvestMismatchError: the folder holds shards of other settings, and `overwrite` is False.
+        NotEnoughImagesError: `splits` asks for more images than there are.
+        DiskTooSmallError: what is missing does not fit.
+        TooManyBadImagesError: over 1 % (and at least two) of the planned images cannot be decoded.
+        StatesOverflowError: states that `states_dtype` cannot hold.
+    """
+    started = time.perf_counter()
+    rank = rank or Rank()
+    if overwrite and rank.size > 1:
+        raise ValueError("overwrite=True with several ranks: one would remove what another has made")
+    job, harvester = prepare(
+        directory, model=model, processor=processor, config=config, images=images, splits=splits, **settings
+    )
+    jobs.claim(job, overwrite)
+    mine = rank.share(job.plans)
+    sidecars = jobs.take_stock(job, mine)
+    reused = list(sidecars)
+    todo = [plan for plan in mine if plan.name not in sidecars]
     if todo:
-        (directory / shards.INDEX).unlink(missing_ok=True)  # until all shards are whole again
+        for plan in todo:
+            jobs.give_up(job, plan.name)  # until it is whole again
         if sidecars:
-            _say(f"reusing {len(sidecars):,} of {len(plans):,} shards in {directory}, {len(todo):,} to go")
-        _check_disk(harvester, todo)
-        with tqdm(total=planned, initial=reused, desc="harvest", unit="image") as progress:
+            jobs.say(f"reusing {len(sidecars):,} of {len(mine):,} shards in {directory}, {len(todo):,} to go")
+        jobs.check_disk(job, job.missing())
+        title = f"harvest, {rank}" if rank.size > 1 else "harvest"
+        known = sum(len(sidecar["samples"]) for sidecar in sidecars.values())
+        total = sum(len(plan.image_ids) for plan in mine)
+        with tqdm(total=total, initial=known, desc=title, unit="image") as progress:
             for plan in todo:
                 sidecars[plan.name] = harvester.harvest_shard(plan, progress.update)
-                _check_bad_images(_skipped(sidecars), allowed_bad)
-    else:
-        _say(f"reusing the finished harvest in {directory} ({reused:,} images)")
-    names = {split: [plan.name for plan in plans if plan.split == split] for split in splits}
-    provenance = {
-        "attn_implementation": str(getattr(model.config, "_attn_implementation", None)),
-        "batch_size": batch_size,
-        "device": str(model.device.type),
-        "images_dir": str(images.images_dir),
-        "annotations_file": str(images.annotations_file),
-        "libraries": vlm.library_versions(),
-    }
-    if todo or not (directory / shards.INDEX).is_file():
-        index = shards.write_index(directory, names, settings, provenance)
-    else:
-        index = shards.read_index(directory)
-    return {
-        "directory": str(directory),
-        "images": sum(len(sidecar["samples"]) for sidecar in sidecars.values()),
-        "reused": reused,
-        "samples": sum(sidecar["rows"] for sidecar in sidecars.values()),
-        "tokens": sum(e["grid"][0] * e["grid"][1] for sidecar in sidecars.values() for e in sidecar["samples"]),
-        "skipped": len(index["skipped"]),
-        "bytes": sum(sidecar["bytes"] for sidecar in sidecars.values()),
-        "shards": len(plans),
-        "shards_reused": len(plans) - len(todo),
-        "seconds": time.perf_counter() - started,
-        "fingerprint": index["fingerprint"],
-        "settings_fingerprint": settings_fingerprint,
-    }
+                jobs.check_bad_images(sidecars.values(), job.allowed_bad)
+    elif mine and rank.size == 1:
+        known = sum(len(sidecar["samples"]) for sidecar in sidecars.values())
+        jobs.say(f"reusing the finished harvest in {directory} ({known:,} images)")
+    index = jobs.finish(job)
+    result = {**jobs.summary(job, sidecars, reused, index), "seconds": time.perf_counter() - started}
+    if index is None:
+        if rank.size == 1:
+            raise UnfinishedHarvestError(
+                f"{shards.few(result['missing'])} vanished from {directory} during the harvest: does another process "
+                "write there? Run it again: what is there is kept."
+            )
+        jobs.say(_who_is_missing(job, rank, result["missing"]))
+    elif rank.size > 1:
+        jobs.say(f"{rank} is done, and all {len(job.plans):,} shards are there: the harvest is finished")
+    return result
 
 
-def harvest_from_config(config: TrainConfig, model: Any, processor: Any, *, overwrite: bool = False) -> dict[str, Any]:
+def _who_is_missing(job: Job, rank: Rank, missing: Sequence[str]) -> str:
+    position = {plan.name: number for number, plan in enumerate(job.plans)}
+    ranks = sorted({rank.owner(position[name]) for name in missing})
+    return (
+        f"{rank} is done. {len(missing):,} of {len(job.plans):,} shards are missing: {shards.few(missing)} (of "
+        f"ranks {shards.few([str(number) for number in ranks])}). The rank that is done last finishes the harvest; if "
+        f"they do not run, start them again, with any number of ranks ({rank.told_by or 'RANK, WORLD_SIZE'})."
+    )
+
+
+def harvest_from_config(
+    config: TrainConfig, model: Any, processor: Any, *, overwrite: bool = False, rank: Rank | None = None
+) -> dict[str, Any]:
     """`harvest` with the settings of a configuration, into its own folder.
 
     The embedded world is rendered first if the configuration has one.
 
     Args:
         config: the resolved configuration.
-        model: what `config.model` names, loaded.
+        model: what `config.model` names, loaded; not used with `harvest.engine=ray`, whose actors load their own.
         processor: its processor.
         overwrite: replace a harvest that was made with other settings.
+        rank: this process among several that fill the folder together.
     """
+    if config.harvest.engine == "ray":
+        return harvest_on_cluster(config, overwrite=overwrite)
+    return harvest(**_arguments(config, model, processor), overwrite=overwrite, rank=rank)
+
+
+def harvest_on_cluster(config: TrainConfig, *, overwrite: bool = False) -> dict[str, Any]:
+    """`harvest_from_config` by Ray actors, each with a model of its own."""
+    from data.cluster import harvest_with_ray
+
+    # workers have another working directory, maybe on another machine
+    data = dataclasses.replace(config.data, root=str(config.paths.data.absolute()))
+    config = dataclasses.replace(config, runs_dir=str(Path(config.runs_dir).expanduser().absolute()), data=data)
+    _render_world(config)  # once, before the actors would
     section = config.harvest
-    return harvest(
-        config.paths.harvest,
-        model=model,
-        processor=processor,
-        config=SCRConfig(**dataclasses.asdict(config.model.scr)),
-        images=training_images(config),
-        splits={"train": section.samples, "validation": section.validation, "test": section.test},
-        prompts_per_image=section.prompts_per_image,
-        batch_size=section.batch_size,
-        shard_size=section.shard_size,
-        states_dtype=section.states_dtype,
-        seed=section.seed,
+    return harvest_with_ray(
+        functools.partial(_prepare_from_config, config),
+        workers=section.workers,
+        gpus_per_worker=section.gpus_per_worker,
+        max_retries=section.max_retries,
         overwrite=overwrite,
     )
+
+
+def _prepare_from_config(config: TrainConfig) -> tuple[Job, Harvester]:
+    """What an actor starts with."""
+    return prepare(**_arguments(config, *vlm.load_vlm(**config.model.loading)))
+
+
+def _arguments(config: TrainConfig, model: Any, processor: Any) -> dict[str, Any]:
+    section = config.harvest
+    return {
+        "directory": config.paths.harvest,
+        "model": model,
+        "processor": processor,
+        "config": SCRConfig(**dataclasses.asdict(config.model.scr)),
+        "images": training_images(config),
+        "splits": {"train": section.samples, "validation": section.validation, "test": section.test},
+        "prompts_per_image": section.prompts_per_image,
+        "batch_size": section.batch_size,
+        "shard_size": section.shard_size,
+        "states_dtype": section.states_dtype,
+        "seed": section.seed,
+    }
 
 
 def training_images(config: TrainConfig) -> CocoImages:
@@ -438,100 +475,17 @@ def held_out_images(config: TrainConfig) -> CocoImages:
 
 
 def _render_world(config: TrainConfig) -> None:
-    world = config.data.world
+    """Renders the embedded world if the configuration has one; of several processes one does, the others wait."""
+    world, root = config.data.world, config.paths.data
     if world is not None:
         from scenes import ensure_world
 
-        ensure_world(config.paths.data, world.train, world.val, world.seed)
+        with exclusively(root.with_name(f".{root.name}.lock"), _RENDERING_SECONDS, "rendering the embedded world"):
+            ensure_world(root, world.train, world.val, world.seed)
 
 
-def _say(message: str) -> None:
-    tqdm.write(f"harvest: {message}")
-
-
-def _claim_folder(directory: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
-    """Makes sure that the folder is there and holds these settings; removes shards of others if allowed to."""
-    directory.mkdir(parents=True, exist_ok=True)
-    file = directory / SETTINGS
-    if file.is_file():
-        try:
-            stored = json.loads(file.read_bytes())
-        except ValueError:
-            stored = {}  # unreadable settings are other settings
-        difference = _difference(stored, settings)
-        if not difference:
-            return
-        if not overwrite:
-            raise HarvestMismatchError(directory, difference)
-        changed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in sorted(difference.items()))
-        _say(f"other settings than those of {directory} ({changed}): harvesting again")
-        shards.remove_all(directory)
-    shards.write_atomically(file, json.dumps(settings, indent=1).encode())
-
-
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    before, after = _flat(old), _flat(json.loads(canonical_json(new)))
-    keys = before.keys() | after.keys()
-    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
-    return flat
-
-
-def _take_stock(
-    directory: Path, plans: Sequence[ShardPlan], settings_fingerprint: str, allowed_bad: int
-) -> dict[str, dict[str, Any]]:
-    """Sidecars of the shards that are there and whole, by name; every byte of them is read."""
-    sidecars = {}
-    present = [plan.name for plan in plans if (directory / f"{plan.name}.json").exists()]
-    for name in tqdm(present, desc="check shards", unit="shard", delay=2, leave=False):
-        try:
-            sidecars[name] = shards.check_shard(directory, name, settings_fingerprint=settings_fingerprint)
-        except DamagedShardError as error:
-            _say(f"shard {error.name}: {error.reason}; it is redone")
-    if len(_skipped(sidecars)) > allowed_bad:  # the last run stopped for these images: see whether they are mended
-        return {name: sidecar for name, sidecar in sidecars.items() if not sidecar["skipped"]}
-    return sidecars
-
-
-def _skipped(sidecars: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [bad for sidecar in sidecars.values() for bad in sidecar["skipped"]]
-
-
-def _check_bad_images(bad: Sequence[Mapping[str, Any]], allowed: int) -> None:
-    if len(bad) > allowed:
-        listed = "".join(f"\n  {image['file']}: {image['reason']}" for image in bad)
-        raise TooManyBadImagesError(
-            f"{len(bad)} images cannot be decoded, at most {allowed} may be skipped ({BAD_SHARE:.0%} of the harvest, "
-            f"at least 1):{listed}\nReplace these files, or remove them from the annotations; finished shards stay."
-        )
-
-
-def _check_disk(harvester: Harvester, todo: Sequence[ShardPlan]) -> None:
-    """Says what is about to be written, and refuses if it cannot fit."""
-    tokens = _tokens_of_first(harvester, todo)
-    width = harvester.model.config.get_text_config().hidden_size
-    prompts = harvester.prompts_per_image
-    count = sum(len(plan.image_ids) for plan in todo)
-    needed = count * shards.sample_bytes(tokens, width, prompts, harvester.states_dtype)
-    free = shutil.disk_usage(harvester.directory).free
-    _say(
-        f"{count:,} images x {prompts} prompts, {tokens:,} visual tokens each ({count * tokens:,} in all), "
-        f"{needed / 1e6:,.1f} MB to write, {free / 1e6:,.0f} MB free"
-    )
-    if needed > free:
-        raise DiskTooSmallError(
-            f"the harvest needs {needed / 1e6:,.1f} MB in {harvester.directory}, {free / 1e6:,.1f} MB are free. Lower "
-            "harvest.samples, choose a runs_dir on a larger disk, or free some space."
-        )
-
-
-def _tokens_of_first(harvester: Harvester, todo: Sequence[ShardPlan]) -> int:
-    for image_id in (image_id for plan in todo for image_id in plan.image_ids):
+def _tokens_of_first(harvester: Harvester, plans: Sequence[ShardPlan]) -> int:
+    for image_id in (image_id for plan in plans for image_id in plan.image_ids):
         with contextlib.suppress(CorruptImageError):
             return harvester.tokens_per_image(harvester.images.open(image_id), harvester.prompts(image_id)[0].text)
     return 0  # not one image decodes: the harvest itself will tell
@@ -587,24 +541,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m data.harvest",
         description="Runs the diagnostic over training images and keeps block-0 states and attention maps as shards.",
     )
-    chosen = config.model
     try:
-        model, processor = vlm.load_vlm(
-            chosen.location, chosen.revision, chosen.dtype, chosen.attn_implementation, chosen.device
-        )
-        summary = harvest_from_config(config, model, processor)
+        if config.harvest.engine == "ray":
+            summary = harvest_on_cluster(config)
+        else:
+            rank = rank_of_this_process()
+            device = rank.device(config.model.device, torch.cuda.device_count())
+            model, processor = vlm.load_vlm(**{**config.model.loading, "device": device})
+            summary = harvest_from_config(config, model, processor, rank=rank)
     except DataError as error:
         print(error, file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"the disk is full ({error}): free some space and start again, finished shards are kept", file=sys.stderr
+        )
+        return 1
     rate = (summary["images"] - summary["reused"]) / summary["seconds"]
+    state = f"fingerprint {summary['fingerprint'][:16]}" if summary["finished"] else "unfinished"
     print(
         f"{summary['samples']:,} maps of {summary['images']:,} images ({summary['reused']:,} reused, "
         f"{summary['skipped']} skipped) in {summary['seconds']:.1f} s, {rate:.1f} images/s, "
         f"{summary['bytes'] / 1e6:,.1f} MB\n"
-        f"shards: {summary['directory']} (fingerprint {summary['fingerprint'][:16]})"
+        f"shards: {summary['directory']} ({state})"
     )
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from data import harvest as importable  # what is sent to Ray's workers must not live in `__main__`
+
+    raise SystemExit(importable.main())

@@ -8,8 +8,10 @@ A shard is an ordinary webdataset tar of about 50 samples. A sample is one image
     000000000042.json           image_id, file, grid [rows, columns], prompts [P], entropy [P] (nats)
 
 Beside `train-00000.tar` lies `train-00000.json`, its sidecar: byte offsets, counts, the checksum of the tar, and the
-images that had to be skipped. It is written last, so a shard with a sidecar is whole. `index.json` lists all shards
-once all are there. Readers go through the offsets into a memory map: no copies, no scan, any order.
+images that had to be skipped. It is written last, so a shard with a sidecar is whole. Once all shards are there,
+`manifest.json` lists the image ids of each split and the skipped images, and `index.json` all shards; `harvest.json`
+has held the settings since the harvest began. Readers go through the offsets into a memory map: no copies, no scan,
+any order.
 
     python -m data.shards verify DIR      checks every byte
     python -m data.shards show DIR        prints a summary and writes a contact sheet of maps over images
@@ -25,8 +27,10 @@ import math
 import mmap
 import os
 import re
+import socket
 import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,10 +47,13 @@ from data.errors import DamagedShardError, DataError, UnfinishedHarvestError
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
+MANIFEST = "manifest.json"
+SETTINGS = "harvest.json"
 SPLITS = ("train", "validation", "test")
 STATES_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _TAR_BLOCK = 512
+_FOREIGN_LEFTOVER_SECONDS = 3600  # a temporary file of another machine that has not grown for this long is given up
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +125,17 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+def planned_shards(splits: Mapping[str, int], shard_size: int) -> dict[str, list[str]]:
+    """Names of the shards per split, in order, of `splits` images in shards of `shard_size`."""
+    return {split: [shard_name(split, n) for n in range(-(-size // shard_size))] for split, size in splits.items()}
+
+
 # ------------------------------------------------------------------------------------------------ writing
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that at any moment either the old or the whole new content is there."""
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as stream:
             stream.write(content)
@@ -133,6 +145,37 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def create_atomically(path: Path, content: bytes) -> bool:
+    """Writes a file unless there is one; of several processes that try at once, one succeeds.
+
+    Returns:
+        Whether it was this call that made the file.
+    """
+    if path.exists():  # also where there is no room for a temporary file
+        return False
+    temporary = _temporary(path)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        try:
+            os.link(temporary, path)  # fails where something is, unlike a rename
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+    return True
+
+
+def _temporary(path: Path) -> Path:
+    # machine and process: on a shared file system, process numbers repeat
+    return path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
 
 
 class _HashingStream:
@@ -155,29 +198,33 @@ class ShardWriter:
         with ShardWriter(directory, "train-00000", fingerprint) as writer:
             writer.write(sample)
 
-    The tar grows as `train-00000.tar.tmp.<pid>`. Leaving the block normally syncs it, renames it, and writes the
-    sidecar; leaving it through an exception removes it. Equal samples give equal bytes (mtime is 0).
+    The tar grows as `train-00000.tar.tmp.<machine>.<pid>`. Leaving the block normally syncs it, renames it, and writes
+    the sidecar; leaving it through an exception removes it. Equal samples give equal bytes (mtime is 0).
 
     Args:
         directory: where the shard goes.
         name: shard name without ending.
         settings_fingerprint: identity of the settings that the samples were made with.
+        provenance: how they come about, beyond the settings (library versions, device), for the sidecar.
 
     Attributes:
         skipped: images that could not be used: dicts with image_id, file and reason, for the sidecar.
     """
 
-    def __init__(self, directory: Path, name: str, settings_fingerprint: str) -> None:
+    def __init__(
+        self, directory: Path, name: str, settings_fingerprint: str, provenance: Mapping[str, Any] | None = None
+    ) -> None:
         self.directory = directory
         self.name = name
         self.skipped: list[dict[str, Any]] = []
         self._fingerprint = settings_fingerprint
+        self._provenance = dict(provenance or {})
         self._samples: list[dict[str, Any]] = []
         self._target = directory / f"{name}.tar"
-        self._temporary = directory / f"{name}.tar.tmp.{os.getpid()}"
+        self._temporary = _temporary(self._target)
 
     def __enter__(self) -> ShardWriter:
-        _remove_leftovers(self.directory, self.name)
+        remove_leftovers(self.directory, self.name)
         self._file = self._temporary.open("wb")
         self._stream = _HashingStream(self._file)
         self._tar = TarWriter(cast(BinaryIO, self._stream), encoder=False, mtime=0)
@@ -235,6 +282,7 @@ class ShardWriter:
             "format_version": FORMAT_VERSION,
             "shard": self.name,
             "settings": self._fingerprint,
+            "provenance": self._provenance,
             "bytes": self._stream.size,
             "sha256": self._stream.digest.hexdigest(),
             "rows": sum(entry["prompts"] for entry in self._samples),
@@ -250,44 +298,62 @@ def write_index(
     settings: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Declares a harvest finished: all shards with their checksums, and where they come from.
+    """Declares a harvest finished: the manifest of its images, then all shards with their checksums.
+
+    Whichever process writes them, the bytes are the same, and each file appears at once or not at all.
 
     Args:
         directory: folder of the shards, all of them whole.
         splits: shard names per split, in order.
         settings: what determines the samples.
-        provenance: how they came about, without influence on what they mean (versions, device, paths).
+        provenance: how they came about, without influence on what they mean (paths, the edit's settings). What the
+            sidecars say is added (versions, device); where shards differ in it, as `{"mixed": [values]}`.
 
     Returns:
         The index. Its `fingerprint` is a checksum over all shards' checksums.
     """
-    shards = []
+    listed = []
     skipped = []
+    ids: dict[str, list[int]] = {}
+    made_by: dict[str, dict[bytes, Any]] = {}
     for split, names in splits.items():
+        ids[split] = []
         for name in names:
             sidecar = check_shard(directory, name, full=False)
             counts = {key: sidecar[key] for key in ("rows", "bytes", "sha256")}
-            shards.append({"name": name, "split": split, "samples": len(sidecar["samples"]), **counts})
-            skipped += sidecar["skipped"]
+            listed.append({"name": name, "split": split, "samples": len(sidecar["samples"]), **counts})
+            skipped += [{**bad, "split": split, "shard": name} for bad in sidecar["skipped"]]
+            ids[split] += [int(entry["key"]) for entry in sidecar["samples"]]
+            for key, value in sidecar.get("provenance", {}).items():
+                made_by.setdefault(key, {})[canonical_json(value)] = value
+    manifest = canonical_json({"format_version": FORMAT_VERSION, "splits": ids, "skipped": skipped})
+    write_atomically(directory / MANIFEST, manifest)
+    both = {
+        key: next(iter(values.values())) if len(values) == 1 else {"mixed": [values[k] for k in sorted(values)]}
+        for key, values in made_by.items()
+    }
     index = {
         "format_version": FORMAT_VERSION,
-        "fingerprint": hashlib.sha256(canonical_json([[s["name"], s["sha256"]] for s in shards])).hexdigest(),
+        "fingerprint": hashlib.sha256(canonical_json([[s["name"], s["sha256"]] for s in listed])).hexdigest(),
         "settings": settings,
-        "provenance": provenance,
+        "provenance": {**provenance, **both},
+        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
         "skipped": skipped,
-        "shards": shards,
+        "shards": listed,
     }
-    write_atomically(directory / INDEX, json.dumps(index, indent=1, ensure_ascii=False).encode())
+    index["checksum"] = hashlib.sha256(canonical_json(index)).hexdigest()
+    write_atomically(directory / INDEX, json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False).encode())
     return index
 
 
 def remove_all(directory: Path) -> None:
-    """Removes index, shards and sidecars of a folder, and nothing else; the index first."""
+    """Removes index, manifest, shards and sidecars of a folder, and nothing else; the index first."""
     (directory / INDEX).unlink(missing_ok=True)
+    (directory / MANIFEST).unlink(missing_ok=True)
     for split in SPLITS:
         for file in directory.glob(f"{split}-*"):
-            if re.fullmatch(rf"{split}-\d{{5}}\.(tar|json)(\.tmp\.\d+)?", file.name):
-                file.unlink()
+            if re.fullmatch(rf"{split}-\d{{5,}}\.(tar|json)(\.tmp\..*)?", file.name):
+                file.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -299,12 +365,24 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_leftovers(directory: Path, name: str) -> None:
-    """Removes what killed writers of this shard left behind; files of living processes stay."""
-    for leftover in [*directory.glob(f"{name}.tar.tmp.*"), *directory.glob(f"{name}.json.tmp.*")]:
-        process = leftover.suffix[1:]
-        if not process.isdigit() or int(process) == os.getpid() or not _is_alive(int(process)):
-            leftover.unlink(missing_ok=True)
+def remove_leftovers(directory: Path, name: str | None = None) -> None:
+    """Removes what killed writers left behind, of one shard or of the whole folder; files of living writers stay.
+
+    Whether a writer on another machine lives can't be seen: its file goes when it has not grown for an hour.
+    """
+    shard = rf"({'|'.join(SPLITS)})-\d+\.(tar|json)"
+    for leftover in directory.glob(f"{name}.*.tmp.*" if name else "*.tmp.*"):
+        target, _, writer = leftover.name.partition(".tmp.")
+        if target not in (INDEX, MANIFEST, SETTINGS) and not re.fullmatch(shard, target):
+            continue
+        machine, _, process = writer.rpartition(".")
+        with contextlib.suppress(FileNotFoundError):
+            if machine == socket.gethostname() and process.isdigit():
+                dead = int(process) == os.getpid() or not _is_alive(int(process))
+            else:
+                dead = time.time() - leftover.stat().st_mtime > _FOREIGN_LEFTOVER_SECONDS
+            if dead:
+                leftover.unlink()
 
 
 def _is_alive(process: int) -> bool:
@@ -391,42 +469,94 @@ def read_index(directory: Path) -> dict[str, Any]:
     """Reads `index.json` of a finished harvest.
 
     Raises:
-        UnfinishedHarvestError: there is none.
-        DataError: it is unreadable or of another format version.
+        UnfinishedHarvestError: there is none; it names the shards that are missing, if the harvest was begun.
+        DataError: it is unreadable, changed, or of another format version.
     """
-    file = Path(directory) / INDEX
+    directory = Path(directory)
+    file = directory / INDEX
+    way_out = "Remove it and run the harvest again: shards are kept."
     try:
         index = json.loads(file.read_bytes())
+        version = index.get("format_version")
     except FileNotFoundError:
-        raise UnfinishedHarvestError(
-            f"{directory} holds no finished harvest ({INDEX} is missing). Run `python -m data.harvest` with the "
-            "settings of this folder: what is already there is kept."
-        ) from None
-    except ValueError as error:
-        way_out = "Remove it and run the harvest again: shards are kept."
+        raise _unfinished(directory) from None
+    except (ValueError, AttributeError) as error:
         raise DataError(f"{file} is unreadable ({error}). {way_out}") from error
-    if index.get("format_version") != FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise DataError(
-            f"{file} has format version {index.get('format_version')}, this release reads {FORMAT_VERSION}: harvest "
+            f"{file} has format version {version}, this release reads {FORMAT_VERSION}: harvest "
             "again into another folder, or use the release that wrote it."
         )
+    rest = {key: value for key, value in index.items() if key != "checksum"}
+    if index.get("checksum") != hashlib.sha256(canonical_json(rest)).hexdigest():
+        raise DataError(f"{file} was changed after it was written. {way_out}")
     return index
+
+
+def _unfinished(directory: Path) -> UnfinishedHarvestError:
+    try:
+        settings = json.loads((directory / SETTINGS).read_bytes())
+        planned = planned_shards(settings["splits"], settings["shard_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        state = ""  # no harvest was begun here
+    else:
+        names = [name for split in planned.values() for name in split]
+        missing = missing_shards(directory, names)
+        state = (
+            f"{len(missing):,} of {len(names):,} shards are missing: {few(missing)}. "
+            if missing
+            else f"All {len(names):,} shards are there, but nobody has listed them yet. "
+        )
+    return UnfinishedHarvestError(
+        f"{directory} holds no finished harvest ({INDEX} is missing). {state}Run `python -m data.harvest` with the "
+        "settings of this folder: what is already there is kept."
+    )
+
+
+def missing_shards(directory: Path, names: Sequence[str], settings_fingerprint: str | None = None) -> list[str]:
+    """Those of the shards that are not there in full length, with a sidecar (of these settings)."""
+    missing = []
+    for name in names:
+        try:
+            check_shard(directory, name, full=False, settings_fingerprint=settings_fingerprint)
+        except DamagedShardError:
+            missing.append(name)
+    return missing
+
+
+def few(names: Sequence[str], most: int = 10) -> str:
+    """Names in a sentence; of a long list, the first."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def damaged_shards(directory: Path) -> list[DamagedShardError]:
     """Reads every byte of a finished harvest, and returns what is wrong with it (nothing, if all is well)."""
     index = read_index(directory)
     problems = []
+    seen: dict[str, str] = {}
     with tqdm(total=sum(s["bytes"] for s in index["shards"]), desc="verify", unit="B", unit_scale=True) as progress:
         for shard in index["shards"]:
             try:
                 sidecar = check_shard(directory, shard["name"])
                 if sidecar["sha256"] != shard["sha256"]:
                     raise DamagedShardError(shard["name"], f"it is not the shard that {INDEX} lists")
+                for entry in sidecar["samples"]:
+                    if entry["key"] in seen:
+                        raise DamagedShardError(shard["name"], f"{entry['key']} is in {seen[entry['key']]} already")
+                    seen[entry["key"]] = shard["name"]
             except DamagedShardError as error:
                 problems.append(error)
             progress.update(shard["bytes"])
     return problems
+
+
+def manifest_is_whole(directory: Path, index: Mapping[str, Any]) -> bool:
+    """Tells whether `manifest.json` is the one that was written with this index."""
+    try:
+        return hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest() == index["manifest_sha256"]
+    except FileNotFoundError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -610,10 +740,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "verify":
-            problems = damaged_shards(arguments.directory)
+            problems = [str(problem) for problem in damaged_shards(arguments.directory)]
+            if not manifest_is_whole(arguments.directory, read_index(arguments.directory)):
+                problems.append(f"{MANIFEST} is missing or was changed. Run the harvest again: it is written anew.")
             for problem in problems:
                 print(problem)
-            result = f"{len(problems)} damaged shards" if problems else "every byte is as written"
+            result = f"{len(problems)} problems" if problems else "every byte is as written"
             print(f"{arguments.directory}: {result}")
             return 1 if problems else 0
         print(describe(arguments.directory))

@@ -20,6 +20,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 RESTRICTED = {
     "mlflow": r"train\.py|export/registry\.py|evaluation/report\.py",
     "pytorch_lightning": r"train\.py|data/datamodule\.py|predictor/.*",
+    "ray": r"data/cluster\.py",
     "lightning": r"(?!)",  # one name for one thing: pytorch_lightning
     "train": r"(?!)",
     "benchmarks": r"benchmarks/.*",

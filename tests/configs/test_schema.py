@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from configs import TrainConfig, load_config, schema
+from configs import ConfigError, TrainConfig, load_config, schema
 from configs.load import CONFIGS
 from configs.schema import Rule
 from data import shards, vlm
@@ -57,3 +57,12 @@ def test_rule(rule: Rule, legal: list, illegal: list, text: str):
     assert all(rule.admits(value) for value in legal)
     assert not any(rule.admits(value) for value in illegal)
     assert str(rule) == text
+
+
+def test_workers_are_rays():
+    with pytest.raises(ConfigError) as caught:
+        load_config(TrainConfig, overrides=["harvest.workers=8", "harvest.gpus_per_worker=1"])
+    assert [problem.key for problem in caught.value.problems] == ["harvest.workers", "harvest.gpus_per_worker"]
+    assert "needs harvest.engine=ray" in str(caught.value) and "torchrun" in str(caught.value)
+    config = load_config(TrainConfig, overrides=["harvest.engine=ray", "harvest.workers=8"])
+    assert (config.harvest.workers, config.harvest.gpus_per_worker, config.harvest.max_retries) == (8, None, 2)

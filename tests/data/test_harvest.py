@@ -260,10 +260,15 @@ def test_a_truncated_image_is_skipped_counted_and_replaced(tmp_path: Path, run_h
     ids = image_ids(tmp_path / "shards")
     assert bad not in ids and plan.reserve[0] in ids and len(set(ids)) == 30
     index = json.loads((tmp_path / "shards" / "index.json").read_text())
-    assert [(entry["image_id"], entry["file"]) for entry in index["skipped"]] == [(bad, f"{bad:06d}.png")]
+    assert [(entry["image_id"], entry["file"], entry["shard"]) for entry in index["skipped"]] == [
+        (bad, f"{bad:06d}.png", "train-00001")
+    ]
+    manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
+    assert manifest["skipped"] == index["skipped"]
+    assert [image_id for split in SPLITS for image_id in manifest["splits"][split]] == ids
     found = contents(tmp_path / "shards")
     changed = {name for name, content in contents(undisturbed).items() if found[name] != content}
-    assert changed == {"train-00001.tar", "train-00001.json", "index.json"}
+    assert changed == {"train-00001.tar", "train-00001.json", "index.json", "manifest.json"}
     assert run_harvest(tmp_path / "shards", images)["skipped"] == 1
 
 
@@ -334,9 +339,9 @@ def test_a_disk_that_fills_up_costs_the_running_shard_only(
     assert contents(tmp_path / "full") == contents(undisturbed)
 
 
-def test_the_command(tmp_path: Path, llava: tuple[Any, Any], capsys: pytest.CaptureFixture[str]):
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     images = tiny.write_coco(tmp_path / "coco", 12)
-    for part in llava:
+    for part in tiny.build_llava():  # not the shared one: saving changes a model's config
         part.save_pretrained(tmp_path / "tiny-llava")
     arguments = [
         f"runs_dir={tmp_path / 'runs'}",

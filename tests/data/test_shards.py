@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,9 @@ def test_shards_are_ordinary_webdatasets(tmp_path: Path):
 def test_equal_samples_give_equal_bytes(tmp_path: Path):
     first, second = (write_shards(tmp_path / name) for name in ("a", "b"))
     names = sorted(file.name for file in first.iterdir())
-    assert names == ["index.json", "train-00000.json", "train-00000.tar", "train-00001.json", "train-00001.tar"]
+    assert names == [
+        "index.json", "manifest.json", "train-00000.json", "train-00000.tar", "train-00001.json", "train-00001.tar",
+    ]  # fmt: skip
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 
 
@@ -98,12 +102,27 @@ def test_an_exception_leaves_nothing_behind(tmp_path: Path):
 
 
 def test_leftovers_of_dead_writers_are_removed_and_those_of_living_ones_stay(tmp_path: Path):
-    dead, alive = tmp_path / f"{NAME}.tar.tmp.4194303", tmp_path / f"{NAME}.tar.tmp.1"
-    dead.touch()
-    alive.touch()
+    machine = socket.gethostname()
+    dead, alive, elsewhere, given_up, of_another_shard, not_ours = (
+        tmp_path / f"{name}.tmp.{writer}"
+        for name, writer in [
+            (f"{NAME}.tar", f"{machine}.4194303"),
+            (f"{NAME}.tar", f"{machine}.1"),
+            (f"{NAME}.tar", "another.machine.4194303"),
+            (f"{NAME}.json", "another.machine.4194302"),
+            ("train-00001.tar", f"{machine}.4194303"),
+            ("notes.txt", f"{machine}.4194303"),
+        ]
+    )
+    for file in (dead, alive, elsewhere, given_up, of_another_shard, not_ours):
+        file.touch()
+    os.utime(given_up, (0, 0))
     with ShardWriter(tmp_path, NAME, "settings") as writer:
         writer.write(make_sample(1))
-    assert not dead.exists() and alive.exists()
+    assert not dead.exists() and not given_up.exists()
+    assert alive.exists() and elsewhere.exists() and of_another_shard.exists() and not_ours.exists()
+    shards.remove_leftovers(tmp_path)
+    assert not of_another_shard.exists() and alive.exists() and elsewhere.exists() and not_ours.exists()
 
 
 def test_contradicting_fields_are_refused(tmp_path: Path):

@@ -1,0 +1,171 @@
+"""Harvests that are killed: real processes of the real harvest on the tiny model. `python -m tests.data.victim`.
+
+Importing torch and transformers takes longer than these harvests do, so one driver imports them and forks a process
+for each harvest.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image as PILImage
+
+from data.harvest import Harvester, harvest, prepare
+from data.images import CocoImages
+from data.jobs import Job
+from scr_runtime import SCRConfig, capture
+from tests.data import tiny
+
+SPLITS = {"train": 60, "validation": 12, "test": 9}
+SHARDS = 20 + 4 + 3
+KILLS = 20
+
+
+def slow_capture(seconds: float, model: Any, config: SCRConfig, inputs: Mapping[str, Any]) -> Any:
+    time.sleep(seconds)
+    return capture(model, config, inputs)
+
+
+class PoisonedImages(CocoImages):
+    """Images one of which kills whoever opens it, as a decoder with a bug would."""
+
+    poison = -1
+
+    def open(self, image_id: int) -> PILImage:
+        if image_id == self.poison:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().open(image_id)
+
+
+@functools.cache
+def llava() -> tuple[Any, Any]:
+    return tiny.build_llava()
+
+
+def arguments(coco: Path, target: Path, seconds: float = 0.01, poison: int = -1) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    model, processor = llava()
+    images = PoisonedImages(coco / "images", coco / "instances.json")
+    images.poison = poison
+    return {
+        "directory": target, "model": model, "processor": processor, "config": tiny.CONFIG, "images": images,
+        "splits": SPLITS, "shard_size": 3, "batch_size": 4, "capture": functools.partial(slow_capture, seconds),
+    }  # fmt: skip
+
+
+def prepared(coco: Path, target: Path, seconds: float = 0.01, poison: int = -1) -> tuple[Job, Harvester]:
+    """What a Ray actor starts with."""
+    return prepare(**arguments(coco, target, seconds, poison))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Runs `work` in a process of its own; returns its number."""
+    child = os.fork()
+    if child == 0:
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, 1)
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+
+def killed(child: int) -> bool:
+    """Waits for a process, which has to end well or by SIGKILL."""
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL, status
+        return True
+    assert os.WEXITSTATUS(status) == 0, status
+    return False
+
+
+def at_random_moments(coco: Path, target: Path, seed: int) -> dict[str, Any]:
+    """Kills a harvest 20 times, resuming it each time, and lets it finish."""
+    moments = random.Random(seed)
+    kills, finished_early, leftovers, progress = 0, 0, 0, set()
+    while kills < KILLS:
+        child = fork(lambda: harvest(**arguments(coco, target)))
+        tars = len(list(target.glob("*.tar"))) + moments.randrange(3)
+        end = time.monotonic() + 10
+        while len(list(target.glob("*.tar"))) < tars and time.monotonic() < end:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        if killed(child):
+            kills += 1
+        else:
+            finished_early += 1
+            assert finished_early < 30
+        leftovers += any(".tmp." in name for name in os.listdir(target)) if target.exists() else 0
+        progress.add(len(list(target.glob("*.tar"))))
+        if len(list(target.glob("*.tar"))) > SHARDS - 3:  # there has to be something to kill
+            for file in sorted(target.glob("*.tar"))[moments.randrange(3) :: 3]:
+                file.unlink()
+    assert not killed(fork(lambda: harvest(**arguments(coco, target))))
+    return {"kills": kills, "finished early": finished_early, "leftovers": leftovers, "shards seen": sorted(progress)}
+
+
+def while_renaming(coco: Path, target: Path) -> dict[str, Any]:
+    """Kills a harvest right before or right after one of its renames, for many of them in turn."""
+    kills = 0
+    for number in (1, 18, 2 * SHARDS, 2 * SHARDS + 1, 2 * SHARDS + 2):  # tar, sidecars, manifest, index
+        for after in (False, True):
+            shutil.rmtree(target, ignore_errors=True)
+
+            def run(number: int = number, after: bool = after) -> None:
+                plain, calls = os.replace, 0
+
+                def replace(source: Any, to: Any) -> None:
+                    nonlocal calls
+                    calls += 1
+                    if calls == number and not after:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    plain(source, to)
+                    if calls == number:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+                os.replace = replace
+                harvest(**arguments(coco, target, seconds=0))
+
+            kills += killed(fork(run))
+            assert not killed(fork(lambda: harvest(**arguments(coco, target, seconds=0))))
+            if contents(target) != contents(target.with_name("undisturbed")):
+                raise AssertionError(f"killed {'after' if after else 'before'} rename {number}: other bytes")
+    return {"kills": kills}
+
+
+def main() -> None:
+    mode, coco, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    if mode == "ray":
+        from data.cluster import harvest_with_ray
+        from tests.data import victim  # not from `__main__`, which workers can't import
+
+        harvest_with_ray(functools.partial(victim.prepared, coco, target, 0.1), workers=2)
+        return
+    llava()
+    assert not killed(fork(lambda: harvest(**arguments(coco, target.with_name("undisturbed"), seconds=0))))
+    result = at_random_moments(coco, target, 4) if mode == "random" else while_renaming(coco, target)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
