@@ -40,21 +40,32 @@ class Capture:
     entropy: float
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """Image features in the form in which a forward call takes them."""
+
+    pooler_output: list[Tensor]
+
+
 class _Captured(Exception):  # noqa: N818 - a signal, not an error
     """Leaves the model once the diagnostic run inside block 0 is done."""
 
 
 @torch.no_grad()
-def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any]) -> list[Capture]:
+def capture(
+    model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows_per_image: int = 1
+) -> list[Capture]:
     """Runs vision tower, block 0 and the diagnostic blocks of a batch; never an edit, later blocks or the head.
 
     Args:
         model: A model of a supported family in eval mode, without an SCR attached.
         config: Which layers to read.
         inputs: Keyword arguments of the model's forward, as its processor returns them.
+        rows_per_image: More than 1: each image of ``pixel_values`` serves so many successive rows, which hold one
+            image each. It is encoded once.
 
     Returns:
-        One capture per image, in order of appearance over (row, position). Its tensors are on the model's device.
+        One capture per image in the prompts, in order of appearance over (row, position). Its tensors are on the model's device.
 
     Raises:
         PrefillError: If the batch has no image, or its visual tokens don't fit the images.
@@ -69,6 +80,8 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any]) -> l
         raise PrefillError(
             "a prompt without an image: the diagnostic run needs pixel_values and an image placeholder in the text"
         )
+    if rows_per_image > 1:
+        inputs = _with_shared_features(model, inputs, rows_per_image)
     layout = visual_layout(input_ids, inputs.get("attention_mask"), token, family.image_grids(model, inputs))
     captures: list[Capture] = []
 
@@ -96,3 +109,11 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any]) -> l
         hook.remove()
         restore()
     raise PrefillError("the model ran to its end without passing block 0's hook; is it compiled as a whole?")
+
+
+def _with_shared_features(model: Any, inputs: Mapping[str, Any], rows_per_image: int) -> dict[str, Any]:
+    """Encodes each image once and hands its features to all of its rows."""
+    encoded = model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
+    features = [feature for feature in encoded.pooler_output for _ in range(rows_per_image)]
+    rest = {key: value for key, value in inputs.items() if key != "pixel_values"}
+    return rest | {"mm_encoder_outputs": {"image": _Encoded(features)}}

@@ -348,6 +348,7 @@ def test_the_command(tmp_path: Path, llava: tuple[Any, Any], capsys: pytest.Capt
         f"data.root={tmp_path / 'coco'}",
         f"data.train_images={images.images_dir.name}",
         f"data.train_annotations={images.annotations_file.name}",
+        "harvest.tuning=1",
         "harvest.samples=4",
         "harvest.validation=2",
         "harvest.test=2",
@@ -359,7 +360,7 @@ def test_the_command(tmp_path: Path, llava: tuple[Any, Any], capsys: pytest.Capt
     assert main([*arguments, "harvest.prompts_per_image=1"]) == 1
     assert "prompts_per_image: 2 -> 1" in capsys.readouterr().err
     assert main([*arguments[:-3], "harvest.samples=9", *arguments[-2:]]) == 1
-    assert "13 images are asked for" in capsys.readouterr().err
+    assert "14 images are asked for" in capsys.readouterr().err
 
 
 def test_the_disk_estimate_is_an_upper_bound_but_not_a_wild_one(coco: CocoImages, undisturbed: Path):
