@@ -14,6 +14,7 @@ from scr_runtime.config import SCRConfig
 from scr_runtime.errors import PrefillError
 from scr_runtime.families import family_of, is_image_prefill
 from scr_runtime.layout import visual_layout
+from scr_runtime.packing import pack
 from scr_runtime.redistribute import Grid, credit_entropy
 from scr_runtime.sources import Prefill
 
@@ -62,7 +63,8 @@ def capture(
         config: Which layers to read.
         inputs: Keyword arguments of the model's forward, as its processor returns them.
         rows_per_image: More than 1: each image of ``pixel_values`` serves so many successive rows, which hold one
-            image each. It is encoded once.
+            image each. It is encoded once; and where the model's positions and its attention allow, its tokens pass
+            through the blocks once, with the texts of all its rows behind them (``scr_runtime.packing``).
 
     Returns:
         One capture per image in the prompts, in order of appearance over (row, position). Its tensors are on the model's device.
@@ -80,9 +82,16 @@ def capture(
         raise PrefillError(
             "a prompt without an image: the diagnostic run needs pixel_values and an image placeholder in the text"
         )
+    packed = None
     if rows_per_image > 1:
-        inputs = _with_shared_features(model, inputs, rows_per_image)
-    layout = visual_layout(input_ids, inputs.get("attention_mask"), token, family.image_grids(model, inputs))
+        if _can_be_packed(family.text_config(model), inputs):
+            packed = pack(inputs, token, rows_per_image, model.dtype)
+        inputs = _with_shared_features(model, inputs, rows_per_image if packed is None else 1)
+    if packed is None:
+        layout = visual_layout(input_ids, inputs.get("attention_mask"), token, family.image_grids(model, inputs))
+    else:
+        inputs |= {key: getattr(packed, key) for key in ("input_ids", "position_ids", "attention_mask")}
+        layout = packed.expand(visual_layout(packed.input_ids, None, token, family.image_grids(model, inputs)))
     captures: list[Capture] = []
 
     def after_block_0(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -95,6 +104,7 @@ def capture(
             for index, (image, row, value) in enumerate(
                 zip(group.images, group.rows.tolist(), entropy.tolist(), strict=True)
             ):
+                row = row if packed is None else image  # one image per row
                 found[image] = Capture(row, states[index], attention[index], question[index], group.grid, value)
         captures.extend(found[image] for image in sorted(found))
         raise _Captured
@@ -109,6 +119,16 @@ def capture(
         hook.remove()
         restore()
     raise PrefillError("the model ran to its end without passing block 0's hook; is it compiled as a whole?")
+
+
+def _can_be_packed(text_config: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether positions are one number per token, a 4-D mask is understood, and nothing else comes per token."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    return (
+        "mrope_section" not in rope
+        and text_config._attn_implementation in ("sdpa", "eager")
+        and inputs.keys() == {"input_ids", "attention_mask", "pixel_values"}
+    )
 
 
 def _with_shared_features(model: Any, inputs: Mapping[str, Any], rows_per_image: int) -> dict[str, Any]:
