@@ -47,7 +47,7 @@ def test_memory_and_maps_give_the_same_batches_and_tell_which_it_is(
     cached, mapped = ShardDataModule(harvested, seed=5), ShardDataModule(harvested, seed=5, memory_limit=1000)
     assert cached.in_memory and not mapped.in_memory
     said = capsys.readouterr().out
-    assert "kept in memory" in said and "read through memory maps (limit 0 MB)" in said
+    assert "kept in memory: 0.1 MB are within" in said and "memory maps: 0.1 MB are over the limit of 0 MB" in said
     for one, other in zip(cached.train_dataloader(), mapped.train_dataloader(), strict=True):
         assert torch.equal(one["states"], other["states"]) and one["key"] == other["key"]
 
