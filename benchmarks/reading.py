@@ -97,7 +97,9 @@ def main() -> None:
                     rates[name].append(bytes_read / (time.perf_counter() - started))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     first = next(iter(medians.values()))
-    print(f"\n{options.samples} samples, batches of {options.batch}; MB of float16 states per second, {options.rounds} rounds")
+    print(
+        f"\n{options.samples} samples, batches of {options.batch}; MB of float16 states per second, {options.rounds} rounds"
+    )
     print(
         table(
             [["way", "MB/s", "x webdataset"]]

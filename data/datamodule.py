@@ -70,7 +70,7 @@ class ShardRows(Dataset[Batch]):
         states = torch.stack([samples[sample]["states"] for sample, _ in rows])
         if states.dtype == torch.int8:
             scales = torch.stack([samples[sample]["scales"] for sample, _ in rows])
-            states = states.float().mul_(scales[..., None])
+            states = states * scales[..., None]  # float32, in one go
         return {
             "states": states,
             "attention": torch.stack([samples[sample]["attention"][prompt] for sample, prompt in rows]),

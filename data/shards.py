@@ -87,7 +87,7 @@ class Sample:
         """The sample as it is used: int8 states become float32, all others stay."""
         if self.scales is None:
             return self
-        return replace(self, states=self.states.float() * self.scales[:, None], scales=None)
+        return replace(self, states=self.states * self.scales[:, None], scales=None)
 
     @property
     def key(self) -> str:

@@ -53,9 +53,7 @@ class _Captured(Exception):  # noqa: N818 - a signal, not an error
 
 
 @torch.no_grad()
-def capture(
-    model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows_per_image: int = 1
-) -> list[Capture]:
+def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows_per_image: int = 1) -> list[Capture]:
     """Runs vision tower, block 0 and the diagnostic blocks of a batch; never an edit, later blocks or the head.
 
     Args:
