@@ -7,8 +7,8 @@ The random LLaVA of benchmarks/prefill.py (220 M parameters, 576 visual tokens) 
 Variants take turns; times are CPU time of the process on one torch thread, medians over rounds.
 
     vanilla prefill     one plain forward (use_cache, logits of the last token) over the prepared batch; no decoding
-    naive harvest       eager attention, output_attentions and output_hidden_states, one prompt at a time, everything in
-                        sequence: decode, preprocess, forward, average, write
+    naive harvest       eager attention, output_attentions and output_hidden_states, one prompt at a time, everything
+                        in sequence: decode, preprocess, forward, average, write
     harvest             what `python -m data.harvest` runs: decode, preprocess, diagnostic run, write
 """
 
@@ -41,7 +41,8 @@ from scr_runtime import capture
 CATEGORIES = ("person", "car", "dog", "cat", "chair", "bottle", "bird", "boat")
 TEMPLATE = (
     "{% for message in messages %}USER: {% for part in message['content'] %}{% if part['type'] == 'image' %}<image> "
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
 
 
@@ -167,7 +168,7 @@ def main() -> None:
         pictures = [images.open(image_id) for image_id in images.ids]
         texts = [[question.text for question in harvester.prompts(image_id)] for image_id in images.ids]
         rows = [picture for picture in pictures for _ in range(options.prompts)]
-        batch: Any = chat_inputs(harvester.processor, rows, sum(texts, []))
+        batch: Any = chat_inputs(harvester.processor, rows, [text for about in texts for text in about])
         shared, repeats = shared_chat_inputs(harvester.processor, pictures, texts)
         assert repeats == options.prompts or options.prompts == 1
         wall: list[float] = []

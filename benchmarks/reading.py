@@ -20,8 +20,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import webdataset
 from torch import Tensor
+from webdataset.compat import WebDataset
 
 from data.datamodule import ShardDataModule
 from data.shards import STATES_DTYPES, Sample, ShardWriter, quantise, question_dtype, write_index
@@ -52,7 +52,7 @@ def write_shards(folder: Path, samples: int, states_dtype: str) -> list[str]:
 def plain_webdataset(tars: list[str], batch: int) -> Iterator[list[Tensor]]:
     """The tars as a stream, decoded and stacked."""
     rows: list[dict[str, Tensor]] = []
-    for sample in webdataset.WebDataset(tars, shardshuffle=False):
+    for sample in WebDataset(tars, shardshuffle=False):
         rows.append(safetensors.torch.load(sample["safetensors"]))
         if len(rows) == batch:
             yield [torch.stack([row[name] for row in rows]) for name in ("states", "attention", "question")]
@@ -98,7 +98,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in rates.items()}
     first = next(iter(medians.values()))
     print(
-        f"\n{options.samples} samples, batches of {options.batch}; MB of float16 states per second, {options.rounds} rounds"
+        f"\n{options.samples} samples, batches of {options.batch}, {options.rounds} rounds; MB of float16 states a second"
     )
     print(
         table(

@@ -3,8 +3,8 @@
 ``configs/<defaults>.yaml`` names one file for each group (``model: scene-llava`` means
 configs/model/scene-llava.yaml) and sets further keys. The command line comes last: ``model=llava-1.5-7b``
 chooses a file, ``trainer.max_epochs=3`` sets a key. A group's file may set keys of other sections under
-``elsewhere`` (a data set knows how many images its harvest takes). Whatever is wrong is collected and told at once, in one
-`ConfigError`.
+``elsewhere`` (a data set knows how many images its harvest takes). Whatever is wrong is collected and told at
+once, in one `ConfigError`.
 """
 
 from __future__ import annotations

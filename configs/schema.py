@@ -231,8 +231,8 @@ class HarvestConfig:
     prompts: list[str] = field(
         default_factory=lambda: ["present", "random", "present", "popular", "present", "adversarial"]
     )
-    """Kinds of prompts, dealt out to each image in turn from a seeded start: questions about a present object, about an
-    absent one chosen as POPE does (random, popular, adversarial), or one caption."""
+    """Kinds of prompts, dealt out to each image in turn from a seeded start: questions about a present object, about
+    an absent one chosen as POPE does (random, popular, adversarial), or one caption."""
     batch_size: int = _count(32)
     """Prompts per forward; the prompts of an image stay together, and share its pixels."""
     shard_size: int = _count(50)

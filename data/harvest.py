@@ -80,8 +80,9 @@ def plan_shards(
 ) -> list[ShardPlan]:
     """Deals images to shards.
 
-    The first `tuning` images behind the splits stay out of all of them. Those that follow in the seeded order are dealt out as reserves, one to each shard in turn, so that a
-    shard can replace a bad image without knowing what happened to the others.
+    The first `tuning` images behind the splits stay out of all of them. Those that follow in the seeded order are
+    dealt out as reserves, one to each shard in turn, so that a shard can replace a bad image without knowing what
+    happened to the others.
 
     Raises:
         NotEnoughImagesError: the splits ask for more than there are ids.

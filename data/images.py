@@ -1,8 +1,8 @@
 """Images in COCO layout: a folder of image files and one `instances_*.json` that lists them and their objects.
 
 Files stay where they are and are decoded through Hugging Face `datasets`: RGB, turned upright by their EXIF tag, for
-the harvest and for the evaluation alike. Annotations are read once: what is needed of them, 1 % of their bytes, is kept
-as an index under the checksum of the file (`runs/cache`).
+the harvest and for the evaluation alike. Annotations are parsed once: what is needed of them, 2 % of their bytes, is
+kept as an index under the checksum of the file (`runs/cache`).
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class CocoImages:
         names = _files_in(self.images_dir)
         if not self.annotations_file.is_file():
             raise AnnotationError(
-                f"{images_dir} holds {len(names)} files, but its annotations {annotations_file} do not exist. Questions "
-                "are made from COCO annotations: put instances_*.json there, or set data.train_annotations / "
+                f"{images_dir} holds {len(names)} files, but its annotations {annotations_file} do not exist. "
+                "Questions are made from COCO annotations: put instances_*.json there, or set data.train_annotations / "
                 "data.eval_annotations."
             )
         index, self.annotations_sha256 = read_annotations(self.annotations_file, Path(cache) if cache else None)

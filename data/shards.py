@@ -2,7 +2,7 @@
 
 A shard is an ordinary webdataset tar of about 50 samples. A sample is one image: two members, keyed by the image id,
 
-    000000000042.safetensors    states     [N, d]  float16 | bfloat16 | float32 | int8: output of block 0, once per image
+    000000000042.safetensors    states     [N, d]  float16 | bfloat16 | float32 | int8: output of block 0, per image
                                 scales     [N]     float32, only beside int8: a state is its integers times its scale
                                 attention  [P, N]  float32, one map per prompt, as captured (not normalised)
                                 question   [P, d]  dtype of the states (float32 beside int8), pooled block-0 states of
@@ -478,7 +478,8 @@ class ShardReader:
     """Map-style access to one split of a finished harvest: `reader[i]` is the i-th `Sample`, decoded.
 
     Tensors are views of a private memory map: nothing is read before it is touched, and writing to them does not reach
-    the file. States of int8 are the exception: they come as a float32 copy, and as a view from `stored`. A reader can be pickled and forked; each process opens its own maps.
+    the file. States of int8 are the exception: they come as a float32 copy, and as a view from `stored`. A reader can
+    be pickled and forked; each process opens its own maps.
 
     Args:
         directory: folder of the harvest.

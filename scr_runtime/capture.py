@@ -65,7 +65,8 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows
             through the blocks once, with the texts of all its rows behind them (``scr_runtime.packing``).
 
     Returns:
-        One capture per image in the prompts, in order of appearance over (row, position). Its tensors are on the model's device.
+        One capture per image in the prompts, in order of appearance over (row, position). Its tensors are on the
+        model's device.
 
     Raises:
         PrefillError: If the batch has no image, or its visual tokens don't fit the images.
@@ -83,12 +84,12 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows
     packed = None
     if rows_per_image > 1:
         if _can_be_packed(family.text_config(model), inputs):
-            packed = pack(inputs, token, rows_per_image, model.dtype)
+            packed = pack(inputs, token, rows_per_image, next(blocks[0].parameters()).dtype)
         inputs = _with_shared_features(model, inputs, rows_per_image if packed is None else 1)
     if packed is None:
         layout = visual_layout(input_ids, inputs.get("attention_mask"), token, family.image_grids(model, inputs))
     else:
-        inputs |= {key: getattr(packed, key) for key in ("input_ids", "position_ids", "attention_mask")}
+        inputs = {**inputs, **{k: getattr(packed, k) for k in ("input_ids", "position_ids", "attention_mask")}}
         layout = packed.expand(visual_layout(packed.input_ids, None, token, family.image_grids(model, inputs)))
     captures: list[Capture] = []
 
@@ -125,7 +126,7 @@ def _can_be_packed(text_config: Any, inputs: Mapping[str, Any]) -> bool:
     return (
         "mrope_section" not in rope
         and text_config._attn_implementation in ("sdpa", "eager")
-        and inputs.keys() == {"input_ids", "attention_mask", "pixel_values"}
+        and set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
     )
 
 

@@ -69,7 +69,7 @@ def test_the_cache_can_be_chosen(harvested: Path, capsys: pytest.CaptureFixture[
     assert ShardDataModule(harvested, cache="memory", memory_limit=0).in_memory
     assert not ShardDataModule(harvested, cache="none").in_memory
     assert "read through memory maps: trainer.cache=none" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="trainer.cache='gpu': use auto, device, memory, none"):
+    with pytest.raises(ValueError, match=r"trainer\.cache='gpu': use auto, device, memory, none"):
         ShardDataModule(harvested, cache="gpu")
 
 

@@ -8,8 +8,8 @@ from datasets import Dataset
 from datasets import Image as DatasetsImage
 from PIL import Image
 
-from data.errors import AnnotationError, CorruptImageError, NotEnoughImagesError
 from data import images as images_module
+from data.errors import AnnotationError, CorruptImageError, NotEnoughImagesError
 from data.images import CocoImages, read_annotations, seeded_order, split_ids
 from tests.data import tiny
 

@@ -14,7 +14,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from data import shards
 from data.errors import DamagedShardError, DataError, UnfinishedHarvestError
 from data.images import CocoImages
-from data.shards import Sample, ShardReader, ShardWriter, check_shard, question_dtype, quantise, write_index
+from data.shards import Sample, ShardReader, ShardWriter, check_shard, quantise, question_dtype, write_index
 
 NAME = "train-00000"
 
