@@ -98,7 +98,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in rates.items()}
     first = next(iter(medians.values()))
     print(
-        f"\n{options.samples} samples, batches of {options.batch}, {options.rounds} rounds; MB of float16 states a second"
+        f"\n{options.samples} samples, batches of {options.batch}, {options.rounds} rounds; MB of fp16 states a second"
     )
     print(
         table(

@@ -78,8 +78,8 @@ class CocoImages:
         if not self.annotations_file.is_file():
             raise AnnotationError(
                 f"{images_dir} holds {len(names)} files, but its annotations {annotations_file} do not exist. "
-                "Questions are made from COCO annotations: put instances_*.json there, or set data.train_annotations / "
-                "data.eval_annotations."
+                "Questions are made from COCO annotations: put instances_*.json there, or set data.train_annotations "
+                "/ data.eval_annotations."
             )
         index, self.annotations_sha256 = read_annotations(self.annotations_file, Path(cache) if cache else None)
         self.categories: tuple[str, ...] = index.categories
