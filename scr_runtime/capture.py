@@ -45,7 +45,7 @@ class Capture:
 class _Encoded:
     """Image features in the form in which a forward call takes them."""
 
-    pooler_output: list[Tensor]
+    pooler_output: list[Tensor] | Tensor
 
 
 class _Captured(Exception):  # noqa: N818 - a signal, not an error
@@ -83,8 +83,9 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows
         )
     packed = None
     if rows_per_image > 1:
-        if _can_be_packed(family.text_config(model), inputs):
-            packed = pack(inputs, token, rows_per_image, next(blocks[0].parameters()).dtype)
+        if family.name in _PACKED_FAMILIES and _can_be_packed(family.text_config(model), inputs):
+            dtype = next(blocks[0].parameters()).dtype
+            packed = pack(input_ids, inputs["attention_mask"], input_ids == token, rows_per_image, dtype)
         inputs = _with_shared_features(model, inputs, rows_per_image if packed is None else 1)
     if packed is None:
         layout = visual_layout(input_ids, inputs.get("attention_mask"), token, family.image_grids(model, inputs))
@@ -120,11 +121,16 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows
     raise PrefillError("the model ran to its end without passing block 0's hook; is it compiled as a whole?")
 
 
+# Families whose positions are one number per token and whose blocks all see as far: those that
+# tests/scr_runtime/test_capture.py has compared, prompt by prompt.
+_PACKED_FAMILIES = ("llava",)
+
+
 def _can_be_packed(text_config: Any, inputs: Mapping[str, Any]) -> bool:
-    """Whether positions are one number per token, a 4-D mask is understood, and nothing else comes per token."""
-    rope = getattr(text_config, "rope_parameters", None) or {}
+    """Whether attention takes a 4-D mask, and nothing else comes per token."""
+    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
     return (
-        "mrope_section" not in rope
+        kinds == {"full_attention"}
         and text_config._attn_implementation in ("sdpa", "eager")
         and set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
     )
@@ -133,6 +139,10 @@ def _can_be_packed(text_config: Any, inputs: Mapping[str, Any]) -> bool:
 def _with_shared_features(model: Any, inputs: Mapping[str, Any], rows_per_image: int) -> dict[str, Any]:
     """Encodes each image once and hands its features to all of its rows."""
     encoded = model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
-    features = [feature for feature in encoded.pooler_output for _ in range(rows_per_image)]
+    features = encoded.pooler_output  # LLaVA: a list of [N, d]; others: [M, N, d]
+    if isinstance(features, Tensor):
+        features = features.repeat_interleave(rows_per_image, 0)
+    else:
+        features = [feature for feature in features for _ in range(rows_per_image)]
     rest = {key: value for key, value in inputs.items() if key != "pixel_values"}
     return rest | {"mm_encoder_outputs": {"image": _Encoded(features)}}

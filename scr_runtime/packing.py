@@ -8,9 +8,7 @@ sequence but not in its prompt is masked, so that every state and every attentio
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,33 +40,32 @@ class Packed:
         for group in layout.groups:
             images = [image * prompts + prompt for image in group.images for prompt in range(prompts)]
             positions, rows = (value.repeat_interleave(prompts, 0) for value in (group.positions, group.rows))
-            groups.append(ImageGroup(group.grid, images, positions, rows, weights[images]))
-        return VisualLayout(layout.text_rows, groups)
+            groups.append(replace(group, images=images, positions=positions, rows=rows, text_weights=weights[images]))
+        return replace(layout, groups=groups)
 
 
-def pack(inputs: Mapping[str, Any], image_token_id: int, prompts: int, dtype: torch.dtype) -> Packed | None:
+def pack(input_ids: Tensor, attention_mask: Tensor, visual: Tensor, prompts: int, dtype: torch.dtype) -> Packed | None:
     """Packs the rows of a batch whose every ``prompts`` successive rows ask about one image.
 
     Args:
-        inputs: ``input_ids`` and ``attention_mask``, [M * P, S] each, one image per row.
-        image_token_id: The placeholder token of a visual token.
+        input_ids: [M * P, S] int64, one image per row.
+        attention_mask: [M * P, S] of kept positions.
+        visual: [M * P, S] bool, the visual tokens.
         prompts: P.
         dtype: The model's, for the mask.
 
     Returns:
         ``None`` if a row has no image or no text after it, or differs from the others of its image before its end.
     """
-    device = inputs["input_ids"].device
-    rows = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)
+    device = input_ids.device
     heads: list[list[int]] = []
     tails: list[list[int]] = []
-    for ids, mask in rows:
-        kept = [token for token, keep in zip(ids, mask, strict=True) if keep]
-        if image_token_id not in kept:
+    for row, mask, image in zip(input_ids.tolist(), attention_mask.bool().tolist(), visual.tolist(), strict=True):
+        if not any(image):
             return None
-        end = len(kept) - kept[::-1].index(image_token_id)
-        heads.append(kept[:end])
-        tails.append(kept[end:])
+        end = len(image) - image[::-1].index(True)
+        heads.append([token for token, keep in zip(row[:end], mask, strict=False) if keep])
+        tails.append([token for token, keep in zip(row[end:], mask[end:], strict=True) if keep])
     if any(head != heads[row - row % prompts] for row, head in enumerate(heads)) or not all(tails):
         return None
 

@@ -69,10 +69,15 @@ def test_prompts_that_differ_before_the_image_are_not_packed(
     model = tiny_llava()
     inputs = prompts_about_two_images(model, llava_inputs)
     shared = dict(inputs, pixel_values=inputs["pixel_values"][::PROMPTS])
-    assert pack(shared, model.config.image_token_id, PROMPTS, torch.float32) is not None
+    visual = inputs["input_ids"] == model.config.image_token_id
+
+    def packed() -> bool:
+        return pack(inputs["input_ids"], inputs["attention_mask"], visual, PROMPTS, torch.float32) is not None
+
+    assert packed()
     first = int(inputs["attention_mask"][1].argmax())
     inputs["input_ids"][1, first] = 55
-    assert pack(shared, model.config.image_token_id, PROMPTS, torch.float32) is None
+    assert not packed()
     each, together = capture(model, CONFIG, inputs), capture(model, CONFIG, shared, PROMPTS)
     for one, other in zip(together, each, strict=True):
         torch.testing.assert_close(one.attention, other.attention, atol=1e-7, rtol=1e-5)
