@@ -94,7 +94,11 @@ def chain(config: TrainConfig, tracker: MLFlowLogger) -> None:
     log_data(tracker, config, harvested)
     step(3, "fit: the predictor learns the maps")
     data = ShardDataModule(
-        config.paths.harvest, config.trainer.batch_size, config.trainer.num_workers, seed=config.seed
+        config.paths.harvest,
+        config.trainer.batch_size,
+        config.trainer.num_workers,
+        seed=config.seed,
+        cache=config.trainer.cache,
     )
     fit = fit_predictor(config, scr, data, tracker)
     step(4, "export: the predictor folder, calibrated, reloaded and compared")

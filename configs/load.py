@@ -2,8 +2,9 @@
 
 ``configs/<defaults>.yaml`` names one file for each group (``model: scene-llava`` means
 configs/model/scene-llava.yaml) and sets further keys. The command line comes last: ``model=llava-1.5-7b``
-chooses a file, ``trainer.max_epochs=3`` sets a key. Whatever is wrong is collected and told at once, in one
-`ConfigError`.
+chooses a file, ``trainer.max_epochs=3`` sets a key. A group's file may set keys of other sections under
+``elsewhere`` (a data set knows how many images its harvest takes). Whatever is wrong is collected and told at
+once, in one `ConfigError`.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ def load_config(
     groups = build.choose(top.pop("groups", {}), overrides, folder)
     for group, option in groups.items():
         path = folder / group / f"{option}.yaml"
-        build.assign({group: build.read(path, group)}, path)
+        content = build.read(path, group)
+        elsewhere = content.pop("elsewhere", {})
+        build.assign({group: content, **elsewhere}, path)
     build.assign(top, folder / f"{defaults}.yaml")
     build.override([text for text in overrides if "=" not in text or text.partition("=")[0] not in groups])
     return build.finish()

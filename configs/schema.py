@@ -22,7 +22,9 @@ FAMILIES = (
     "chameleon", "internvl", "llava", "llava_next", "llava_onevision", "qwen", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
 )  # fmt: skip
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-STATES_DTYPES = ("float16", "bfloat16", "float32")
+STATES_DTYPES = ("float16", "bfloat16", "float32", "int8")
+PROMPT_KINDS = ("present", "random", "popular", "adversarial", "caption")
+CACHES = ("auto", "device", "memory", "none")
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 CONNECTIVITIES = (4, 8)
 LOSSES = ("kl", "bce", "mse_log")
@@ -224,14 +226,22 @@ class HarvestConfig:
     """Images to choose the best epoch on."""
     test: int = _count(400)
     """Images to report the fit on."""
+    tuning: int = _key(0, low=0)
+    """Images set aside for choosing SCR's hyper-parameters: not harvested, never in another split, listed in the
+    harvest's index.json. The paper takes 200."""
     prompts_per_image: int = _count(2)
-    """Questions asked about each image; each gives one attention map."""
+    """Prompts per image; each gives one attention map."""
+    prompts: list[str] = field(
+        default_factory=lambda: ["present", "random", "present", "popular", "present", "adversarial"]
+    )
+    """Kinds of prompts, dealt out to each image in turn from a seeded start: questions about a present object, about
+    an absent one chosen as POPE does (random, popular, adversarial), or one caption."""
     batch_size: int = _count(32)
-    """Prompts per forward."""
+    """Prompts per forward; the prompts of an image stay together, and share its pixels."""
     shard_size: int = _count(50)
     """Images per shard: what is lost at most when a harvest is interrupted."""
     states_dtype: str = _key("float16", choices=STATES_DTYPES)
-    """Number format of the states at rest."""
+    """Number format of the states at rest; int8 has one scale per token, and half the bytes of float16."""
     seed: int = _key(0, low=0)
     """Seed of the split and of the questions."""
     engine: str = _key("local", choices=ENGINES)
@@ -245,11 +255,19 @@ class HarvestConfig:
     """How often a shard is tried again after its Ray actor died or failed, before it is given up."""
 
     def check(self) -> Iterator[Problem]:
-        """Workers are Ray's: elsewhere the launcher says how many processes there are."""
+        """Workers are Ray's; prompts are of known kinds, and a caption is asked for once per image."""
         for key, plain in (("workers", 1), ("gpus_per_worker", None)):
             if self.engine == "local" and getattr(self, key) != plain:
                 hint = "Add harvest.engine=ray, or start several processes with torchrun or Slurm (docs/harvest.md)."
                 yield Problem(key, getattr(self, key), "needs harvest.engine=ray", hint=hint)
+        unknown = [kind for kind in self.prompts if kind not in PROMPT_KINDS]
+        if unknown or not self.prompts:
+            reason = f"has no kind of prompt {unknown[0]!r}" if unknown else "is empty"
+            yield Problem("prompts", self.prompts, reason, "a list of " + " | ".join(PROMPT_KINDS))
+        elif set(self.prompts) == {"caption"} and self.prompts_per_image > 1:
+            reason = "there is one caption prompt per image"
+            hint = "Lower it to 1, or add questions to harvest.prompts."
+            yield Problem("prompts_per_image", self.prompts_per_image, reason, "1", hint, ("harvest.prompts",))
 
     @property
     def images(self) -> int:
@@ -299,6 +317,9 @@ class TrainerConfig:
     """Largest gradient norm; null never clips."""
     num_workers: int = _key(low=0)
     """Processes that read shards; 0 reads in the main process."""
+    cache: str = _key("auto", choices=CACHES)
+    """Where shards are kept during the fit: on the device, in memory, or none: read from disk batch by batch. auto
+    takes the first that they fit into, and says why."""
     accelerator: str = _key(choices=ACCELERATORS)
     """Where the fit runs, in Lightning's words."""
 
@@ -353,6 +374,8 @@ class Paths:
     """Lightning checkpoints: runs/checkpoints/<model>."""
     predictor: Path
     """The exported predictor: runs/predictors/<model>."""
+    cache: Path
+    """What is derived from inputs and can be made again: runs/cache."""
     reports: Path
     """Tables, figures and the resolved config: runs/reports/<model>."""
     config: Path
@@ -386,15 +409,18 @@ class TrainConfig:
         world, harvest, evaluation = self.data.world, self.harvest, self.evaluation
         if world is None:
             return
-        if harvest.images > world.train:
-            asked = f"{harvest.samples} + {harvest.validation} + {harvest.test} = {harvest.images}"
+        needed = harvest.images + harvest.tuning
+        if needed > world.train:
+            parts = [harvest.samples, harvest.validation, harvest.test] + [harvest.tuning] * (harvest.tuning > 0)
+            others = "validation, test and tuning" if harvest.tuning else "validation and test"
             yield Problem(
                 "harvest.samples",
                 harvest.samples,
-                f"with validation and test, {asked} images; data.world.train renders {world.train}",
+                f"with {others}, {' + '.join(map(str, parts))} = {needed} images; data.world.train renders "
+                f"{world.train}",
                 f"at most {world.train} images in all",
-                f"Lower one of the three, or add data.world.train={harvest.images}.",
-                involves=("harvest.validation", "harvest.test", "data.world.train"),
+                f"Lower one of them, or add data.world.train={needed}.",
+                involves=("harvest.validation", "harvest.test", "harvest.tuning", "data.world.train"),
             )
         if evaluation.images > world.val:
             yield Problem(
@@ -421,6 +447,7 @@ class TrainConfig:
             harvest=runs / "harvest" / f"{self.model.name}-{self.data.name}",
             checkpoints=runs / "checkpoints" / self.model.name,
             predictor=runs / "predictors" / self.model.name,
+            cache=runs / "cache",
             reports=reports,
             config=reports / "config.yaml",
             mlflow_db=runs / "mlflow.db",

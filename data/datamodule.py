@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import pytorch_lightning as pl
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from data.shards import SPLITS, ShardReader, read_index
+from data.shards import SPLITS, Sample, ShardReader, read_index
+
+CACHES = ("auto", "device", "memory", "none")
 
 
 class Batch(TypedDict):
@@ -42,19 +44,19 @@ class ShardRows(Dataset[Batch]):
 
     Args:
         reader: samples of the split.
-        in_memory: copy all tensors into memory now; otherwise each batch is read through the memory maps.
+        device: copy all tensors there now ("cpu": into memory); None reads each batch through the memory maps.
 
     Attributes:
         grids: patch grid per row.
     """
 
-    def __init__(self, reader: ShardReader, in_memory: bool) -> None:
+    def __init__(self, reader: ShardReader, device: torch.device | None) -> None:
         self._reader = reader
         self._keys = reader.keys
         # row -> (sample, prompt of that sample)
         self._rows = [(sample, prompt) for sample, count in enumerate(reader.prompts) for prompt in range(count)]
         self.grids = [reader.grids[sample] for sample, _ in self._rows]
-        self._samples = self._load() if in_memory else None
+        self._samples = None if device is None else self._load(device)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -64,22 +66,30 @@ class ShardRows(Dataset[Batch]):
         if len(grids) != 1:
             raise ValueError(f"a batch needs rows of one grid, got {sorted(grids)}")
         rows = [self._rows[number] for number in numbers]
-        samples = self._samples or {sample: self._tensors(sample) for sample, _ in rows}
+        samples = self._samples or {sample: _tensors(self._reader.stored(sample)) for sample, _ in rows}
+        states = torch.stack([samples[sample]["states"] for sample, _ in rows])
+        if states.dtype == torch.int8:
+            scales = torch.stack([samples[sample]["scales"] for sample, _ in rows])
+            states = states * scales[..., None]  # float32, in one go
         return {
-            "states": torch.stack([samples[sample][0] for sample, _ in rows]),
-            "attention": torch.stack([samples[sample][1][prompt] for sample, prompt in rows]),
-            "question": torch.stack([samples[sample][2][prompt] for sample, prompt in rows]),
+            "states": states,
+            "attention": torch.stack([samples[sample]["attention"][prompt] for sample, prompt in rows]),
+            "question": torch.stack([samples[sample]["question"][prompt] for sample, prompt in rows]),
             "grid": grids.pop(),
             "key": [self._keys[sample] for sample, _ in rows],
         }
 
-    def _tensors(self, sample: int) -> tuple[Tensor, Tensor, Tensor]:
-        stored = self._reader[sample]
-        return stored.states, stored.attention, stored.question
-
-    def _load(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    def _load(self, device: torch.device) -> dict[int, dict[str, Tensor]]:
         numbers = tqdm(range(len(self._keys)), desc="load shards", unit="image", delay=2, leave=False)
-        return {n: tuple(tensor.clone() for tensor in self._tensors(n)) for n in numbers}  # type: ignore[misc]
+        return {
+            number: {name: t.to(device, copy=True) for name, t in _tensors(self._reader.stored(number)).items()}
+            for number in numbers
+        }
+
+
+def _tensors(sample: Sample) -> dict[str, Tensor]:
+    tensors = {"states": sample.states, "attention": sample.attention, "question": sample.question}
+    return tensors if sample.scales is None else {**tensors, "scales": sample.scales}
 
 
 class GridBatches(Sampler[list[int]]):
@@ -126,17 +136,23 @@ class GridBatches(Sampler[list[int]]):
 class ShardDataModule(pl.LightningDataModule):
     """Train, validation and test batches (`Batch`) of a finished harvest.
 
-    Shards that fit are copied into memory once; larger ones are read through memory maps, in the same order.
+    Where the shards are kept changes the speed alone: batches are the same, in the same order.
+
+        device    every tensor lives on the accelerator that the fit runs on; outside of a fit, in memory
+        memory    every tensor is copied into memory once
+        none      each batch is read through memory maps
 
     Args:
         directory: folder of the harvest.
         batch_size: rows (maps) per batch.
-        num_workers: processes that read shards; of no use, and therefore not started, when all is in memory.
+        num_workers: processes that read shards; of no use, and therefore not started, unless the cache is none.
         seed: of the shuffle.
-        memory_limit: bytes of shards that may be kept in memory; by default a quarter of this machine's.
+        cache: device, memory, none, or auto: the first of these that the shards fit into.
+        memory_limit: bytes of shards that auto may keep in memory; by default a quarter of this machine's.
 
     Raises:
         UnfinishedHarvestError: the folder has no index.
+        ValueError: an unknown cache.
     """
 
     def __init__(
@@ -145,20 +161,28 @@ class ShardDataModule(pl.LightningDataModule):
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
+        cache: str = "auto",
         memory_limit: int | None = None,
     ) -> None:
         super().__init__()
+        if cache not in CACHES:
+            raise ValueError(f"trainer.cache={cache!r}: use {', '.join(CACHES)}")
         self.directory = Path(directory)
         self.batch_size = batch_size
         self.seed = seed
         self.index = read_index(self.directory)
-        size = sum(shard["bytes"] for shard in self.index["shards"])
+        self.bytes: int = sum(shard["bytes"] for shard in self.index["shards"])
         limit = _quarter_of_memory() if memory_limit is None else memory_limit
-        self.in_memory = size <= limit
+        fits = self.bytes <= limit
+        self.in_memory = fits if cache == "auto" else cache != "none"
         self.num_workers = 0 if self.in_memory else num_workers
-        self._rows: dict[str, ShardRows] = {}
+        self._cache = cache
+        self._rows: dict[tuple[str, torch.device | None], ShardRows] = {}
+        self._device: torch.device | None = None  # where the running fit keeps its rows
         way = "kept in memory" if self.in_memory else "read through memory maps"
-        tqdm.write(f"shards: {size / 1e6:,.1f} MB in {self.directory}, {way} (limit {limit / 1e6:,.0f} MB)")
+        size = f"{self.bytes / 1e6:,.1f} MB"
+        why = f"{size} are {'within' if fits else 'over'} the limit of {limit / 1e6:,.0f} MB"
+        _say(f"{size} in {self.directory}, {way}: {why if cache == 'auto' else f'trainer.cache={cache}'}")
 
     @property
     def fingerprint(self) -> str:
@@ -170,17 +194,45 @@ class ShardDataModule(pl.LightningDataModule):
         """Width d of the states."""
         return self.rows("train")[[0]]["states"].shape[-1]
 
-    def rows(self, split: str) -> ShardRows:
-        """The rows of a split, opened at first use."""
-        if split not in self._rows:
-            self._rows[split] = ShardRows(ShardReader(self.directory, split), self.in_memory)
-        return self._rows[split]
+    def rows(self, split: str, device: torch.device | None = None) -> ShardRows:
+        """The rows of a split, opened at first use: on a device, or where the cache of this machine keeps them."""
+        if device is None and self.in_memory:
+            device = torch.device("cpu")
+        if (split, device) not in self._rows:
+            self._rows[split, device] = ShardRows(ShardReader(self.directory, split), device)
+        return self._rows[split, device]
 
     def setup(self, stage: str) -> None:
         """Opens (and loads) what a stage needs: fit, validate or test."""
+        self._device = self._choose_device() if stage == "fit" else None
         needed = {"fit": SPLITS[:2], "validate": SPLITS[1:2], "test": SPLITS[2:]}
         for split in needed.get(stage, ()):
-            self.rows(split)
+            self.rows(split, self._device)
+
+    def teardown(self, stage: str) -> None:
+        """Frees the device."""
+        self._rows = {place: rows for place, rows in self._rows.items() if place[1] in (None, torch.device("cpu"))}
+        self._device = None
+
+    def _choose_device(self) -> torch.device | None:
+        """The accelerator of the fit, if the shards are to be kept there."""
+        device: Any = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        if device.type == "cpu":
+            if self._cache == "device":
+                _say("trainer.cache=device, and the fit runs on the CPU: that is its memory")
+            return None
+        if self._cache == "device":
+            return device
+        if self._cache != "auto" or device.type != "cuda":
+            return None
+        free, _ = torch.cuda.mem_get_info(device)
+        fits = self.bytes <= free // 2
+        verdict = "kept on" if fits else "not kept on"
+        _say(
+            f"{self.bytes / 1e6:,.1f} MB {verdict} {device}: {'within' if fits else 'over'} half of {free / 1e6:,.0f} "
+            "MB that are free there"
+        )
+        return device if fits else None
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of the train split."""
@@ -196,13 +248,13 @@ class ShardDataModule(pl.LightningDataModule):
 
     def loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
         """Batches of any split."""
-        rows = self.rows(split)
+        rows = self.rows(split, self._device)
         return DataLoader(
             rows,
             sampler=GridBatches(rows.grids, self.batch_size, shuffle, self.seed),  # type: ignore[arg-type]
             batch_size=None,  # the sampler already yields batches of rows
             collate_fn=_as_it_is,  # type: ignore[arg-type]
-            num_workers=self.num_workers,
+            num_workers=0 if self._device else self.num_workers,
         )
 
     def state_statistics(self) -> tuple[Tensor, Tensor]:
@@ -226,6 +278,10 @@ class ShardDataModule(pl.LightningDataModule):
 def _as_it_is(batch: Batch) -> Batch:
     # torch's default conversion (and its pinning) would turn the grid's tuple into a list
     return batch
+
+
+def _say(message: str) -> None:
+    tqdm.write(f"shards: {message}")
 
 
 def _quarter_of_memory() -> int:

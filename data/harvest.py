@@ -19,14 +19,15 @@ import queue
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from PIL.Image import Image as PILImage
+from torch import Tensor
 from tqdm import tqdm
 
 from data import jobs, shards, vlm
@@ -47,23 +48,27 @@ _RENDERING_SECONDS = 1800.0  # that a process waits at most for another that ren
 _PREFETCHED_BATCHES = 2
 _T = TypeVar("_T")
 
-Capture = Callable[[Any, SCRConfig, Mapping[str, Any]], Sequence[Any]]
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One forward row: prompt `number` of `total` for an image."""
-
-    image_id: int
-    number: int
-    total: int
-    question: Question
+Capture = Callable[[Any, SCRConfig, Mapping[str, Any], int], Sequence[Any]]  # see scr_runtime.capture
 
 
 @dataclass(frozen=True)
 class _Batch:
-    rows: list[_Row]
+    """Whole images with all their prompts; rows are the prompts of the first image, of the second, and so on."""
+
+    image_ids: list[int]
+    prompts: list[list[Question]]  # per image
     inputs: Mapping[str, Any]
+    rows_per_image: int  # rows that each image of inputs["pixel_values"] serves
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """Samples on the host; on an accelerator their bytes are still arriving until `arrived` is waited for."""
+
+    samples: list[Sample]
+    finite: Tensor  # [images] bool
+    largest: Tensor  # [images] fp32, of the states before they were stored
+    arrived: Callable[[], object]
 
 
 class Harvester:
@@ -77,13 +82,13 @@ class Harvester:
         images: images and annotations.
         prompts_per_image: maps per image.
         prompt_mix: kinds of prompts, see `data.questions.image_prompts`.
-        batch_size: prompts per forward.
+        batch_size: prompts per forward, rounded to whole images, at least one.
         states_dtype: storage dtype of states and question features.
         seed: of the prompts.
         settings_fingerprint: identity of all settings, written into every sidecar.
         allowed_bad: undecodable images that one shard may have.
         provenance: how the samples come about, beyond the settings; written into every sidecar.
-        capture: the diagnostic run; returns one capture per image, in order.
+        capture: the diagnostic run; returns one capture per row, in order.
     """
 
     def __init__(
@@ -135,16 +140,19 @@ class Harvester:
             TooManyBadImagesError: more than `allowed_bad` images of this shard cannot be decoded.
         """
         skipped: list[dict[str, Any]] = []
-        pending: dict[int, list[tuple[_Row, Any]]] = defaultdict(list)
-        with ShardWriter(self.directory, plan.name, self.settings_fingerprint, self.provenance) as writer:
-            with contextlib.closing(_prefetch(self._batches(plan, skipped), _PREFETCHED_BATCHES)) as batches:
-                for batch in batches:
-                    for row, capture in zip(batch.rows, self._run(batch), strict=True):
-                        done = pending[row.image_id]
-                        done.append((row, capture))
-                        if len(done) == row.total:
-                            writer.write(self._sample(pending.pop(row.image_id)))
-                            on_image()
+        with (
+            ShardWriter(self.directory, plan.name, self.settings_fingerprint, self.provenance) as writer,
+            # three stages at a time: decoding and preprocessing, the forward, writing
+            contextlib.closing(_prefetch(self._batches(plan, skipped), _PREFETCHED_BATCHES)) as batches,
+            contextlib.closing(_prefetch(map(self._run, batches), _PREFETCHED_BATCHES)) as finished,
+        ):
+            for batch in finished:
+                batch.arrived()
+                for place, sample in enumerate(batch.samples):
+                    if not batch.finite[place]:
+                        raise StatesOverflowError(self._overflow(sample, float(batch.largest[place])))
+                    writer.write(sample)
+                    on_image()
             writer.skipped = skipped
         return shards.read_sidecar(self.directory, plan.name)
 
@@ -176,56 +184,82 @@ class Harvester:
         return self.images.path(image_id).relative_to(self.images.images_dir).as_posix()
 
     def _batches(self, plan: ShardPlan, skipped: list[dict[str, Any]]) -> Iterator[_Batch]:
-        rows: list[_Row] = []
-        pictures: list[PILImage] = []
-        for image_id, picture in self._decoded(plan, skipped):
-            prompts = self.prompts(image_id)
-            for number, question in enumerate(prompts):
-                rows.append(_Row(image_id, number, len(prompts), question))
-                pictures.append(picture)
-                if len(rows) == self.batch_size:
-                    yield self._batch(rows, pictures)
-                    rows, pictures = [], []
-        if rows:
-            yield self._batch(rows, pictures)
+        images_at_once = max(1, self.batch_size // self.prompts_per_image)
+        decoded = self._decoded(plan, skipped)
+        while part := list(islice(decoded, images_at_once)):
+            image_ids = [image_id for image_id, _ in part]
+            prompts = [self.prompts(image_id) for image_id in image_ids]
+            texts = [[question.text for question in questions] for questions in prompts]
+            inputs, shared = vlm.shared_chat_inputs(self.processor, [picture for _, picture in part], texts)
+            yield _Batch(image_ids, prompts, inputs, shared)
 
-    def _batch(self, rows: list[_Row], pictures: list[PILImage]) -> _Batch:
-        return _Batch(rows, vlm.chat_inputs(self.processor, pictures, [row.question.text for row in rows]))
-
-    def _run(self, batch: _Batch) -> Sequence[Any]:
+    def _run(self, batch: _Batch) -> _Finished:
         inputs: Any = batch.inputs
         # the cast concerns floating-point inputs (pixels) only
-        captures = self._capture(self.model, self.config, inputs.to(self.model.device, dtype=self.model.dtype))
-        if [capture.row for capture in captures] != list(range(len(batch.rows))):
-            raise RuntimeError(f"{len(batch.rows)} rows gave captures of rows {[capture.row for capture in captures]}")
-        return captures
+        inputs = inputs.to(self.model.device, dtype=self.model.dtype, non_blocking=True)
+        captures = self._capture(self.model, self.config, inputs, batch.rows_per_image)
+        rows = sum(map(len, batch.prompts))
+        if [capture.row for capture in captures] != list(range(rows)):
+            raise RuntimeError(f"{rows} rows gave captures of rows {[capture.row for capture in captures]}")
+        remaining = iter(captures)
+        samples, finite, largest = [], [], []
+        for image_id, questions in zip(batch.image_ids, batch.prompts, strict=True):
+            sample, fits, size = self._sample(image_id, questions, list(islice(remaining, len(questions))))
+            samples.append(sample)
+            finite.append(fits)
+            largest.append(size)
+        copied = _to_host(torch.stack(finite)), _to_host(torch.stack(largest))
+        return _Finished(samples, *copied, _barrier(self.model.device))
 
-    def _sample(self, prompts: list[tuple[_Row, Any]]) -> Sample:
-        prompts.sort(key=lambda pair: pair[0].number)
-        first = prompts[0][1]
-        image_id = prompts[0][0].image_id
-        file = self._file(image_id)
+    def _sample(
+        self, image_id: int, questions: Sequence[Question], captures: Sequence[Any]
+    ) -> tuple[Sample, Tensor, Tensor]:
+        first = captures[0]
         # block 0 at the visual tokens does not know the prompt behind them: the first prompt's states serve all
-        states = first.states.to("cpu", self.states_dtype)  # [N, d]
-        question = torch.stack([c.question.to("cpu", self.states_dtype) for _, c in prompts])  # [P, d]
-        if not (states.isfinite().all() and question.isfinite().all()):
-            raise StatesOverflowError(
-                f"{file}: states up to {float(first.states.abs().max()):.3g} are not finite as "
-                f"{str(self.states_dtype).removeprefix('torch.')}. Use harvest.states_dtype=bfloat16 (or float32)."
-            )
-        return Sample(
+        states, scales = first.states, None  # [N, d]
+        if self.states_dtype == torch.int8:
+            states, scales = shards.quantise(states)
+        states = states.to(self.states_dtype)
+        question = torch.stack([c.question for c in captures]).to(shards.question_dtype(self.states_dtype))  # [P, d]
+        decisive = states if scales is None else scales
+        sample = Sample(
             image_id=image_id,
-            file=file,
-            states=states,
-            attention=torch.stack([c.attention.to("cpu", torch.float32) for _, c in prompts]),  # [P, N]
-            question=question,
+            file=self._file(image_id),
+            states=_to_host(states),
+            attention=_to_host(torch.stack([c.attention for c in captures]).float()),  # [P, N]
+            question=_to_host(question),
             grid=(int(first.grid[0]), int(first.grid[1])),
             prompts=[
-                {"text": q.text, "label": q.label, "category": q.category, "strategy": q.strategy}
-                for q in (row.question for row, _ in prompts)
+                {"text": q.text, "label": q.label, "category": q.category, "strategy": q.strategy} for q in questions
             ],
-            entropy=[float(c.entropy) for _, c in prompts],
+            entropy=[float(c.entropy) for c in captures],
+            scales=None if scales is None else _to_host(scales),
         )
+        return sample, decisive.isfinite().all() & question.isfinite().all(), first.states.abs().max().float()
+
+    def _overflow(self, sample: Sample, largest: float) -> str:
+        dtype = str(self.states_dtype).removeprefix("torch.")
+        return (
+            f"{sample.file}: states up to {largest:.3g} are not finite as {dtype}. Use harvest.states_dtype=bfloat16 "
+            "(or float32)."
+        )
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """Copies to the host; from CUDA without waiting, into pinned memory (see `_barrier`)."""
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)
+
+
+def _barrier(device: torch.device) -> Callable[[], object]:
+    """Waits, when it is called, for the copies that were started before it was made."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event.synchronize
 
 
 def prepare(
@@ -241,6 +275,7 @@ def prepare(
     batch_size: int = 32,
     shard_size: int = 50,
     states_dtype: str = "float16",
+    tuning: int = 0,
     seed: int = 0,
     capture: Capture = run_diagnostic,
 ) -> tuple[Job, Harvester]:
@@ -253,7 +288,7 @@ def prepare(
     if states_dtype not in shards.STATES_DTYPES:
         raise ValueError(f"harvest.states_dtype={states_dtype!r}: use {', '.join(shards.STATES_DTYPES)}")
     splits = {split: size for split, size in splits.items() if size}
-    plans = plan_shards(images.ids, splits, shard_size, seed)
+    plans = plan_shards(images.ids, splits, shard_size, seed, tuning)
     if not plans:
         raise ValueError("nothing to harvest: every split has 0 images; set harvest.samples")
     settings = {
@@ -262,6 +297,7 @@ def prepare(
         "attention_layers": list(config.attention_layers),
         "annotations_sha256": images.annotations_sha256,
         "splits": splits,
+        "tuning": tuning,
         "prompts_per_image": prompts_per_image,
         "prompt_mix": list(prompt_mix),
         "shard_size": shard_size,
@@ -304,6 +340,7 @@ def prepare(
         bytes_per_image=shards.sample_bytes(tokens, width, prompts_per_image, harvester.states_dtype),
         tokens_per_image=tokens,
         prompts_per_image=prompts_per_image,
+        tuning=tuple(jobs.set_aside(images.ids, splits, tuning, seed)),
     )
     return job, harvester
 
@@ -335,8 +372,9 @@ def harvest(
         settings: further arguments of `prepare`:
             `prompts_per_image` (2), maps per image; `prompt_mix`, kinds of prompts, dealt out in turn; `batch_size`
             (32), prompts per forward, which changes rounding only and may differ between runs of one harvest;
-            `shard_size` (50), images per shard; `states_dtype` (float16, bfloat16 or float32); `seed` (0) of splits
-            and prompts; `capture`, the diagnostic run: one capture per batch row, in order.
+            `shard_size` (50), images per shard; `states_dtype` (float16, bfloat16, float32, or int8 with a scale per
+            token); `tuning` (0), images to set aside for hyper-parameters; `seed` (0) of splits and prompts;
+            `capture`, the diagnostic run: one capture per batch row, in order.
 
     Returns:
         `images` of this process (of which `reused` were there before), `samples` (maps), `skipped` (undecodable
@@ -455,6 +493,8 @@ def _arguments(config: TrainConfig, model: Any, processor: Any) -> dict[str, Any
         "images": training_images(config),
         "splits": {"train": section.samples, "validation": section.validation, "test": section.test},
         "prompts_per_image": section.prompts_per_image,
+        "prompt_mix": section.prompts,
+        "tuning": section.tuning,
         "batch_size": section.batch_size,
         "shard_size": section.shard_size,
         "states_dtype": section.states_dtype,
@@ -465,13 +505,13 @@ def _arguments(config: TrainConfig, model: Any, processor: Any) -> dict[str, Any
 def training_images(config: TrainConfig) -> CocoImages:
     """Index of the images to harvest; renders the embedded world first if the configuration has one."""
     _render_world(config)
-    return CocoImages(config.paths.train_images, config.paths.train_annotations)
+    return CocoImages(config.paths.train_images, config.paths.train_annotations, config.paths.cache)
 
 
 def held_out_images(config: TrainConfig) -> CocoImages:
     """Index of the images to evaluate on; renders the embedded world first if the configuration has one."""
     _render_world(config)
-    return CocoImages(config.paths.eval_images, config.paths.eval_annotations)
+    return CocoImages(config.paths.eval_images, config.paths.eval_annotations, config.paths.cache)
 
 
 def _render_world(config: TrainConfig) -> None:

@@ -1,6 +1,8 @@
 """Images in COCO layout: a folder of image files and one `instances_*.json` that lists them and their objects.
 
-Files stay where they are and are decoded through Hugging Face `datasets` (RGB, EXIF rotation applied).
+Files stay where they are and are decoded through Hugging Face `datasets`: RGB, turned upright by their EXIF tag, for
+the harvest and for the evaluation alike. Annotations are parsed once: what is needed of them, 2 % of their bytes, is
+kept as an index under the checksum of the file (`runs/cache`).
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,31 @@ from datasets import Dataset, Image
 from PIL.Image import Image as PILImage
 
 from data.errors import AnnotationError, CorruptImageError, NotEnoughImagesError
+from data.shards import canonical_json, write_atomically
 
 # which key of the configuration sets the size of a split
-_SPLIT_KEYS = {"train": "harvest.samples", "validation": "harvest.validation", "test": "harvest.test"}
+_SPLIT_KEYS = {
+    "train": "harvest.samples",
+    "validation": "harvest.validation",
+    "test": "harvest.test",
+    "tuning": "harvest.tuning",
+}
+_INDEX_VERSION = 1
+
+
+@dataclass(frozen=True)
+class AnnotationIndex:
+    """What this project needs of a COCO `instances_*.json`.
+
+    Attributes:
+        categories: category names, by category id.
+        files: file name per image id, by image id.
+        present: per image with annotations, the places of its categories in `categories`.
+    """
+
+    categories: tuple[str, ...]
+    files: dict[int, str]
+    present: dict[int, list[int]]
 
 
 class CocoImages:
@@ -30,6 +55,7 @@ class CocoImages:
     Args:
         images_dir: folder that the annotations' `file_name`s are relative to.
         annotations_file: COCO `instances_*.json`.
+        cache: folder for the index of the annotations; None parses them every time.
 
     Attributes:
         ids: image ids, ascending.
@@ -40,7 +66,7 @@ class CocoImages:
         AnnotationError: no such folder or file, unreadable annotations, or images that are listed but missing.
     """
 
-    def __init__(self, images_dir: str | Path, annotations_file: str | Path) -> None:
+    def __init__(self, images_dir: str | Path, annotations_file: str | Path, cache: str | Path | None = None) -> None:
         self.images_dir = Path(images_dir)
         self.annotations_file = Path(annotations_file)
         if not self.images_dir.is_dir():
@@ -49,24 +75,18 @@ class CocoImages:
                 "data.eval_images, relative to it) to a folder in COCO layout."
             )
         names = _files_in(self.images_dir)
-        record, self.annotations_sha256 = _read_annotations(self.annotations_file, self.images_dir, len(names))
-
-        self._category_names: dict[int, str] = {c["id"]: c["name"] for c in record["categories"]}
-        self.categories: tuple[str, ...] = tuple(self._category_names[c] for c in sorted(self._category_names))
-        self._file_names: dict[int, str] = {image["id"]: image["file_name"] for image in record["images"]}
+        if not self.annotations_file.is_file():
+            raise AnnotationError(
+                f"{images_dir} holds {len(names)} files, but its annotations {annotations_file} do not exist. "
+                "Questions are made from COCO annotations: put instances_*.json there, or set data.train_annotations "
+                "/ data.eval_annotations."
+            )
+        index, self.annotations_sha256 = read_annotations(self.annotations_file, Path(cache) if cache else None)
+        self.categories: tuple[str, ...] = index.categories
+        self._file_names = index.files
         self.ids: tuple[int, ...] = tuple(sorted(self._file_names))
         self._check_files(names)
-
-        present: dict[int, set[str]] = {}
-        for annotation in record["annotations"]:
-            name = self._category_names.get(annotation["category_id"])
-            if name is None:
-                raise AnnotationError(
-                    f"{self.annotations_file}: annotation {annotation.get('id')} has category_id "
-                    f"{annotation['category_id']}, which its `categories` do not list."
-                )
-            present.setdefault(annotation["image_id"], set()).add(name)
-        self._present = {image_id: frozenset(names) for image_id, names in present.items()}
+        self._present = {i: frozenset(self.categories[c] for c in shown) for i, shown in index.present.items()}
 
         self._row = {image_id: row for row, image_id in enumerate(self.ids)}
         paths = [str(self.path(image_id)) for image_id in self.ids]
@@ -122,15 +142,52 @@ def _files_in(folder: Path) -> set[str]:
         return {entry.name for entry in entries if entry.is_file()}
 
 
-def _read_annotations(file: Path, images_dir: Path, files: int) -> tuple[dict[str, Any], str]:
-    if not file.is_file():
-        raise AnnotationError(
-            f"{images_dir} holds {files} files, but its annotations {file} do not exist. Questions are made from COCO "
-            "annotations: put instances_*.json there, or set data.train_annotations / data.eval_annotations."
-        )
-    content = file.read_bytes()
+def read_annotations(file: Path, cache: Path | None = None) -> tuple[AnnotationIndex, str]:
+    """Reads a COCO instances file, or its index if `cache` holds one for these very bytes.
+
+    Args:
+        file: `instances_*.json`.
+        cache: folder of indices, named after the checksum of the annotations; a damaged one is written anew.
+
+    Returns:
+        The index, and the sha256 of the annotations file.
+
+    Raises:
+        AnnotationError: unreadable annotations, or annotations without their category.
+    """
+    with file.open("rb") as stream:
+        checksum = hashlib.file_digest(stream, "sha256").hexdigest()
+    stored = cache / f"annotations-{checksum[:32]}.json" if cache else None
+    index = _load_index(stored) if stored else None
+    if index is None:
+        index = _parse_annotations(file)
+        if stored:
+            stored.parent.mkdir(parents=True, exist_ok=True)
+            content = canonical_json({"version": _INDEX_VERSION, **asdict(index)})
+            write_atomically(stored, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    return index, checksum
+
+
+def _load_index(file: Path) -> AnnotationIndex | None:
     try:
-        record = json.loads(content)
+        checksum, _, content = file.read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        return None
+    if checksum != hashlib.sha256(content).hexdigest().encode():
+        return None
+    record = json.loads(content)
+    if record["version"] != _INDEX_VERSION:
+        return None
+    return AnnotationIndex(
+        categories=tuple(record["categories"]),
+        files={int(image_id): name for image_id, name in record["files"].items()},
+        present={int(image_id): shown for image_id, shown in record["present"].items()},
+    )
+
+
+def _parse_annotations(file: Path) -> AnnotationIndex:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"), object_hook=_without_outlines)
     except ValueError as error:
         raise AnnotationError(f"{file} is not readable JSON ({error}). Fetch or write it again.") from error
     absent = [key for key in ("images", "annotations", "categories") if key not in record]
@@ -139,7 +196,28 @@ def _read_annotations(file: Path, images_dir: Path, files: int) -> tuple[dict[st
             f"{file} is not a COCO instances file: it has no {', '.join(absent)}. Use instances_*.json "
             "(captions_*.json hold no categories)."
         )
-    return record, hashlib.sha256(content).hexdigest()
+    names = {category["id"]: category["name"] for category in record["categories"]}
+    places = {category_id: place for place, category_id in enumerate(sorted(names))}
+    present: dict[int, set[int]] = {}
+    for annotation in record["annotations"]:
+        place = places.get(annotation["category_id"])
+        if place is None:
+            raise AnnotationError(
+                f"{file}: annotation {annotation.get('id')} has category_id {annotation['category_id']}, which its "
+                "`categories` do not list."
+            )
+        present.setdefault(annotation["image_id"], set()).add(place)
+    return AnnotationIndex(
+        categories=tuple(names[category_id] for category_id in sorted(names)),
+        files={image["id"]: image["file_name"] for image in record["images"]},
+        present={image_id: sorted(shown) for image_id, shown in present.items()},
+    )
+
+
+def _without_outlines(record: dict[str, Any]) -> dict[str, Any]:
+    # nine tenths of the file are outlines; dropped as they are read, they never add up in memory
+    record.pop("segmentation", None)
+    return record
 
 
 def seeded_order(items: Iterable[Any], seed: int, salt: str = "") -> list[Any]:

@@ -50,22 +50,31 @@ class ShardPlan:
     reserve: tuple[int, ...]
 
 
-def plan_shards(ids: Sequence[int], splits: Mapping[str, int], shard_size: int, seed: int) -> list[ShardPlan]:
+def set_aside(ids: Sequence[int], splits: Mapping[str, int], tuning: int, seed: int) -> list[int]:
+    """The images kept for hyper-parameters: the `tuning` ones right behind the splits in the seeded order."""
+    return split_ids(ids, {**splits, "tuning": tuning}, seed)["tuning"]
+
+
+def plan_shards(
+    ids: Sequence[int], splits: Mapping[str, int], shard_size: int, seed: int, tuning: int = 0
+) -> list[ShardPlan]:
     """Deals images to shards.
 
-    The images behind the splits in the seeded order are dealt out as reserves, one to each shard in turn, so that a
-    shard can replace a bad image without knowing what happened to the others.
+    The first `tuning` images behind the splits stay out of all of them. Those that follow in the seeded order are
+    dealt out as reserves, one to each shard in turn, so that a shard can replace a bad image without knowing what
+    happened to the others.
 
     Raises:
         NotEnoughImagesError: the splits ask for more than there are ids.
     """
+    tuned = len(set_aside(ids, splits, tuning, seed))  # first: it counts all that is asked for
     chosen = split_ids(ids, splits, seed)
     parts = [
         (name, split, tuple(chosen[split][number * shard_size : (number + 1) * shard_size]))
         for split, names in shards.planned_shards(splits, shard_size).items()
         for number, name in enumerate(names)
     ]
-    spare = seeded_order(ids, seed, "split")[sum(splits.values()) :]
+    spare = seeded_order(ids, seed, "split")[sum(splits.values()) + tuned :]
     return [ShardPlan(*part, tuple(spare[rank :: len(parts)])) for rank, part in enumerate(parts)]
 
 
@@ -81,6 +90,7 @@ class Job:
         bytes_per_image: what one image takes, at most.
         tokens_per_image: visual tokens of the first image.
         prompts_per_image: maps per image.
+        tuning: images that are set aside for hyper-parameters.
     """
 
     directory: Path
@@ -90,6 +100,7 @@ class Job:
     bytes_per_image: int
     tokens_per_image: int
     prompts_per_image: int
+    tuning: tuple[int, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -279,7 +290,7 @@ def finish(job: Job) -> dict[str, Any] | None:
     splits: dict[str, list[str]] = {}
     for plan in job.plans:
         splits.setdefault(plan.split, []).append(plan.name)
-    return shards.write_index(job.directory, splits, job.settings, job.provenance)
+    return shards.write_index(job.directory, splits, job.settings, job.provenance, {"tuning": job.tuning})
 
 
 def summary(

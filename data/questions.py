@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, cycle, islice
 
 from data.images import CocoImages, seeded_order
 
@@ -145,18 +145,21 @@ def image_prompts(
 ) -> list[Question]:
     """The prompts under which one image's maps are harvested: `mix` in turn, from a seeded start.
 
-    No category is asked about twice. When an image has no present (absent) category left, an absent (present) one
-    stands in.
+    No prompt comes twice: a caption is asked for once per image, and no category is asked about twice. When an image
+    has no present (absent) category left, an absent (present) one stands in.
 
     Raises:
-        ValueError: an unknown kind in `mix`, or more prompts than there are categories.
+        ValueError: an unknown kind in `mix`, or more prompts than `mix` and the categories can give.
     """
     unknown = sorted(set(mix) - set(PROMPT_KINDS))
     if unknown or not mix:
         raise ValueError(f"unknown prompt kinds {unknown or mix}: use {', '.join(PROMPT_KINDS)}")
-    if not 1 <= prompts <= len(index.categories):
+    captions = "caption" in mix
+    most = captions + len(index.categories) * (set(mix) != {"caption"})
+    if not 1 <= prompts <= most:
         raise ValueError(
-            f"harvest.prompts_per_image={prompts}: use 1 to {len(index.categories)}, the number of categories"
+            f"harvest.prompts_per_image={prompts}: use 1 to {most}: {len(index.categories)} categories can be asked "
+            "about, and one caption asked for, each once, if harvest.prompts lists questions and caption"
         )
     order = {kind: absent_categories(index, counts, image_id, kind, seed) for kind in STRATEGIES}
     order["present"] = seeded_order(index.present(image_id), seed, f"present:{image_id}")
@@ -164,11 +167,16 @@ def image_prompts(
     start: int = seeded_order(range(0, len(mix), 2), seed, f"start:{image_id}")[0]
     chosen: list[Question] = []
     asked: set[str] = set()
-    for number in range(prompts):
-        kind = mix[(start + number) % len(mix)]
+    for kind in islice(cycle(mix), start, None):
+        if len(chosen) == prompts:
+            break
         if kind == "caption":
-            chosen.append(Question(image_id, CAPTION_PROMPT, None, None, kind))
+            if captions:
+                chosen.append(Question(image_id, CAPTION_PROMPT, None, None, kind))
+                captions = False
             continue
+        if len(asked) == len(index.categories):
+            continue  # only the caption is left
         other = "random" if kind == "present" else "present"
         kind, category = next((way, name) for way in (kind, other) for name in order[way] if name not in asked)
         asked.add(category)

@@ -2,9 +2,11 @@
 
 A shard is an ordinary webdataset tar of about 50 samples. A sample is one image: two members, keyed by the image id,
 
-    000000000042.safetensors    states     [N, d]  float16 | bfloat16 | float32, output of block 0, once per image
+    000000000042.safetensors    states     [N, d]  float16 | bfloat16 | float32 | int8: output of block 0, per image
+                                scales     [N]     float32, only beside int8: a state is its integers times its scale
                                 attention  [P, N]  float32, one map per prompt, as captured (not normalised)
-                                question   [P, d]  dtype of the states, pooled block-0 states of the prompt's text
+                                question   [P, d]  dtype of the states (float32 beside int8), pooled block-0 states of
+                                                   the prompt's text
     000000000042.json           image_id, file, grid [rows, columns], prompts [P], entropy [P] (nats)
 
 Beside `train-00000.tar` lies `train-00000.json`, its sidecar: byte offsets, counts, the checksum of the tar, and the
@@ -33,7 +35,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -50,8 +52,13 @@ INDEX = "index.json"
 MANIFEST = "manifest.json"
 SETTINGS = "harvest.json"
 SPLITS = ("train", "validation", "test")
-STATES_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+STATES_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+}
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8}
 _TAR_BLOCK = 512
 _FOREIGN_LEFTOVER_SECONDS = 3600  # a temporary file of another machine that has not grown for this long is given up
 
@@ -63,13 +70,14 @@ class Sample:
     Attributes:
         image_id: COCO image id.
         file: file name of the image, relative to the images folder.
-        states: block-0 output at the visual tokens. [N, d], fp16 | bf16 | fp32
+        states: block-0 output at the visual tokens. [N, d], fp16 | bf16 | fp32 | int8
         attention: attention from text to patches under each prompt, mean over text rows, heads and layers, not
             normalised. [P, N], fp32
-        question: pooled block-0 states of each prompt's text. [P, d], dtype of the states
+        question: pooled block-0 states of each prompt's text. [P, d], dtype of the states, fp32 beside int8
         grid: rows and columns of patches; rows * columns = N.
         prompts: what each map was taken under: dicts with text, label, category, strategy. P of them
         entropy: credit entropy of the states under each prompt, in nats (eq. 2 of arXiv 2602.22469). P values
+        scales: what each token's int8 states are to be multiplied with; None for other dtypes. [N], fp32
     """
 
     image_id: int
@@ -80,6 +88,13 @@ class Sample:
     grid: tuple[int, int]
     prompts: Sequence[Mapping[str, Any]]
     entropy: Sequence[float]
+    scales: Tensor | None = None
+
+    def decoded(self) -> Sample:
+        """The sample as it is used: int8 states become float32, all others stay."""
+        if self.scales is None:
+            return self
+        return replace(self, states=self.states * self.scales[:, None], scales=None)
 
     @property
     def key(self) -> str:
@@ -100,8 +115,11 @@ class Sample:
             wrong.append(f"grid {self.grid} has {self.grid[0] * self.grid[1]} patches, states have {tokens}")
         if len(self.entropy) != prompts:
             wrong.append(f"{len(self.entropy)} entropies for {prompts} prompts")
-        if self.states.dtype not in _DTYPES.values() or self.question.dtype != self.states.dtype:
+        if self.states.dtype not in _DTYPES.values() or self.question.dtype != question_dtype(self.states.dtype):
             wrong.append(f"states are {self.states.dtype}, question {self.question.dtype}")
+        scales = None if self.scales is None else (self.scales.dtype, *self.scales.shape)
+        if scales != ((torch.float32, tokens) if self.states.dtype == torch.int8 else None):
+            wrong.append(f"scales of {self.states.dtype} states are {scales}")
         if self.attention.dtype != torch.float32:
             wrong.append(f"attention is {self.attention.dtype}, expected torch.float32")
         if wrong:
@@ -110,9 +128,28 @@ class Sample:
 
 def sample_bytes(tokens: int, width: int, prompts: int, states_dtype: torch.dtype) -> int:
     """Bytes of one sample in a tar, by arithmetic: tensors, headers and padding, and 400 bytes of text per prompt."""
-    size = states_dtype.itemsize
-    tensors = tokens * width * size + prompts * (tokens * 4 + width * size)
+    tensors = tokens * width * states_dtype.itemsize + tokens * 4 * (states_dtype == torch.int8)
+    tensors += prompts * (tokens * 4 + width * question_dtype(states_dtype).itemsize)
     return tensors + 400 * prompts + 8 * _TAR_BLOCK
+
+
+def question_dtype(states_dtype: torch.dtype) -> torch.dtype:
+    """What questions are stored as beside states of a dtype."""
+    return torch.float32 if states_dtype == torch.int8 else states_dtype
+
+
+def quantise(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds states to int8 with one scale per token, so that a token's largest entry becomes 127.
+
+    Args:
+        states: [N, d], any floating-point dtype.
+
+    Returns:
+        [N, d] int8, and [N] float32 scales.
+    """
+    wide = states.float()
+    scales = (wide.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (wide / scales[:, None]).round().to(torch.int8), scales
 
 
 def shard_name(split: str, number: int) -> str:
@@ -245,6 +282,8 @@ class ShardWriter:
             "entropy": list(sample.entropy),
         }
         tensors = {"states": sample.states, "attention": sample.attention, "question": sample.question}
+        if sample.scales is not None:
+            tensors["scales"] = sample.scales
         members = {
             "json": canonical_json(facts),
             "safetensors": safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()}),
@@ -297,6 +336,7 @@ def write_index(
     splits: Mapping[str, Sequence[str]],
     settings: Mapping[str, Any],
     provenance: Mapping[str, Any],
+    set_aside: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """Declares a harvest finished: the manifest of its images, then all shards with their checksums.
 
@@ -308,6 +348,7 @@ def write_index(
         settings: what determines the samples.
         provenance: how they came about, without influence on what they mean (paths, the edit's settings). What the
             sidecars say is added (versions, device); where shards differ in it, as `{"mixed": [values]}`.
+        set_aside: image ids that belong to no shard, and are to be used for nothing that the shards' images are.
 
     Returns:
         The index. Its `fingerprint` is a checksum over all shards' checksums.
@@ -339,6 +380,7 @@ def write_index(
         "provenance": {**provenance, **both},
         "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
         "skipped": skipped,
+        "set_aside": {name: list(kept) for name, kept in (set_aside or {}).items()},
         "shards": listed,
     }
     index["checksum"] = hashlib.sha256(canonical_json(index)).hexdigest()
@@ -563,10 +605,11 @@ def manifest_is_whole(directory: Path, index: Mapping[str, Any]) -> bool:
 
 
 class ShardReader:
-    """Map-style access to one split of a finished harvest: `reader[i]` is the i-th `Sample`.
+    """Map-style access to one split of a finished harvest: `reader[i]` is the i-th `Sample`, decoded.
 
     Tensors are views of a private memory map: nothing is read before it is touched, and writing to them does not reach
-    the file. A reader can be pickled and forked; each process opens its own maps.
+    the file. States of int8 are the exception: they come as a float32 copy, and as a view from `stored`. A reader can
+    be pickled and forked; each process opens its own maps.
 
     Args:
         directory: folder of the harvest.
@@ -609,6 +652,10 @@ class ShardReader:
         return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> Sample:
+        return self.stored(number).decoded()
+
+    def stored(self, number: int) -> Sample:
+        """The i-th sample as it lies on the disk."""
         shard, entry = self._entries[number]
         buffer = self._map(shard)
         offset, size = entry["json"]
@@ -624,6 +671,7 @@ class ShardReader:
                 grid=(facts["grid"][0], facts["grid"][1]),
                 prompts=facts["prompts"],
                 entropy=facts["entropy"],
+                scales=tensors.get("scales"),
             )
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise DamagedShardError(self._names[shard], f"sample {entry['key']} is unreadable ({error})") from error
@@ -674,7 +722,7 @@ def describe(directory: Path) -> str:
         for sample in reader:
             kinds.update(f"{prompt['strategy']}" for prompt in sample.prompts)
             entropies += sample.entropy
-        first = reader[0].states
+        first = reader.stored(0).states
         lines += [
             f"  {split}: {len(reader):,} images, {sum(reader.prompts):,} maps, {reader.nbytes / 1e6:,.1f} MB in "
             f"{len(reader._names)} shards",

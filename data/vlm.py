@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -134,6 +135,57 @@ def chat_inputs(processor: Any, images: Sequence[PILImage], texts: Sequence[str]
         return_tensors="pt",
         processor_kwargs={"padding": True},
     )
+
+
+def shared_chat_inputs(
+    processor: Any, images: Sequence[PILImage], texts: Sequence[Sequence[str]]
+) -> tuple[BatchFeature, int]:
+    """`chat_inputs` of several texts about each image, which is preprocessed once.
+
+    Args:
+        processor: as returned by `load_vlm`.
+        images: RGB images.
+        texts: the texts about each image, equally many for all.
+
+    Returns:
+        The inputs, and how many successive rows each image of `pixel_values` serves. Where a processor does not give
+        one array per image (tiles, patches of differing numbers), that is 1, and pixels come once per row.
+    """
+    [repeats] = {len(about) for about in texts}
+    rows = [image for image in images for _ in range(repeats)]
+    flat = [text for about in texts for text in about]
+    if repeats == 1:
+        return chat_inputs(processor, rows, flat), 1
+    once = _EachImageOnce(processor.image_processor, images, repeats)
+    sharing = copy.copy(processor)
+    sharing.image_processor = once
+    inputs = chat_inputs(sharing, rows, flat)
+    if once.pixels is None:
+        return inputs, 1
+    inputs["pixel_values"] = once.pixels
+    return inputs, repeats
+
+
+class _EachImageOnce:
+    """Stands in for an image processor: preprocesses each image once, and repeats the result for its prompts."""
+
+    def __init__(self, image_processor: Any, images: Sequence[PILImage], repeats: int) -> None:
+        self._inner = image_processor
+        self._images = list(images)
+        self._repeats = repeats
+        self.pixels: torch.Tensor | None = None
+
+    def __call__(self, images: Any, **settings: Any) -> BatchFeature:
+        outputs = self._inner(self._images, **settings)
+        pixels = outputs["pixel_values"]
+        one_each = isinstance(pixels, torch.Tensor) and pixels.ndim == 4 and len(pixels) == len(self._images)
+        if outputs.keys() != {"pixel_values"} or not one_each:
+            return self._inner(images, **settings)
+        self.pixels = pixels
+        return BatchFeature({"pixel_values": pixels.repeat_interleave(self._repeats, 0)})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
 def unprocessed(processor: Any, image: PILImage) -> NDArray[np.uint8]:

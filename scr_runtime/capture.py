@@ -15,6 +15,7 @@ from scr_runtime.config import SCRConfig
 from scr_runtime.errors import PrefillError
 from scr_runtime.families import family_of, keep_decoder_call
 from scr_runtime.layout import count_mismatch, visual_layout
+from scr_runtime.packing import pack
 from scr_runtime.redistribute import Grid, credit_entropy
 from scr_runtime.sources import Prefill
 
@@ -41,21 +42,32 @@ class Capture:
     entropy: float
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """Image features in the form in which a forward call takes them."""
+
+    pooler_output: list[Tensor] | Tensor
+
+
 class _Captured(Exception):  # noqa: N818 - a signal, not an error
     """Leaves the model once the diagnostic run inside block 0 is done."""
 
 
 @torch.no_grad()
-def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any]) -> list[Capture]:
+def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows_per_image: int = 1) -> list[Capture]:
     """Runs vision tower, block 0 and the diagnostic blocks of a batch; never an edit, later blocks or the head.
 
     Args:
         model: A model of a supported family in eval mode, without an SCR attached.
         config: Which layers to read.
         inputs: Keyword arguments of the model's forward, as its processor returns them.
+        rows_per_image: More than 1: each image of ``pixel_values`` serves so many successive rows, which hold one
+            image each. It is encoded once; and where the model's positions and its attention allow, its tokens pass
+            through the blocks once, with the texts of all its rows behind them (``scr_runtime.packing``).
 
     Returns:
-        One capture per image, in order of appearance over (row, position). Its tensors are on the model's device.
+        One capture per image in the prompts, in order of appearance over (row, position). Its tensors are on the
+        model's device.
 
     Raises:
         PrefillError: If the batch has no image, or its visual tokens don't fit the images.
@@ -69,7 +81,18 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any]) -> l
         raise PrefillError(
             "a prompt without an image: the diagnostic run needs pixel_values and an image placeholder in the text"
         )
-    layout = visual_layout(visual, inputs.get("attention_mask"), family.image_grids(model, inputs))
+    packed = None
+    if rows_per_image > 1:
+        if family.name in _PACKED_FAMILIES and _can_be_packed(family.text_config(model), inputs):
+            dtype = next(blocks[0].parameters()).dtype
+            packed = pack(inputs["input_ids"], inputs["attention_mask"], visual, rows_per_image, dtype)
+        inputs = _with_shared_features(model, inputs, rows_per_image if packed is None else 1)
+    if packed is None:
+        layout = visual_layout(visual, inputs.get("attention_mask"), family.image_grids(model, inputs))
+    else:
+        inputs = {**inputs, **{k: getattr(packed, k) for k in ("input_ids", "position_ids", "attention_mask")}}
+        shared = family.visual_tokens(model, packed.input_ids)
+        layout = packed.expand(visual_layout(shared, None, family.image_grids(model, inputs)))
     if not layout.fits(layout.edge.tolist()):
         raise count_mismatch(layout)
     decoder_call: dict[str, Any] = {}
@@ -85,6 +108,7 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any]) -> l
             for index, (image, row, value) in enumerate(
                 zip(group.images, group.rows.tolist(), entropy.tolist(), strict=True)
             ):
+                row = row if packed is None else image  # one image per row
                 found[image] = Capture(row, states[index], attention[index], question[index], group.grid, value)
         captures.extend(found[image] for image in sorted(found))
         raise _Captured
@@ -99,3 +123,30 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any]) -> l
         except _Captured:
             return captures
     raise PrefillError("the model ran to its end without passing block 0's hook; is it compiled as a whole?")
+
+
+# Families whose positions are one number per token and whose blocks all see as far: those that
+# tests/scr_runtime/test_capture.py has compared, prompt by prompt.
+_PACKED_FAMILIES = ("llava",)
+
+
+def _can_be_packed(text_config: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether attention takes a 4-D mask, and nothing else comes per token."""
+    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
+    return (
+        kinds == {"full_attention"}
+        and text_config._attn_implementation in ("sdpa", "eager")
+        and set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
+    )
+
+
+def _with_shared_features(model: Any, inputs: Mapping[str, Any], rows_per_image: int) -> dict[str, Any]:
+    """Encodes each image once and hands its features to all of its rows."""
+    encoded = model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
+    features = encoded.pooler_output  # LLaVA: a list of [N, d]; others: [M, N, d]
+    if isinstance(features, Tensor):
+        features = features.repeat_interleave(rows_per_image, 0)
+    else:
+        features = [feature for feature in features for _ in range(rows_per_image)]
+    rest = {key: value for key, value in inputs.items() if key != "pixel_values"}
+    return rest | {"mm_encoder_outputs": {"image": _Encoded(features)}}

@@ -19,7 +19,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # Top-level packages that only some files may import: name -> patterns of those files.
 RESTRICTED = {
     "mlflow": r"train\.py|export/registry\.py|evaluation/report\.py",
-    "pytorch_lightning": r"train\.py|data/datamodule\.py|predictor/.*",
+    "pytorch_lightning": r"train\.py|data/datamodule\.py|predictor/.*|benchmarks/states_dtype\.py",
     "ray": r"data/cluster\.py",
     "lightning": r"(?!)",  # one name for one thing: pytorch_lightning
     "train": r"(?!)",

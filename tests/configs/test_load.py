@@ -447,3 +447,18 @@ print([name for name in heavy if name in sys.modules])
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_a_data_set_sets_the_size_of_its_harvest_and_the_command_line_has_the_last_word():
+    overrides = ["data=coco2014", "data.root=/x", "harvest.test=7"]
+    harvest = load_config(TrainConfig, "train", overrides).harvest
+    assert (harvest.samples, harvest.validation, harvest.test, harvest.tuning) == (5000, 500, 7, 200)
+    assert load_config(TrainConfig, "train", []).harvest.tuning == 0
+
+
+def test_prompts_are_of_known_kinds():
+    assert load_config(TrainConfig, "train", ["harvest.prompts=[caption,random]"]).harvest.prompts[0] == "caption"
+    problem = only_problem("harvest.prompts=[presnt]")
+    assert problem.key == "harvest.prompts" and "'presnt'" in problem.reason and "adversarial" in problem.legal
+    assert only_problem("harvest.prompts=[]").reason == "is empty"
+    assert only_problem("harvest.prompts=[caption]").key == "harvest.prompts_per_image"

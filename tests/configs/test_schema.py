@@ -7,7 +7,7 @@ import pytest
 from configs import ConfigError, TrainConfig, load_config, schema
 from configs.load import CONFIGS
 from configs.schema import Rule
-from data import shards, vlm
+from data import datamodule, questions, shards, vlm
 from predictor.losses import LOSSES
 from scr_runtime import PredictorConfig, SCRConfig
 from scr_runtime.families import FAMILIES
@@ -24,6 +24,12 @@ def test_losses_are_those_of_the_predictor():
 def test_number_formats_are_those_of_the_data():
     assert set(schema.STATES_DTYPES) == set(shards.STATES_DTYPES)
     assert set(schema.DTYPES) == {"auto", *vlm.DTYPES}
+
+
+def test_prompts_and_caches_are_those_of_the_data():
+    assert schema.PROMPT_KINDS == questions.PROMPT_KINDS
+    assert tuple(schema.HarvestConfig().prompts) == questions.DEFAULT_MIX
+    assert schema.CACHES == datamodule.CACHES
 
 
 @pytest.mark.parametrize("model", sorted(path.stem for path in CONFIGS.glob("model/*.yaml")))

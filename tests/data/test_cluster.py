@@ -175,7 +175,7 @@ def test_the_command_with_ray(tmp_path: Path, cluster: str, capsys: pytest.Captu
         "model.scr.edit_layers=[0,1]", "model.scr.attention_layers=[1,2]", "data=coco2014",
         f"data.root={tmp_path / 'coco'}", f"data.train_images={images.images_dir.name}",
         f"data.train_annotations={images.annotations_file.name}", "harvest.samples=4", "harvest.validation=2",
-        "harvest.test=2", "harvest.shard_size=2",
+        "harvest.test=2", "harvest.tuning=0", "harvest.shard_size=2",
     ]  # fmt: skip
     assert main([*arguments, "harvest.engine=ray", "harvest.workers=1"]) == 0
     assert "16 maps of 8 images (0 reused, 0 skipped)" in capsys.readouterr().out

@@ -47,9 +47,70 @@ def test_memory_and_maps_give_the_same_batches_and_tell_which_it_is(
     cached, mapped = ShardDataModule(harvested, seed=5), ShardDataModule(harvested, seed=5, memory_limit=1000)
     assert cached.in_memory and not mapped.in_memory
     said = capsys.readouterr().out
-    assert "kept in memory" in said and "read through memory maps (limit 0 MB)" in said
+    assert "kept in memory: 0.1 MB are within" in said and "memory maps: 0.1 MB are over the limit of 0 MB" in said
     for one, other in zip(cached.train_dataloader(), mapped.train_dataloader(), strict=True):
         assert torch.equal(one["states"], other["states"]) and one["key"] == other["key"]
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_int8_states_reach_the_batch_as_float32(
+    tmp_path: Path, coco: CocoImages, run_harvest: Callable[..., dict[str, Any]], cache: str
+):
+    run_harvest(tmp_path, coco, states_dtype="int8")
+    module = ShardDataModule(tmp_path, cache=cache)
+    assert module.in_memory == (cache == "memory")
+    states = torch.stack([sample.states for sample in ShardReader(tmp_path, "test") for _ in range(2)])
+    [batch] = module.test_dataloader()
+    assert batch["states"].dtype == torch.float32 and torch.equal(batch["states"], states)
+    assert batch["question"].dtype == torch.float32
+
+
+def test_the_cache_can_be_chosen(harvested: Path, capsys: pytest.CaptureFixture[str]):
+    assert ShardDataModule(harvested, cache="memory", memory_limit=0).in_memory
+    assert not ShardDataModule(harvested, cache="none").in_memory
+    assert "read through memory maps: trainer.cache=none" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"trainer\.cache='gpu': use auto, device, memory, none"):
+        ShardDataModule(harvested, cache="gpu")
+
+
+class _Strategy:
+    def __init__(self, device: str) -> None:
+        self.root_device = torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("cache", "free", "kept"), [("auto", 10**9, True), ("auto", 1000, False), ("device", 0, True)]
+)
+def test_rows_of_a_fit_live_on_its_device_and_go_with_it(
+    harvested: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    cache: str,
+    free: int,
+    kept: bool,
+):
+    module = ShardDataModule(harvested, cache=cache)
+    monkeypatch.setattr(module, "trainer", type("Trainer", (), {"strategy": _Strategy("cuda:0")})())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 10**10))
+    monkeypatch.setattr(module, "rows", lambda split, device=None: places.append((split, device)))
+    places: list[Any] = []
+    module.setup("fit")
+    device = torch.device("cuda:0") if kept else None
+    assert places == [("train", device), ("validation", device)]
+    if cache == "auto":
+        assert f"{'kept' if kept else 'not kept'} on cuda:0: " in capsys.readouterr().out
+    module.teardown("fit")
+    assert module._device is None
+
+
+def test_a_fit_on_the_cpu_keeps_the_rows_in_its_memory(
+    harvested: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    module = ShardDataModule(harvested, cache="device")
+    monkeypatch.setattr(module, "trainer", type("Trainer", (), {"strategy": _Strategy("cpu")})())
+    module.setup("fit")
+    assert module._device is None and "that is its memory" in capsys.readouterr().out
+    assert next(iter(module.train_dataloader()))["states"].device.type == "cpu"
 
 
 def test_workers_read_the_same_rows(harvested: Path):

@@ -353,6 +353,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         f"data.root={tmp_path / 'coco'}",
         f"data.train_images={images.images_dir.name}",
         f"data.train_annotations={images.annotations_file.name}",
+        "harvest.tuning=1",
         "harvest.samples=4",
         "harvest.validation=2",
         "harvest.test=2",
@@ -364,7 +365,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([*arguments, "harvest.prompts_per_image=1"]) == 1
     assert "prompts_per_image: 2 -> 1" in capsys.readouterr().err
     assert main([*arguments[:-3], "harvest.samples=9", *arguments[-2:]]) == 1
-    assert "13 images are asked for" in capsys.readouterr().err
+    assert "14 images are asked for" in capsys.readouterr().err
 
 
 def test_the_disk_estimate_is_an_upper_bound_but_not_a_wild_one(coco: CocoImages, undisturbed: Path):
@@ -387,14 +388,80 @@ def test_states_beyond_float16_are_refused_not_stored_as_inf(tmp_path: Path, coc
     run_harvest(tmp_path / "wide", coco, capture=large, states_dtype="bfloat16")
 
 
+def test_int8_states_are_the_float_ones_rounded(tmp_path: Path, coco: CocoImages, run_harvest: Run):
+    wide = run_harvest(tmp_path / "wide", coco, states_dtype="float32")
+    small = run_harvest(tmp_path / "small", coco, states_dtype="int8")
+    assert small["images"] == wide["images"]
+    pairs = zip(ShardReader(tmp_path / "wide", "test"), ShardReader(tmp_path / "small", "test"), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(other.states, one.states, atol=float(one.states.abs().max()) / 250, rtol=0)
+        assert torch.equal(one.question, other.question) and torch.equal(one.attention, other.attention)
+
+    def broken(*arguments: Any) -> Any:
+        captures = tiny.fake_capture(*arguments)
+        captures[0].states = captures[0].states.fill_(float("nan"))
+        return captures
+
+    with pytest.raises(StatesOverflowError, match="not finite as int8"):
+        run_harvest(tmp_path / "broken", coco, states_dtype="int8", capture=broken)
+
+
+def test_each_image_is_decoded_and_preprocessed_once(
+    tmp_path: Path, coco: CocoImages, llava: tuple[Any, Any], run_harvest: Run, monkeypatch: pytest.MonkeyPatch
+):
+    decoded: list[int] = []
+    processed: list[int] = []
+    plain_open, processor = CocoImages.open, type(llava[1].image_processor)
+    plain_process = processor.__call__
+
+    def open_(images: CocoImages, image_id: int) -> Any:
+        decoded.append(image_id)
+        return plain_open(images, image_id)
+
+    def process(self: Any, images: Any, *arguments: Any, **settings: Any) -> Any:
+        processed.append(len(images))
+        return plain_process(self, images, *arguments, **settings)
+
+    run_harvest(tmp_path / "once", coco, capture=capture, prompts_per_image=3, batch_size=7)
+    monkeypatch.setattr(CocoImages, "open", open_)
+    monkeypatch.setattr(processor, "__call__", process)
+    run_harvest(tmp_path / "again", coco, capture=capture, prompts_per_image=3, batch_size=7)
+    assert contents(tmp_path / "again") == contents(tmp_path / "once")
+    assert len(decoded) == 31 and sum(processed) == 31  # 30, and one to tell how many tokens an image has
+    assert max(processed) == 2  # 7 prompts are two images of three
+
+
+def test_one_image_of_many_prompts_may_exceed_the_batch(tmp_path: Path, coco: CocoImages, run_harvest: Run):
+    summary = run_harvest(tmp_path / "a", coco, prompts_per_image=9, batch_size=4)
+    assert summary["samples"] == 30 * 9
+    run_harvest(tmp_path / "b", coco, prompts_per_image=9, batch_size=100)
+    assert contents(tmp_path / "a")["train-00000.tar"] == contents(tmp_path / "b")["train-00000.tar"]
+
+
+def test_images_for_tuning_are_listed_and_in_no_shard(tmp_path: Path, coco: CocoImages, run_harvest: Run):
+    run_harvest(tmp_path, coco, tuning=7)
+    index = json.loads((tmp_path / "index.json").read_text())
+    tuning = index["set_aside"]["tuning"]
+    plans = plan_shards(coco.ids, SPLITS, 5, 0, 7)
+    dealt = [i for plan in plans for i in (*plan.image_ids, *plan.reserve)]
+    assert len(tuning) == 7 and sorted([*dealt, *tuning]) == list(coco.ids)
+    assert index["settings"]["tuning"] == 7
+    assert [plan.image_ids for plan in plans] == [p.image_ids for p in plan_shards(coco.ids, SPLITS, 5, 0)]
+    with pytest.raises(NotEnoughImagesError, match=r"4 test \+ 11 tuning.*harvest\.tuning"):
+        run_harvest(tmp_path / "b", coco, tuning=11)
+
+
 def test_captures_that_do_not_match_the_rows_are_refused(tmp_path: Path, coco: CocoImages, run_harvest: Run):
     with pytest.raises(RuntimeError, match="4 rows gave captures of rows"):
         run_harvest(tmp_path, coco, capture=lambda *arguments: tiny.fake_capture(*arguments)[1:])
 
 
-def test_a_gray_image_is_harvested(tmp_path: Path, run_harvest: Run):
+@pytest.mark.parametrize(
+    ("mode", "size"), [("L", (1, 300)), ("CMYK", (64, 48)), ("RGB", (8, 8)), ("RGB", (4000, 3000))]
+)
+def test_odd_images_are_harvested(tmp_path: Path, run_harvest: Run, mode: str, size: tuple[int, int]):
     images = tiny.write_coco(tmp_path / "coco", 40)
-    Image.new("L", (1, 300), 90).save(images.path(planned(images)[0]))
+    Image.new("RGB", size, "red").convert(mode).save(images.path(planned(images)[0]), format="JPEG")
     assert run_harvest(tmp_path / "shards", images)["skipped"] == 0
 
 

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
+from datasets import Image as DatasetsImage
 from PIL import Image
 
+from data import images as images_module
 from data.errors import AnnotationError, CorruptImageError, NotEnoughImagesError
-from data.images import CocoImages, seeded_order, split_ids
+from data.images import CocoImages, read_annotations, seeded_order, split_ids
 from tests.data import tiny
 
 SIZES = {"train": 20, "validation": 6, "test": 4}
@@ -41,20 +44,119 @@ def test_index_of_a_coco_folder(coco: CocoImages):
     assert picture.mode == "RGB" and picture.size == (tiny.SIDE, tiny.SIDE)
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P"])
-def test_any_mode_is_opened_as_rgb(tmp_path: Path, mode: str):
+@pytest.mark.parametrize(
+    ("mode", "format"), [("L", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("I;16", "PNG")]
+)
+@pytest.mark.parametrize("size", [(8, 8), (5, 900), (1, 1)])
+def test_any_mode_and_size_is_opened_as_rgb(tmp_path: Path, mode: str, format: str, size: tuple[int, int]):
     images = tiny.write_coco(tmp_path / "coco", 1)
-    file = images.path(10)
-    Image.new("RGB", (5, 900), "red").convert(mode).save(file, format="TIFF" if mode == "CMYK" else "PNG")
-    assert images.open(10).mode == "RGB"
+    picture = Image.new("RGB", size, (200, 0, 0))
+    picture = Image.new(mode, size, 200) if mode == "I;16" else picture.convert(mode)
+    picture.save(images.path(10), format=format)
+    opened = images.open(10)
+    assert opened.mode == "RGB" and opened.size == size
+    if mode in ("CMYK", "RGBA", "P"):
+        red, green, blue = opened.getpixel((0, 0))  # type: ignore[misc]
+        assert red > 150 and green < 60 and blue < 60  # not inverted
 
 
-def test_exif_rotation_is_applied(tmp_path: Path):
+def test_a_huge_photograph_is_opened(tmp_path: Path):
+    images = tiny.write_coco(tmp_path / "coco", 1)
+    Image.new("RGB", (6000, 4500), "red").save(images.path(10), format="JPEG")
+    assert images.open(10).size == (6000, 4500)
+
+
+def test_exif_rotation_is_applied_as_datasets_does(tmp_path: Path):
     images = tiny.write_coco(tmp_path / "coco", 1)
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
-    Image.new("RGB", (40, 20)).save(images.path(10), format="JPEG", exif=exif)
-    assert images.open(10).size == (20, 40)
+    picture = Image.new("RGB", (40, 20))
+    picture.paste((255, 255, 255), (0, 0, 40, 10))
+    picture.save(images.path(10), format="JPEG", exif=exif)
+    opened = images.open(10)
+    assert opened.size == (20, 40)
+    assert opened.getpixel((15, 20))[0] > 200 and opened.getpixel((5, 20))[0] < 50  # type: ignore[index]
+    plain = Dataset.from_dict({"image": [str(images.path(10))]}).cast_column("image", DatasetsImage(mode="RGB"))
+    assert plain[0]["image"].tobytes() == opened.tobytes()
+
+
+def test_a_bomb_is_a_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    images = tiny.write_coco(tmp_path / "coco", 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(CorruptImageError, match="DecompressionBombError"):
+        images.open(10)
+
+
+# -- COCO's own layout, and the index of its annotations
+
+
+def write_coco2014(root: Path, images: int, annotations: int) -> Path:
+    """A folder as the official archives unpack it; pictures are empty files. Returns the instances file."""
+    (root / "train2014").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    names = [f"COCO_train2014_{9 + 7 * i:012d}.jpg" for i in range(images)]
+    for name in names:
+        (root / "train2014" / name).touch()
+    record = {
+        "info": {"year": 2014},
+        "licenses": [],
+        "images": [{"id": 9 + 7 * i, "file_name": name, "height": 480, "width": 640} for i, name in enumerate(names)],
+        "annotations": [
+            {
+                "segmentation": [[1.5, 2.25, 30.75, 40.5] * 6],
+                "area": 702.1,
+                "iscrowd": 0,
+                "image_id": 9 + 7 * (k * 31 % images),
+                "bbox": [473.07, 395.93, 38.65, 28.67],
+                "category_id": 1 + k * 17 % 90,
+                "id": k,
+            }
+            for k in range(annotations)
+        ],
+        # ids have gaps, as the official ones do
+        "categories": [{"supercategory": "thing", "id": c, "name": f"thing {c}"} for c in range(1, 91)],
+    }
+    file = root / "annotations" / "instances_train2014.json"
+    file.write_text(json.dumps(record))
+    return file
+
+
+def test_official_layout_through_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = write_coco2014(tmp_path, 6300, 50_000)
+    first = CocoImages(tmp_path / "train2014", file, tmp_path / "runs" / "cache")
+    [stored] = (tmp_path / "runs" / "cache").iterdir()
+    assert stored.stat().st_size < file.stat().st_size / 10
+    monkeypatch.setattr(images_module, "_parse_annotations", lambda _: pytest.fail("parsed again"))
+    second = CocoImages(tmp_path / "train2014", file, tmp_path / "runs" / "cache")
+    assert (second.ids, second.categories) == (first.ids, first.categories)
+    assert second.annotations_sha256 == first.annotations_sha256
+    assert all(second.present(i) == first.present(i) and second.path(i) == first.path(i) for i in first.ids)
+    assert first.path(9).name == "COCO_train2014_000000000009.jpg"
+    assert first.present(9) == {f"thing {1 + k * 17 % 90}" for k in range(0, 50_000, 6300)}
+    splits = split_ids(first.ids, {"train": 5000, "validation": 500, "test": 500, "tuning": 200}, seed=0)
+    assert len({i for members in splits.values() for i in members}) == 6200
+    assert splits["tuning"][:3] == seeded_order(first.ids, 0, "split")[6000:6003]
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", b"0" * 64 + b'\n{"version":1}'])
+def test_a_damaged_index_is_made_again(tmp_path: Path, damage: bytes):
+    file = write_coco2014(tmp_path, 10, 50)
+    whole = read_annotations(file, tmp_path / "cache")
+    [stored] = (tmp_path / "cache").iterdir()
+    content = stored.read_bytes()
+    stored.write_bytes(damage or content[: len(content) // 2])
+    assert read_annotations(file, tmp_path / "cache") == whole
+    assert stored.read_bytes() == content
+
+
+def test_other_annotations_have_another_index(tmp_path: Path):
+    file = write_coco2014(tmp_path, 10, 50)
+    first, checksum = read_annotations(file, tmp_path / "cache")
+    file.write_text(file.read_text().replace('thing 1"', 'thing x"'))  # the same size
+    second, other = read_annotations(file, tmp_path / "cache")
+    assert first.categories[0] == "thing 1" and second.categories[0] == "thing x" and checksum != other
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert read_annotations(file) == (second, other)
 
 
 def test_folder_without_annotations(tmp_path: Path):
@@ -94,10 +196,12 @@ def test_annotation_of_an_unknown_category(tmp_path: Path):
         tiny.open_coco(tmp_path / "coco")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "truncated JPEG", "text", "empty"])
 def test_a_corrupt_image_is_named(tmp_path: Path, damage: str):
     images = tiny.write_coco(tmp_path / "coco", 2)
-    if damage == "truncated":
+    if damage == "truncated JPEG":
+        Image.effect_noise((200, 200), 60).save(images.path(10), format="JPEG")
+    if damage.startswith("truncated"):
         tiny.truncate_image(images, 10)
     else:
         images.path(10).write_text("not an image" if damage == "text" else "")

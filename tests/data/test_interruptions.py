@@ -174,7 +174,7 @@ def test_the_index_tells_where_the_samples_come_from(tmp_path: Path, coco: CocoI
     index = json.loads((tmp_path / "index.json").read_text())
     assert index["settings"].keys() == {
         "version", "model", "attention_layers", "annotations_sha256", "splits", "prompts_per_image", "prompt_mix",
-        "shard_size", "states_dtype", "seed",
+        "shard_size", "states_dtype", "tuning", "seed",
     }  # fmt: skip
     assert index["settings"]["model"].keys() >= {"hub_id", "revision", "config_sha256", "weights_sha256", "dtype"}
     told = index["provenance"]

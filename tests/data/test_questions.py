@@ -83,6 +83,17 @@ def test_caption_prompt(coco: CocoImages):
     assert caption.text == "Describe the image." and caption.label is None
 
 
+def test_a_caption_is_asked_for_once(coco: CocoImages):
+    counts = count_objects(coco)
+    mixed = image_prompts(coco, counts, 10, 5, mix=("caption", "random"))
+    assert sorted(q.strategy for q in mixed) == ["caption", *["random"] * 4]
+    everything = image_prompts(coco, counts, 10, 11, mix=("present", "caption"))
+    assert sorted(q.category or "" for q in everything) == sorted(["", *tiny.CATEGORIES])
+    assert [q.strategy for q in image_prompts(coco, counts, 10, 1, mix=("caption",))] == ["caption"]
+    with pytest.raises(ValueError, match="prompts_per_image=2: use 1 to 1"):
+        image_prompts(coco, counts, 10, 2, mix=("caption",))
+
+
 def test_bad_values_name_the_legal_ones(coco: CocoImages):
     with pytest.raises(ValueError, match="random, popular, adversarial"):
         pope_questions(coco, [10], "hard")

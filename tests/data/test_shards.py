@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,22 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from data import shards
 from data.errors import DamagedShardError, DataError, UnfinishedHarvestError
 from data.images import CocoImages
-from data.shards import Sample, ShardReader, ShardWriter, check_shard, write_index
+from data.shards import Sample, ShardReader, ShardWriter, check_shard, quantise, question_dtype, write_index
 
 NAME = "train-00000"
 
 
 def make_sample(image_id: int, prompts: int = 2, dtype: torch.dtype = torch.float16) -> Sample:
     generator = torch.Generator().manual_seed(image_id)
+    states = torch.randn(6, 5, generator=generator)
+    stored, scales = quantise(states) if dtype == torch.int8 else (states.to(dtype), None)
     return Sample(
         image_id=image_id,
         file=f"folder/{image_id}.v2.jpg",
-        states=torch.randn(6, 5, generator=generator).to(dtype),
+        states=stored,
+        scales=scales,
         attention=torch.rand(prompts, 6, generator=generator),
-        question=torch.randn(prompts, 5, generator=generator).to(dtype),
+        question=torch.randn(prompts, 5, generator=generator).to(question_dtype(dtype)),
         grid=(2, 3),
         prompts=[
             {"text": f"A caf\u00e9 {p}?", "label": "no", "category": "c", "strategy": "x"} for p in range(prompts)
@@ -47,7 +51,8 @@ def write_shards(directory: Path, dtype: torch.dtype = torch.float16) -> Path:
 
 
 def assert_same(left: Sample, right: Sample) -> None:
-    for name in ("states", "attention", "question"):
+    assert (left.scales is None) == (right.scales is None)
+    for name in ("states", "attention", "question", *(["scales"] if left.scales is not None else [])):
         one, other = getattr(left, name), getattr(right, name)
         assert one.dtype == other.dtype and torch.equal(one, other)
     for name in ("image_id", "file", "grid", "prompts", "entropy", "key"):
@@ -59,8 +64,26 @@ def test_samples_come_back_as_they_were_written(tmp_path: Path, dtype: torch.dty
     reader = ShardReader(write_shards(tmp_path / "shards", dtype), "train")
     assert reader.keys == [f"{i:012d}" for i in (0, 1, 2, 10, 11, 12)]
     for sample in reader:
-        assert_same(sample, make_sample(sample.image_id, dtype=dtype))
-    assert_same(reader[4], make_sample(11, dtype=dtype))
+        assert_same(sample, make_sample(sample.image_id, dtype=dtype).decoded())
+    assert_same(reader.stored(4), make_sample(11, dtype=dtype))
+
+
+def test_int8_states_are_off_by_half_a_step_of_their_token_at_most(tmp_path: Path):
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(50, 64, generator=generator) * torch.logspace(-4, 5, 50)[:, None]
+    states[7] = 0
+    stored, scales = quantise(states)
+    assert stored.abs().amax(-1).tolist() == [127 * (token != 7) for token in range(50)]
+    error = (stored * scales[:, None] - states).abs()
+    assert (error <= scales[:, None] * 0.5001).all() and error[7].max() == 0
+
+
+def test_int8_without_scales_and_scales_without_int8_are_refused():
+    whole, small = make_sample(1), make_sample(1, dtype=torch.int8)
+    small.check()
+    for wrong in (replace(small, scales=None), replace(whole, scales=small.scales)):
+        with pytest.raises(ValueError, match="scales of"):
+            wrong.check()
 
 
 def test_tensors_are_views_that_cannot_reach_the_file(tmp_path: Path):

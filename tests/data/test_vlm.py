@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data.errors import ModelLoadError
-from data.vlm import chat_inputs, fingerprint, load_vlm
+from data.vlm import chat_inputs, fingerprint, load_vlm, shared_chat_inputs
 from tests.data import tiny
 
 
@@ -89,3 +89,33 @@ def test_a_cut_checkpoint_is_refused(folder: Path, tmp_path: Path):
         (tmp_path / file.name).write_bytes(content[: len(content) // 2] if file.suffix == ".safetensors" else content)
     with pytest.raises(ModelLoadError, match="cannot load"):
         load_vlm(str(tmp_path))
+
+
+def test_shared_inputs_are_those_of_each_prompt_with_pixels_once(llava: tuple[Any, Any]):
+    _, processor = llava
+    pictures = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    texts = [["Is there a cup ?", "Describe the image ."], ["Is there a bus in the image ?", "car"]]
+    each = chat_inputs(processor, [p for p in pictures for _ in range(2)], [text for about in texts for text in about])
+    shared, repeats = shared_chat_inputs(processor, pictures, texts)
+    assert repeats == 2 and shared.keys() == each.keys()
+    assert torch.equal(shared["pixel_values"], each["pixel_values"][::2])
+    assert torch.equal(shared["input_ids"], each["input_ids"])
+    assert torch.equal(shared["attention_mask"], each["attention_mask"])
+    alone, repeats = shared_chat_inputs(processor, pictures, [about[:1] for about in texts])
+    assert repeats == 1 and len(alone["pixel_values"]) == 2
+
+
+def test_pixels_that_are_not_one_array_per_image_come_once_per_row(
+    llava: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+):
+    _, processor = llava
+    kind = type(processor.image_processor)
+    plain = kind.__call__
+
+    def with_sizes(self: Any, images: Any, *arguments: Any, **settings: Any) -> Any:
+        outputs = plain(self, images, *arguments, **settings)
+        return outputs | {"image_sizes": torch.ones(len(outputs["pixel_values"]), 2)}
+
+    monkeypatch.setattr(kind, "__call__", with_sizes)
+    inputs, repeats = shared_chat_inputs(processor, [Image.new("RGB", (40, 30))], [["a", "an"]])
+    assert repeats == 1 and len(inputs["pixel_values"]) == len(inputs["input_ids"]) == 2

@@ -122,10 +122,13 @@ class FakeCapture:
     entropy: float
 
 
-def fake_capture(model: Any, config: SCRConfig, inputs: Mapping[str, Any]) -> list[FakeCapture]:
+def fake_capture(
+    model: Any, config: SCRConfig, inputs: Mapping[str, Any], rows_per_image: int = 1
+) -> list[FakeCapture]:
     """Captures that follow from each row's own pixels and text, as the real ones do, at no cost."""
     captures = []
-    for row, (pixels, ids) in enumerate(zip(inputs["pixel_values"], inputs["input_ids"], strict=True)):
+    images = inputs["pixel_values"].repeat_interleave(rows_per_image, 0)
+    for row, (pixels, ids) in enumerate(zip(images, inputs["input_ids"], strict=True)):
         patches = pixels.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).mean((0, 3, 4)).flatten()  # [N]
         states = patches[:, None] * torch.arange(1, WIDTH + 1)
         text = float((ids.flip(0) * torch.arange(1, len(ids) + 1)).sum()) / 10  # padding is on the left, and 0

@@ -32,9 +32,9 @@ SHARDS = 20 + 4 + 3
 KILLS = 20
 
 
-def slow_capture(seconds: float, model: Any, config: SCRConfig, inputs: Mapping[str, Any]) -> Any:
+def slow_capture(seconds: float, model: Any, config: SCRConfig, inputs: Mapping[str, Any], rows_per_image: int) -> Any:
     time.sleep(seconds)
-    return capture(model, config, inputs)
+    return capture(model, config, inputs, rows_per_image)
 
 
 class PoisonedImages(CocoImages):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 from scr_runtime import SCR, SCRConfig, errors
 
@@ -50,3 +51,22 @@ def test_blocks_compiled_one_by_one_are_edited(tiny_llava: Any, llava_inputs: An
         with SCR(model, config=CONFIG, mode=mode) as scr:
             assert torch.allclose(model(**inputs).logits, expected, atol=1e-5)
         assert scr.stats.edits == 3
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["decode-steps", "whole-forward"])
+def test_compiled_decoding_gives_the_same_tokens(tiny_llava: Any, llava_inputs: Any, whole: bool) -> None:
+    model = tiny_llava(5)
+    inputs = llava_inputs(model, [1], seed=5)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    with SCR(model, config=CONFIG, mode="two-pass") as scr:
+        plain = model.generate(**inputs, **options)
+        if whole:
+            model.forward = torch.compile(model.forward, backend="eager")
+        else:
+            settings: dict[str, Any] = {"backend": "eager", "fullgraph": True, "mode": None}
+            steps = CompileConfig(**settings)
+            options |= {"cache_implementation": "static", "compile_config": steps}
+        assert torch.equal(model.generate(**inputs, **options), plain)
+        assert scr.reports[0].layers_edited == tuple(range(CONFIG.edit_layers[0], CONFIG.edit_layers[1] + 1))
+    model.__dict__.pop("forward", None)
+    assert not torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), plain)

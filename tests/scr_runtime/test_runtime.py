@@ -159,6 +159,16 @@ def test_greedy_tokens_equal_the_reference(
     assert not torch.equal(tokens, model.generate(**inputs, max_new_tokens=6, do_sample=False))
 
 
+def test_assisted_decoding_gives_the_same_tokens(tiny_llava: Any, llava_inputs: Any) -> None:
+    """The first forward holds draft tokens already; they are no part of the question."""
+    model, assistant = tiny_llava(5), tiny_llava(6, layers=2)
+    inputs = llava_inputs(model, [1], seed=5)
+    with SCR(model, config=CONFIG, mode="two-pass"):
+        plain = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        assisted = model.generate(**inputs, max_new_tokens=8, do_sample=False, assistant_model=assistant)
+    assert torch.equal(assisted, plain)
+
+
 @pytest.mark.parametrize("mode", ["two-pass", "one-pass"])
 def test_cached_beams_equal_uncached_beams(tiny_llava: Any, llava_inputs: Any, mode: Any) -> None:
     model = tiny_llava(6)

@@ -1,0 +1,112 @@
+"""How fast a fit's batches are read from shards: each cache, beside plain webdataset streaming.
+
+python -m benchmarks.reading
+python -m benchmarks.reading --samples 400 --folder /path/on/the/disk/in/question
+
+Synthetic shards in LLaVA-1.5-7B's size: 576 x 4096 float16, 4.7 MB a sample, 50 a shard. Every way yields the same
+batches of stacked tensors; all but webdataset in a shuffled order. Ways take turns; MB/s of wall time, medians over
+rounds, after one round to warm the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from webdataset.compat import WebDataset
+
+from data.datamodule import ShardDataModule
+from data.shards import STATES_DTYPES, Sample, ShardWriter, quantise, question_dtype, write_index
+from evaluation.report import table
+
+TOKENS, WIDTH, SHARD = 576, 4096, 50
+
+
+def write_shards(folder: Path, samples: int, states_dtype: str) -> list[str]:
+    """Random samples with one map each; returns the tars."""
+    dtype = STATES_DTYPES[states_dtype]
+    names = [f"train-{number:05d}" for number in range(-(-samples // SHARD))]
+    states = torch.randn(TOKENS, WIDTH)
+    stored, scales = quantise(states) if dtype == torch.int8 else (states.to(dtype), None)
+    for number, name in enumerate(names):
+        with ShardWriter(folder, name, "") as writer:
+            for image_id in range(number * SHARD, min((number + 1) * SHARD, samples)):
+                writer.write(
+                    Sample(
+                        image_id, "", stored, torch.rand(1, TOKENS), torch.randn(1, WIDTH).to(question_dtype(dtype)),
+                        (24, 24), [{}], [0.0], scales,
+                    )
+                )  # fmt: skip
+    write_index(folder, {"train": names}, {}, {})
+    return [str(folder / f"{name}.tar") for name in names]
+
+
+def plain_webdataset(tars: list[str], batch: int) -> Iterator[list[Tensor]]:
+    """The tars as a stream, decoded and stacked."""
+    rows: list[dict[str, Tensor]] = []
+    for sample in WebDataset(tars, shardshuffle=False):
+        rows.append(safetensors.torch.load(sample["safetensors"]))
+        if len(rows) == batch:
+            yield [torch.stack([row[name] for row in rows]) for name in ("states", "attention", "question")]
+            rows = []
+
+
+def main() -> None:
+    """Prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=200, help="samples of 4.7 MB (default 200)")
+    parser.add_argument("--batch", type=int, default=8, help="rows per batch (default 8)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds after one to warm up (default 5)")
+    parser.add_argument("--folder", help="where the shards are written (default: the temporary folder)")
+    options = parser.parse_args()
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        half, small = Path(folder, "float16"), Path(folder, "int8")
+        half.mkdir()
+        small.mkdir()
+        tars = write_shards(half, options.samples, "float16")
+        write_shards(small, options.samples, "int8")
+
+        def module(directory: Path, cache: str) -> Callable[[], Any]:
+            data = ShardDataModule(directory, batch_size=options.batch, cache=cache)
+            return lambda: data.loader("train", shuffle=True)
+
+        ways: dict[str, Callable[[], Any]] = {
+            "plain webdataset, streamed": lambda: plain_webdataset(tars, options.batch),
+            "cache=none: memory maps": module(half, "none"),
+            "cache=memory": module(half, "memory"),
+            "int8, cache=none, to float32": module(small, "none"),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        bytes_read = options.samples * TOKENS * WIDTH * 2 / 1e6
+        for turn in range(1 + options.rounds):
+            for name, batches in ways.items():
+                started = time.perf_counter()
+                for _ in batches():
+                    pass
+                if turn:
+                    rates[name].append(bytes_read / (time.perf_counter() - started))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    first = next(iter(medians.values()))
+    print(
+        f"\n{options.samples} samples, batches of {options.batch}, {options.rounds} rounds; MB of fp16 states a second"
+    )
+    print(
+        table(
+            [["way", "MB/s", "x webdataset"]]
+            + [[name, f"{rate:,.0f}", f"{rate / first:.2f}"] for name, rate in medians.items()]
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
