@@ -160,22 +160,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def fit_predictor(config: TrainConfig, scr: SCRConfig, data: ShardDataModule, tracker: MLFlowLogger) -> Fit:
     """Fits with Lightning, takes the epoch of best validation mass, and measures it beside floors and ceiling."""
     pl.seed_everything(config.seed, verbose=False)
-    section, trainer = config.predictor, config.trainer
-    module = SourceModule(
-        data.hidden_size,
-        rank=section.rank,
-        width=section.width,
-        budget=section.budget,
-        position=section.position,
-        question=section.question,
-        context=section.context,
-        loss=section.loss,
-        num_sources=scr.num_sources,
-        exclude_border=scr.exclude_border,
-        learning_rate=trainer.learning_rate,
-        weight_decay=trainer.weight_decay,
-        warmup_fraction=trainer.warmup_fraction,
-    )
+    trainer = config.trainer
+    module = SourceModule(data.hidden_size, **config.fitting)
     count = module.predictor.count_parameters()
     print(f"{count:,} parameters, rank {module.predictor.config.rank}; {len(data.rows('train')):,} training maps")
     tracker.log_metrics({"predictor/parameters": count})

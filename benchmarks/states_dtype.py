@@ -33,23 +33,9 @@ from scr_runtime import SCRConfig
 def fit(config: TrainConfig, scr: SCRConfig, folder: Path, epochs: int) -> Any:
     """Fits like train.py, without tracking; returns the test split's rows."""
     data = ShardDataModule(folder, config.trainer.batch_size, seed=config.seed)
-    section, trainer = config.predictor, config.trainer
+    trainer = config.trainer
     pl.seed_everything(config.seed, verbose=False)
-    module = SourceModule(
-        data.hidden_size,
-        rank=section.rank,
-        width=section.width,
-        budget=section.budget,
-        position=section.position,
-        question=section.question,
-        context=section.context,
-        loss=section.loss,
-        num_sources=scr.num_sources,
-        exclude_border=scr.exclude_border,
-        learning_rate=trainer.learning_rate,
-        weight_decay=trainer.weight_decay,
-        warmup_fraction=trainer.warmup_fraction,
-    )
+    module = SourceModule(data.hidden_size, **config.fitting)
     module.compute_statistics(data.train_dataloader())
     loop = pl.Trainer(
         accelerator="cpu",

@@ -460,6 +460,18 @@ class TrainConfig:
         return self.tracking.uri or f"sqlite:///{self.paths.mlflow_db}"
 
     @property
+    def fitting(self) -> dict[str, Any]:
+        """Keyword arguments of `predictor.module.SourceModule`, all but the width of the states."""
+        network = ("rank", "width", "budget", "position", "question", "context", "loss")
+        schedule = ("learning_rate", "weight_decay", "warmup_fraction")
+        return {
+            **{key: getattr(self.predictor, key) for key in network},
+            **{key: getattr(self.trainer, key) for key in schedule},
+            "num_sources": self.model.scr.num_sources,
+            "exclude_border": self.model.scr.exclude_border,
+        }
+
+    @property
     def experiment(self) -> str:
         """`tracking.experiment`, or the model's name."""
         return self.tracking.experiment or self.model.name

@@ -257,23 +257,6 @@ class ShardDataModule(pl.LightningDataModule):
             num_workers=0 if self._device else self.num_workers,
         )
 
-    def state_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the training states per feature, each image once.
-
-        Returns:
-            mean [d] and std [d], float32.
-        """
-        total = squares = torch.zeros(())
-        tokens = 0
-        reader = ShardReader(self.directory, "train")
-        for sample in tqdm(reader, desc="state statistics", unit="image", delay=2, leave=False):
-            states = sample.states.double()  # [N, d]
-            total = total + states.sum(0)
-            squares = squares + states.square().sum(0)
-            tokens += len(states)
-        mean = total / tokens
-        return mean.float(), (squares / tokens - mean.square()).clamp_min(0).sqrt().float()
-
 
 def _as_it_is(batch: Batch) -> Batch:
     # torch's default conversion (and its pinning) would turn the grid's tuple into a list
