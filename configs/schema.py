@@ -115,17 +115,27 @@ class SCRSection:
     """Neighbours of a patch: 8 with diagonals (the paper's), 4 without."""
     exclude_border: bool = True
     """Never take a source from the outermost rows and columns: attention sinks live there."""
+    state_layer: int = _key(0, low=0)
+    """The decoder block whose output the predictor reads; edits may start there, the map's blocks lie behind it.
+    The paper's is 0. Other than 0, the folder of the harvest ends in -block<n>."""
 
     def check(self) -> Iterator[Problem]:
-        """Both ranges are [first, last]; the map needs block 0 to be over."""
-        for key, first_legal in (("edit_layers", 0), ("attention_layers", 1)):
+        """Both ranges are [first, last]; sources are chosen when the state layer is over."""
+        for key, first_legal in (("edit_layers", self.state_layer), ("attention_layers", self.state_layer + 1)):
             value: list[int] = getattr(self, key)
             legal = f"[first, last] with {first_legal} <= first <= last"
             if len(value) != 2:
                 yield Problem(key, value, f"has {len(value)} entries, a range has 2", legal)
             elif value[0] < first_legal:
-                why = "negative" if value[0] < 0 else "the map is made of the blocks that follow block 0"
-                yield Problem(key, value, f"starts at {value[0]}: {why}", legal)
+                why = (
+                    "negative"
+                    if value[0] < 0
+                    else f"sources are chosen from the states behind block {self.state_layer}"
+                    if key == "edit_layers"
+                    else f"the map is made of the blocks that follow block {self.state_layer}"
+                )
+                hint = "Or lower model.scr.state_layer." if self.state_layer else ""
+                yield Problem(key, value, f"starts at {value[0]}: {why}", legal, hint, ("model.scr.state_layer",))
             elif value[0] > value[1]:
                 yield Problem(key, value, "ends before it starts", legal, "Swap the two numbers.")
 
@@ -369,7 +379,7 @@ class Paths:
     eval_images: Path
     eval_annotations: Path
     harvest: Path
-    """Shards: runs/harvest/<model>-<data>."""
+    """Shards: runs/harvest/<model>-<data>, and -block<n> behind it where model.scr.state_layer is not 0."""
     checkpoints: Path
     """Lightning checkpoints: runs/checkpoints/<model>."""
     predictor: Path
@@ -438,13 +448,15 @@ class TrainConfig:
         runs = Path(self.runs_dir).expanduser()
         data = Path(self.data.root).expanduser() if self.data.root else runs / "data" / self.data.name
         reports = runs / "reports" / self.model.name
+        layer = self.model.scr.state_layer
+        harvest = f"{self.model.name}-{self.data.name}" + (f"-block{layer}" if layer else "")
         return Paths(
             data=data,
             train_images=data / self.data.train_images,
             train_annotations=data / self.data.train_annotations,
             eval_images=data / self.data.eval_images,
             eval_annotations=data / self.data.eval_annotations,
-            harvest=runs / "harvest" / f"{self.model.name}-{self.data.name}",
+            harvest=runs / "harvest" / harvest,
             checkpoints=runs / "checkpoints" / self.model.name,
             predictor=runs / "predictors" / self.model.name,
             cache=runs / "cache",

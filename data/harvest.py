@@ -78,7 +78,7 @@ class Harvester:
         directory: folder of the shards.
         model: vision-language model in eval mode.
         processor: its processor, left padding.
-        config: which layers' attention is captured.
+        config: which block's states and which layers' attention are captured.
         images: images and annotations.
         prompts_per_image: maps per image.
         prompt_mix: kinds of prompts, see `data.questions.image_prompts`.
@@ -215,7 +215,7 @@ class Harvester:
         self, image_id: int, questions: Sequence[Question], captures: Sequence[Any]
     ) -> tuple[Sample, Tensor, Tensor]:
         first = captures[0]
-        # block 0 at the visual tokens does not know the prompt behind them: the first prompt's states serve all
+        # attention is causal: visual tokens don't know the prompt behind them, the first prompt's states serve all
         states, scales = first.states, None  # [N, d]
         if self.states_dtype == torch.int8:
             states, scales = shards.quantise(states)
@@ -304,6 +304,8 @@ def prepare(
         "states_dtype": states_dtype,
         "seed": seed,
     }
+    if config.state_layer:  # without the key, 0: the states of all harvests before there was a choice
+        settings["state_layer"] = config.state_layer
     harvester = Harvester(
         directory,
         model=model,
@@ -363,7 +365,7 @@ def harvest(
         directory: folder of the shards; made if missing.
         model: vision-language model in eval mode.
         processor: its processor, left padding.
-        config: which layers' attention is captured (the edit's settings play no part here).
+        config: which block's states and which layers' attention are captured (the edit's settings play no part here).
         images: images and annotations to harvest from.
         splits: images per split, e.g. `{"train": 4000, "validation": 400, "test": 400}`; splits of 0 are left out.
         overwrite: when the folder was made with other settings, remove its shards and harvest anew.
@@ -579,7 +581,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         TrainConfig,
         argv=argv,
         prog="python -m data.harvest",
-        description="Runs the diagnostic over training images and keeps block-0 states and attention maps as shards.",
+        description="Runs the diagnostic over training images and keeps states and attention maps as shards.",
     )
     try:
         if config.harvest.engine == "ray":

@@ -31,6 +31,7 @@ from data.images import seeded_order, split_ids
 from data.shards import canonical_json
 
 BAD_SHARE = 0.01  # of the planned images may be undecodable
+_UNSAID = {"state_layer": 0}  # what settings mean that do not name a key
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def claim(job: Job, overwrite: bool = False) -> None:
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, with the old and the new value (None where there is none)."""
-    before, after = _flat(old), _flat(json.loads(canonical_json(new)))
+    before, after = (_flat({**_UNSAID, **settings}) for settings in (old, json.loads(canonical_json(new))))
     keys = before.keys() | after.keys()
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 

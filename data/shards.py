@@ -2,11 +2,12 @@
 
 A shard is an ordinary webdataset tar of about 50 samples. A sample is one image: two members, keyed by the image id,
 
-    000000000042.safetensors    states     [N, d]  float16 | bfloat16 | float32 | int8: output of block 0, per image
+    000000000042.safetensors    states     [N, d]  float16 | bfloat16 | float32 | int8: output of block 0 (or of the
+                                                   state layer that harvest.json names), per image
                                 scales     [N]     float32, only beside int8: a state is its integers times its scale
                                 attention  [P, N]  float32, one map per prompt, as captured (not normalised)
-                                question   [P, d]  dtype of the states (float32 beside int8), pooled block-0 states of
-                                                   the prompt's text
+                                question   [P, d]  dtype of the states (float32 beside int8), pooled states of the
+                                                   prompt's text
     000000000042.json           image_id, file, grid [rows, columns], prompts [P], entropy [P] (nats)
 
 Beside `train-00000.tar` lies `train-00000.json`, its sidecar: byte offsets, counts, the checksum of the tar, and the
@@ -70,10 +71,10 @@ class Sample:
     Attributes:
         image_id: COCO image id.
         file: file name of the image, relative to the images folder.
-        states: block-0 output at the visual tokens. [N, d], fp16 | bf16 | fp32 | int8
+        states: output of the state layer at the visual tokens. [N, d], fp16 | bf16 | fp32 | int8
         attention: attention from text to patches under each prompt, mean over text rows, heads and layers, not
             normalised. [P, N], fp32
-        question: pooled block-0 states of each prompt's text. [P, d], dtype of the states, fp32 beside int8
+        question: pooled states of each prompt's text. [P, d], dtype of the states, fp32 beside int8
         grid: rows and columns of patches; rows * columns = N.
         prompts: what each map was taken under: dicts with text, label, category, strategy. P of them
         entropy: credit entropy of the states under each prompt, in nats (eq. 2 of arXiv 2602.22469). P values

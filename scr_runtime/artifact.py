@@ -191,9 +191,9 @@ tags: [vision-language-model, hallucination, spatial-credit-redistribution]
 
 # One-pass SCR source predictor for {model.get("name", "a vision-language model")}
 
-A network of {config["parameters"]:,} parameters that reads the block-0 hidden states of a vision-language model and
-names the image patches whose activation Spatial Credit Redistribution (arXiv 2602.22469) spreads to their
-neighbours, so that no diagnostic pass is needed.
+A network of {config["parameters"]:,} parameters that reads the hidden states of a vision-language model behind
+its block {scr["state_layer"]} and names the image patches whose activation Spatial Credit Redistribution (arXiv
+2602.22469) spreads to their neighbours, so that no diagnostic pass is needed.
 
 ```python
 from scr_runtime import SCR

@@ -26,10 +26,10 @@ class Capture:
 
     Attributes:
         row: Batch row of the image.
-        states: [N, d] block-0 states of the patches, in the model's dtype.
+        states: [N, d] states of the patches at ``state_layer``, in the model's dtype.
         attention: [N] float32 attention from text to patches, averaged over text rows, heads and
             ``attention_layers``; not normalised.
-        question: [d] float32 mean block-0 state of the text after the image.
+        question: [d] float32 mean state of the text after the image.
         grid: Rows and columns of patches.
         entropy: Credit entropy of the states, eq. (2) of arXiv 2602.22469, in nats.
     """
@@ -50,16 +50,16 @@ class _Encoded:
 
 
 class _Captured(Exception):  # noqa: N818 - a signal, not an error
-    """Leaves the model once the diagnostic run inside block 0 is done."""
+    """Leaves the model once the diagnostic run inside the state layer is done."""
 
 
 @torch.no_grad()
 def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows_per_image: int = 1) -> list[Capture]:
-    """Runs vision tower, block 0 and the diagnostic blocks of a batch; never an edit, later blocks or the head.
+    """Runs vision tower, state layer and the diagnostic blocks of a batch; never an edit, later blocks or the head.
 
     Args:
         model: A model of a supported family in eval mode, without an SCR attached.
-        config: Which layers to read.
+        config: Which block's states and which layers' attention to read.
         inputs: Keyword arguments of the model's forward, as its processor returns them.
         rows_per_image: More than 1: each image of ``pixel_values`` serves so many successive rows, which hold one
             image each. It is encoded once; and where the model's positions and its attention allow, its tokens pass
@@ -98,7 +98,7 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows
     decoder_call: dict[str, Any] = {}
     captures: list[Capture] = []
 
-    def after_block_0(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def after_state_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         prefill = Prefill(hidden, layout, config, blocks, args[1:], kwargs, family, decoder_call)
         found: dict[int, Capture] = {}
@@ -117,12 +117,15 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows
         if family.tap is None:
             stack.callback(select_wrapper(family.text_config(model)))
         stack.callback(keep_decoder_call(family, model, decoder_call))
-        stack.callback(blocks[0].register_forward_hook(after_block_0, with_kwargs=True).remove)
+        hook = blocks[config.state_layer].register_forward_hook(after_state_layer, with_kwargs=True)
+        stack.callback(hook.remove)
         try:
             model(**{**inputs, "use_cache": False})
         except _Captured:
             return captures
-    raise PrefillError("the model ran to its end without passing block 0's hook; is it compiled as a whole?")
+    raise PrefillError(
+        f"the model ran to its end without passing block {config.state_layer}'s hook; is it compiled as a whole?"
+    )
 
 
 # Families whose positions are one number per token and whose blocks all see as far: those that

@@ -24,11 +24,14 @@ class SCRConfig:
             image; the paper's 32 of 24 x 24 is 0.0556. ``None`` keeps ``num_sources``.
         strength: lambda of eq. (1). A neighbour gains ``(strength - 1)`` times its source, and a source is divided
             by ``strength``. The paper finds 1.05-1.15 usable.
-        edit_layers: first and last decoder block whose output is edited, both included.
+        edit_layers: first and last decoder block whose output is edited, both included. None before ``state_layer``:
+            the sources are not known there.
         attention_layers: first and last decoder block whose text-to-image attention is averaged, both included.
-            The first must be at least 1: block 0 has already run when the sources are asked for.
+            All behind ``state_layer``: that block has already run when the sources are asked for.
         connectivity: 8 or 4 neighbours per source.
         exclude_border: whether patches of the outer rows and columns (attention sinks) can't be sources.
+        state_layer: the decoder block whose output the sources are chosen from: what the predictor reads, and where
+            the diagnostic run starts. The paper's is 0; a later one knows more, at the same cost, and edits later.
 
     Raises:
         ConfigurationError: If a value is out of range; the message names every such field.
@@ -41,6 +44,7 @@ class SCRConfig:
     connectivity: int = 8
     exclude_border: bool = True
     source_fraction: float | None = None
+    state_layer: int = 0
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -50,8 +54,15 @@ class SCRConfig:
                 problems.append(f"{name}={value!r}: expected (first, last) with 0 <= first <= last")
             else:
                 object.__setattr__(self, name, (int(value[0]), int(value[1])))  # YAML and JSON give lists
-        if not problems and self.attention_layers[0] < 1:
-            problems.append(f"attention_layers={self.attention_layers}: must start at block 1 or later")
+        if self.state_layer < 0:
+            problems.append(f"state_layer={self.state_layer}: expected 0 or more")
+        ranges = () if problems else (("edit_layers", self.state_layer), ("attention_layers", self.state_layer + 1))
+        for name, earliest in ranges:
+            if getattr(self, name)[0] < earliest:
+                problems.append(
+                    f"{name}={getattr(self, name)}: must start at block {earliest} or later, "
+                    f"with state_layer={self.state_layer}"
+                )
         if self.num_sources < 1:
             problems.append(f"num_sources={self.num_sources}: expected at least 1")
         if self.source_fraction is not None and not 0.0 < self.source_fraction <= 0.5:

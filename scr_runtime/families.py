@@ -381,10 +381,6 @@ def keep_decoder_call(family: Family, model: nn.Module, kept: dict[str, Any]) ->
     return family.decoder(model).register_forward_pre_hook(keep, with_kwargs=True).remove
 
 
-STATE_LAYER = 0
-"""The decoder block whose output predictors read."""
-
-
 def describe_model(model: Any, processor: Any = None) -> dict[str, Any]:
     """Tells a model apart from others: what a predictor folder stores and the runtime compares.
 
@@ -397,8 +393,8 @@ def describe_model(model: Any, processor: Any = None) -> dict[str, Any]:
             other pixels of the same image.
 
     Returns:
-        Plain values: ``name``, ``revision``, ``family``, ``hidden_size``, ``num_blocks``, ``state_layer``,
-        ``image_backend`` (``None`` without a processor), ``embedding_probe``.
+        Plain values: ``name``, ``revision``, ``family``, ``hidden_size``, ``num_blocks``, ``image_backend`` (``None``
+        without a processor), ``embedding_probe``.
     """
     family = family_of(model)
     config = family.text_config(model)
@@ -410,7 +406,6 @@ def describe_model(model: Any, processor: Any = None) -> dict[str, Any]:
         "family": family.name,
         "hidden_size": int(config.hidden_size),
         "num_blocks": len(family.blocks(model)),
-        "state_layer": STATE_LAYER,
         "image_backend": None
         if processor is None
         else type(getattr(processor, "image_processor", processor)).__name__,
@@ -421,7 +416,7 @@ def describe_model(model: Any, processor: Any = None) -> dict[str, Any]:
 def model_differences(expected: Mapping[str, Any], model: Any, processor: Any = None) -> list[str]:
     """Lists in words how a model, and its processor if given, differ from what a predictor was fitted for."""
     found = describe_model(model, processor)
-    keys = ["family", "hidden_size", "num_blocks", "state_layer"]
+    keys = ["family", "hidden_size", "num_blocks"]
     if found["image_backend"] is not None and expected.get("image_backend") is not None:
         keys.append("image_backend")
     problems = [

@@ -63,7 +63,7 @@ class ImageReport:
         fallback_reason: Why the diagnostic run stood in for the predictor; ``None`` if it did not.
         sources: The chosen patches in row-major order of the grid, best first.
         confidence: Calibrated expected share of true sources among them; ``None`` if no predictor was asked.
-        entropy: Credit entropy of the block-0 states before the edit, eq. (2), in nats.
+        entropy: Credit entropy of the state layer's output before the edit, eq. (2), in nats.
         entropy_normalised: The same divided by ln N, comparable between grids.
         grid: Rows and columns of patches.
         layers_edited: The decoder blocks whose output was edited.
@@ -170,7 +170,7 @@ class SCR:
         self._warned: set[str] = set()  # kinds of fallback that the log has told of
         self._family = family_of(model)
         self._blocks = self._family.blocks(model)
-        self._predictor, reason = self._resolve_predictor(predictor) if mode != "off" else (None, None)
+        self._predictor, reason = self._resolve_predictor(predictor, config) if mode != "off" else (None, None)
         if config is None:
             if self._predictor is None or not self._predictor.info:
                 if mode != "off":
@@ -348,12 +348,12 @@ class SCR:
         if module.training:
             raise UnsupportedModelError("the model is in training mode; call model.eval() before using SCR")
         run = self._start(call)
-        first, last = self.config.edit_layers
+        state, (first, last) = self.config.state_layer, self.config.edit_layers
         with run.stack as stack:
             stack.callback(keep_decoder_call(self._family, self.model, run.decoder_call))
-            hook = self._blocks[0].register_forward_hook(self._after_block_0, with_kwargs=True)
+            hook = self._blocks[state].register_forward_hook(self._after_state_layer, with_kwargs=True)
             stack.callback(hook.remove)
-            for layer in range(max(first, 1), last + 1):
+            for layer in range(max(first, state + 1), last + 1):
                 hook = self._blocks[layer].register_forward_hook(_EditHook(run, layer))
                 stack.callback(hook.remove)
             run.stack = stack.pop_all()
@@ -381,7 +381,9 @@ class SCR:
             return False
         return int(cache.get_seq_length()) > 0
 
-    def _after_block_0(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after_state_layer(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         run = self._run
         assert run is not None  # the hook lives as long as the run
         hidden = _residual_stream(output)
@@ -410,8 +412,9 @@ class SCR:
                 for group, chosen in zip(run.layout.groups, run.choice.sources, strict=True)
             ]
             run.plan = merge_plans(plans)
-        if self.config.edit_layers[0] == 0:
-            _EditHook(run, 0)(module, args, output)
+        state = self.config.state_layer
+        if self.config.edit_layers[0] == state:
+            _EditHook(run, state)(module, args, output)
 
     def _choose(self, prefill: Prefill) -> _Choice:
         run = self._run
@@ -486,7 +489,7 @@ class SCR:
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def _resolve_predictor(
-        self, given: str | os.PathLike[str] | SourcePredictor | None
+        self, given: str | os.PathLike[str] | SourcePredictor | None, config: SCRConfig | None
     ) -> tuple[SourcePredictor | None, str | None]:
         """The usable predictor, or why there is none."""
         if self.mode not in ("one-pass", "auto"):
@@ -497,7 +500,7 @@ class SCR:
             if given is None:
                 raise ConfigurationError("no predictor was given: pass predictor=FOLDER")
             predictor = given if isinstance(given, SourcePredictor) else load_predictor(given)
-            problems = self._mismatches(predictor)
+            problems = self._mismatches(predictor, config)
             if problems:
                 raise PredictorMismatchError("the predictor is for another model: " + "; ".join(problems))
         except (PredictorError, ConfigurationError) as error:
@@ -511,9 +514,13 @@ class SCR:
         weight = self._blocks[0].parameters().__next__()
         return predictor.to(weight.device), None
 
-    def _mismatches(self, predictor: SourcePredictor) -> list[str]:
+    def _mismatches(self, predictor: SourcePredictor, config: SCRConfig | None) -> list[str]:
         if predictor.info:
-            return model_differences(predictor.info["model"], self.model, self._processor)
+            problems = model_differences(predictor.info["model"], self.model, self._processor)
+            fitted = SCRConfig.from_dict(predictor.info["scr"]).state_layer
+            if config is not None and config.state_layer != fitted:
+                problems.append(f"state_layer is {config.state_layer}, the predictor reads block {fitted}")
+            return problems
         size = self._family.text_config(self.model).hidden_size
         found = predictor.config.hidden_size
         return [] if found == size else [f"hidden_size is {size}, the predictor expects {found}"]
@@ -617,7 +624,7 @@ class _EditHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.run.plan is None:
-            return  # block 0 was never seen: _after_forward tells
+            return  # the state layer was never seen: _after_forward tells
         apply_edit(_residual_stream(output), self.run.plan)
         self.run.fired.append(self.layer)
 

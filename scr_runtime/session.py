@@ -121,7 +121,7 @@ class Question:
         """Prepares a diagnostic run: over the new text alone where the prefix of all its rows is kept.
 
         Args:
-            hidden: [b, S, d] output of block 0 for the rows to run.
+            hidden: [b, S, d] output of the state layer for the rows to run.
             kwargs: Keyword arguments of the blocks for the same rows, without a cache.
             captured: Where attention rows are summed.
             rows: The rows to run, out of ``batch``; ``None`` for all.

@@ -1,9 +1,9 @@
-"""Source providers: block-0 output in, one score per visual token out.
+"""Source providers: the state layer's output in (block 0's, in the paper), one score per visual token out.
 
 The same edit follows whichever provider was asked (decision D2):
 
     predicted   the SourcePredictor                                              one-pass
-    diagnosed   a nested run of the next blocks on the same block-0 output       two-pass
+    diagnosed   a nested run of the next blocks on the same output               two-pass
     auto        the predictor, and the diagnostic for rows of low confidence
     uniform     a seeded random draw, the control
 """
@@ -71,15 +71,15 @@ Provider = Callable[["Prefill"], list[Scores]]
 
 @dataclass(frozen=True)
 class Prefill:
-    """What providers may look at, at the moment block 0 has run.
+    """What providers may look at, at the moment the block ``config.state_layer`` has run.
 
     Attributes:
-        hidden: [B, S, d] output of block 0, not edited yet.
+        hidden: [B, S, d] output of that block, not edited yet.
         layout: Where the images are.
         config: The method's settings.
         blocks: The decoder blocks.
-        args: Positional arguments of block 0's call.
-        kwargs: Keyword arguments of block 0's call.
+        args: Positional arguments of that block's call.
+        kwargs: Keyword arguments of that block's call.
         family: Whose blocks these are.
         decoder_call: Keyword arguments of the decoder's call, where the family needs them.
         asked: The image session's question that this prompt is; ``None`` outside a session.
@@ -97,20 +97,20 @@ class Prefill:
     _gathered: dict[int, Tensor] = field(default_factory=dict[int, Tensor], init=False, repr=False)
 
     def states(self, group: ImageGroup) -> Tensor:
-        """[I, N, d] block-0 states of a group's patches, gathered once."""
+        """[I, N, d] states of a group's patches, gathered once."""
         first = group.images[0]
         if first not in self._gathered:
             self._gathered[first] = self.hidden.reshape(-1, self.hidden.shape[-1])[group.positions]
         return self._gathered[first]
 
     def question(self, group: ImageGroup) -> Tensor:
-        """[I, d] float32 mean block-0 state of the text that asks about each image."""
+        """[I, d] float32 mean state of the text that asks about each image."""
         rows = self.hidden[:, -self.layout.text_rows :].float()  # [B, T, d]
         own = rows.expand(len(group.images), -1, -1) if len(rows) == 1 else rows[group.rows]
         return torch.bmm(group.text_weights[:, None, :], own).squeeze(1)
 
     def diagnose(self, rows: list[int] | None = None) -> list[Tensor]:
-        """Runs blocks 1..last attention layer on block 0's output and returns the attention maps.
+        """Runs the blocks behind ``state_layer``, up to the last attention layer, and returns the attention maps.
 
         The run has no cache and is left inside the last attention, so that its block's MLP and all later blocks
         cost nothing. Blocks are entered through ``forward``: the hooks of the running pass don't see it.
@@ -126,7 +126,8 @@ class Prefill:
             UnsupportedModelError: If the blocks' masks differ, or their attention was changed after attaching.
         """
         first, last = self.config.attention_layers
-        self._check_masks(last)
+        start = self.config.state_layer
+        self._check_masks(start, last)
         batch, length, _ = self.hidden.shape
         captured = AttentionRows(self.config.attention_layers, self.layout.text_rows)
         kwargs = self._diagnostic_call()
@@ -147,8 +148,8 @@ class Prefill:
             run = self.asked.enter(hidden, kwargs, captured, rows, batch)
 
         def run_blocks(hidden: Tensor) -> None:
-            for layer, block in enumerate(self.blocks):
-                if layer > 0:
+            for layer, block in enumerate(list(self.blocks)[start:], start):
+                if layer > start:
                     output: Any = block.forward(hidden, **run.kwargs)
                     hidden = output[0] if isinstance(output, tuple) else output
                 if add is not None:
@@ -190,21 +191,21 @@ class Prefill:
             maps.append(columns.gather(1, group.positions % length) / (last - first + 1))
         return maps
 
-    def _check_masks(self, last: int) -> None:
-        """The run has block 0's mask for all blocks, so that they have to be of one kind."""
+    def _check_masks(self, start: int, last: int) -> None:
+        """The run has one block's mask for all blocks, so that they have to be of one kind."""
         attention = getattr(self.blocks[0], "self_attn", None)
         kinds: list[str] = getattr(getattr(attention, "config", None), "layer_types", None) or []
-        if len(set(kinds[: last + 1])) > 1:
+        if len(set(kinds[start : last + 1])) > 1:
             raise UnsupportedModelError(
-                f"blocks 0-{last} mix attention of different reach ({sorted(set(kinds))}); the diagnostic run "
+                f"blocks {start}-{last} mix attention of different reach ({sorted(set(kinds))}); the diagnostic run "
                 "knows the mask of one. Use mode='one-pass' or 'uniform'."
             )
 
     def _diagnostic_call(self) -> dict[str, Any]:
-        """Block 0's arguments but the hidden states, by name, without its cache."""
+        """The block's arguments but the hidden states, by name, without its cache."""
         kwargs = dict(self.kwargs)
         if self.args:
-            names = list(inspect.signature(self.blocks[0].forward).parameters)[1:]
+            names = list(inspect.signature(self.blocks[self.config.state_layer].forward).parameters)[1:]
             kwargs |= dict(zip(names, self.args, strict=False))
         kwargs |= {key: None for key in ("past_key_values", "past_key_value") if key in kwargs}
         kwargs |= {key: False for key in ("use_cache", "output_attentions") if key in kwargs}

@@ -226,6 +226,7 @@ def test_section_takes_a_mapping():
         ("model.scr.edit_layers=[2,1]", "model.scr.edit_layers", "ends before it starts", "Swap"),
         ("model.scr.edit_layers=[-1,2]", "model.scr.edit_layers", "negative", ""),
         ("model.scr.attention_layers=[0,4]", "model.scr.attention_layers", "follow block 0", ""),
+        ("model.scr.state_layer=1", "model.scr.edit_layers", "behind block 1", "lower model.scr.state_layer"),
         ("evaluation.questions_per_image=5", "evaluation.questions_per_image", "half", ""),
         ("evaluation.images=501", "evaluation.images", "more images", "data.world.val=501"),
         ("harvest.samples=5201", "harvest.samples", "6001 images", "data.world.train=6001"),
@@ -386,6 +387,13 @@ def test_places_of_the_defaults():
     assert paths.config == Path("runs/reports/scene-llava/config.yaml")
     assert config.tracking_uri == "sqlite:///runs/mlflow.db"
     assert config.experiment == "scene-llava"
+
+
+def test_harvests_of_other_states_have_folders_of_their_own():
+    later = ["model.scr.state_layer=1", "model.scr.edit_layers=[1,2]"]
+    assert load_config(TrainConfig, overrides=later).paths.harvest == Path("runs/harvest/scene-llava-scenes-block1")
+    with pytest.raises(ConfigError, match=r"(?s)attention_layers.*follow block 2.*\[first, last\] with 3 <= "):
+        load_config(TrainConfig, overrides=["model.scr.state_layer=2", "model.scr.edit_layers=[2,3]"])
 
 
 def test_model_folder_is_taken_from_the_project_root():

@@ -27,6 +27,7 @@ from data.errors import (
 from data.harvest import _prefetch, harvest, main, plan_shards
 from data.images import CocoImages
 from data.shards import ShardReader, damaged_shards
+from data.vlm import chat_inputs
 from scr_runtime import SCRConfig, capture
 from tests.data import tiny
 
@@ -80,8 +81,6 @@ def test_real_captures_of_a_real_llava(tmp_path: Path, coco: CocoImages, llava: 
         assert sample.grid == tiny.GRID and sample.states.shape == (tiny.TOKENS, tiny.WIDTH)
         assert 0 < sample.entropy[0] <= torch.log(torch.tensor(tiny.TOKENS)).item() + 1e-5
     # one image on its own gives what it gave inside its batch
-    from data.vlm import chat_inputs
-
     sample = reader[2]
     picture = coco.open(sample.image_id)
     alone = capture(model, tiny.CONFIG, chat_inputs(processor, [picture], [sample.prompts[1]["text"]]))[0]
@@ -202,6 +201,28 @@ def test_a_killed_harvest_loses_nothing(tmp_path: Path, coco: CocoImages, run_ha
     summary = run_harvest(target, coco)
     assert summary["shards_reused"] == 2 and summary["images"] == 30
     assert contents(target) == contents(undisturbed)
+
+
+def test_states_of_another_block_are_another_harvest(tmp_path: Path, coco: CocoImages, llava: tuple[Any, Any]):
+    model, processor = llava
+    later = SCRConfig(num_sources=2, edit_layers=(1, 1), attention_layers=(2, 2), state_layer=1)
+    first = SCRConfig(num_sources=2, edit_layers=(0, 1), attention_layers=(2, 2))
+    run = {"model": model, "processor": processor, "images": coco, "splits": {"train": 4}, "states_dtype": "float32"}
+    for folder, config in (("block0", first), ("block1", later)):
+        harvest(tmp_path / folder, config=config, **run)
+        index = json.loads((tmp_path / folder / "index.json").read_text())
+        assert index["settings"].get("state_layer", 0) == config.state_layer
+        assert index["provenance"]["scr"]["state_layer"] == config.state_layer
+        sample = ShardReader(tmp_path / folder, "train")[0]
+        inputs = chat_inputs(processor, [coco.open(sample.image_id)], [sample.prompts[0]["text"]])
+        with torch.no_grad():
+            hidden = model(**inputs, output_hidden_states=True).hidden_states[config.state_layer + 1][0]
+        expected = hidden[inputs["input_ids"][0] == model.config.image_token_id]
+        torch.testing.assert_close(sample.states, expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(HarvestMismatchError, match="state_layer: 0 -> 1"):
+        harvest(tmp_path / "block0", config=later, **run)
+    with pytest.raises(HarvestMismatchError, match="state_layer: 1 -> 0"):
+        harvest(tmp_path / "block1", config=first, **run)
 
 
 def test_other_settings_are_refused_with_their_difference(coco: CocoImages, run_harvest: Run, undisturbed: Path):

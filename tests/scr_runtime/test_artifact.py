@@ -19,6 +19,7 @@ from scr_runtime import (
 )
 
 CONFIG = SCRConfig(num_sources=4, edit_layers=(0, 2), attention_layers=(2, 4))
+LATER = SCRConfig(num_sources=4, edit_layers=(1, 3), attention_layers=(2, 4), state_layer=1)
 
 
 @pytest.fixture
@@ -139,15 +140,28 @@ class ImageProcessorB:
 
 def test_another_image_backend_or_layer_is_refused(folder: Path, tiny_llava: Any) -> None:
     model = tiny_llava(0)
-    record = json.loads((folder / "config.json").read_text())["model"]
+    record = json.loads((folder / "config.json").read_text())
     change_config(folder, model=describe_model(model, ImageProcessorA()))
     SCR(model, predictor=folder, mode="one-pass", processor=ImageProcessorA())
     SCR(model, predictor=folder, mode="one-pass")  # no processor, nothing to compare
     with pytest.raises(errors.PredictorMismatchError, match="image_backend is 'ImageProcessorB'"):
         SCR(model, predictor=folder, mode="one-pass", processor=ImageProcessorB())
-    change_config(folder, model=record | {"state_layer": 1})
-    with pytest.raises(errors.PredictorMismatchError, match="state_layer is 0, the predictor expects 1"):
-        SCR(model, predictor=folder, mode="one-pass")
+    change_config(folder, model=record["model"])
+    with pytest.raises(errors.PredictorMismatchError, match="state_layer is 1, the predictor reads block 0"):
+        SCR(model, config=LATER, predictor=folder, mode="one-pass")
+    with pytest.warns(RuntimeWarning, match="state_layer is 1"):
+        assert SCR(model, config=LATER, predictor=folder, mode="auto").config == LATER
+    change_config(folder, scr=LATER.to_dict())
+    assert SCR(model, predictor=folder, mode="one-pass").config == LATER
+    with pytest.raises(errors.PredictorMismatchError, match="state_layer is 0, the predictor reads block 1"):
+        SCR(model, config=CONFIG, predictor=folder, mode="one-pass")
+
+
+def test_a_folder_from_before_there_was_a_choice_of_layer_reads_block_0(folder: Path, tiny_llava: Any) -> None:
+    record = json.loads((folder / "config.json").read_text())
+    del record["scr"]["state_layer"]
+    change_config(folder, scr=record["scr"], model=record["model"] | {"state_layer": 0})
+    assert SCR(tiny_llava(0), predictor=folder, mode="one-pass").config == CONFIG
 
 
 def test_no_settings_anywhere(tiny_llava: Any, tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ def test_round_trip_through_json_lists() -> None:
         {"edit_layers": (3, 2)},
         {"edit_layers": (0,)},
         {"attention_layers": (0, 2)},
+        {"attention_layers": (2, 4), "edit_layers": (2, 3), "state_layer": 2},
+        {"edit_layers": (1, 4), "state_layer": 2},
+        {"state_layer": -1},
         {"connectivity": 6},
     ],
 )
@@ -42,6 +45,16 @@ def test_every_problem_is_told_at_once() -> None:
         SCRConfig(num_sources=-1, strength=3.0, connectivity=5)
     for name in ("num_sources=-1", "strength=3.0", "connectivity=5"):
         assert name in str(caught.value)
+
+
+def test_nothing_is_edited_or_read_before_the_state_layer() -> None:
+    assert SCRConfig(edit_layers=(2, 11), attention_layers=(3, 16), state_layer=2).state_layer == 2
+    assert SCRConfig.from_dict({"edit_layers": [0, 2]}).state_layer == 0  # settings from before there was a choice
+    with pytest.raises(errors.ConfigurationError) as caught:
+        SCRConfig(edit_layers=(1, 11), attention_layers=(2, 16), state_layer=2)
+    for words in ("edit_layers=(1, 11): must start at block 2", "attention_layers=(2, 16): must start at block 3"):
+        assert words in str(caught.value)
+    assert "state_layer=2" in str(caught.value)
 
 
 def test_the_public_names() -> None:
