@@ -254,6 +254,9 @@ class HarvestConfig:
     """Number format of the states at rest; int8 has one scale per token, and half the bytes of float16."""
     seed: int = _key(0, low=0)
     """Seed of the split and of the questions."""
+    output: str | None = None
+    """URL (s3://bucket/prefix, file:///..., any that fsspec knows) under which the harvest's folder has a copy:
+    finished shards go there, and those that are there are fetched instead of made. null keeps them in runs_dir."""
     engine: str = _key("local", choices=ENGINES)
     """Who makes the shards: local, this process (one of several under torchrun or Slurm); ray, the actors of a Ray
     cluster, which RAY_ADDRESS names, or of this machine."""
@@ -270,6 +273,11 @@ class HarvestConfig:
             if self.engine == "local" and getattr(self, key) != plain:
                 hint = "Add harvest.engine=ray, or start several processes with torchrun or Slurm (docs/harvest.md)."
                 yield Problem(key, getattr(self, key), "needs harvest.engine=ray", hint=hint)
+        legal = "a URL such as s3://bucket/prefix or file:///folder, without wildcards"
+        if self.output is not None and not re.fullmatch(r"[a-z][a-z0-9+.-]*:/{2,3}[^*?\[\]]*", self.output):
+            yield Problem("output", self.output, "is no URL of a folder", legal)
+        elif self.engine == "ray" and (self.output or "").startswith("memory:"):
+            yield Problem("output", self.output, "is seen by one process, and Ray has several", legal)
         unknown = [kind for kind in self.prompts if kind not in PROMPT_KINDS]
         if unknown or not self.prompts:
             reason = f"has no kind of prompt {unknown[0]!r}" if unknown else "is empty"
@@ -465,6 +473,11 @@ class TrainConfig:
             mlflow_db=runs / "mlflow.db",
             mlflow_artifacts=runs / "mlflow",
         )
+
+    @property
+    def harvest_url(self) -> str | None:
+        """The harvest's folder under `harvest.output`, or null."""
+        return self.harvest.output and f"{self.harvest.output.rstrip('/')}/{self.paths.harvest.name}"
 
     @property
     def tracking_uri(self) -> str:

@@ -57,11 +57,14 @@ class _Worker:
 
     def make(self, plan: ShardPlan, anew: bool) -> tuple[dict[str, Any], bool]:
         """The sidecar of a shard, and whether it was there and whole already."""
+        self.job.directory.mkdir(parents=True, exist_ok=True)  # with a URL, each machine may have its own
         sidecar = None if anew else jobs.whole(self.job, plan.name)
         if sidecar is not None:
             return sidecar, True
-        jobs.give_up(self.job, plan.name)  # until it is whole again
-        return self.harvester.harvest_shard(plan), False
+        jobs.give_up(self.job, [plan.name])  # until it is whole again
+        sidecar = self.harvester.harvest_shard(plan)
+        jobs.publish(self.job, plan.name)
+        return sidecar, False
 
 
 def harvest_with_ray(
@@ -72,7 +75,7 @@ def harvest_with_ray(
     max_retries: int = 2,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Harvests what is missing in a folder that all workers and this process share.
+    """Harvests what is missing in a folder that all workers and this process share, or with a URL that they share.
 
     Uses the cluster that `RAY_ADDRESS` names, or the one this process is connected to, or starts one on this machine.
 
@@ -170,7 +173,8 @@ class _Driver:
         if index is None:
             raise UnfinishedHarvestError(
                 f"workers made all shards, but this process does not see {shards.few(job.missing())} in "
-                f"{job.directory}: runs_dir has to be on a file system that all of them share."
+                f"{job.directory}: runs_dir has to be on a file system that all of them share; or set harvest.output "
+                "to a URL."
             )
         return {**jobs.summary(job, self.sidecars, self.reused, index), "seconds": time.perf_counter() - started}
 
@@ -206,11 +210,12 @@ class _Driver:
     def _begin(self, job: Job, overwrite: bool) -> None:
         self.job = job
         jobs.claim(job, overwrite)
-        self.anew = jobs.shards_to_retry(job)
+        self.anew = jobs.shards_to_retry(job, jobs.look(job))
         missing = job.missing()
         if missing or self.anew:
             jobs.say(f"{len(job.plans) - len(missing):,} of {len(job.plans):,} shards are there, to be checked")
-            jobs.check_disk(job, missing)
+            if job.output is None:  # else it is the workers' disks that count
+                jobs.check_disk(job, missing)
         lacking = set(missing)  # first what has to be made, then what has to be read
         self.queue.extend(sorted(job.plans, key=lambda plan: plan.name not in lacking))
         self.progress = tqdm(total=job.images, desc=f"harvest, {self.workers} workers", unit="image")

@@ -9,6 +9,7 @@ DataError
 ├── UnfinishedHarvestError   a folder of shards without its index: never harvested, or interrupted
 ├── DamagedShardError        a shard (or its sidecar) is missing, cut, flipped or of another format
 ├── HarvestMismatchError     a folder of shards was made with other settings
+├── StoreError               the URL of `harvest.output` cannot be read or written
 ├── DiskTooSmallError        the harvest would not fit on the disk
 ├── StatesOverflowError      states that `harvest.states_dtype` cannot hold
 ├── RankError                environment variables of a launcher that contradict each other
@@ -80,16 +81,21 @@ class DamagedShardError(DataError):
 
 
 class HarvestMismatchError(DataError):
-    """The folder was harvested with other settings: `difference` maps each key to its (old, new) values."""
+    """The folder (or URL) was harvested with other settings: `difference` maps each key to its (old, new) values."""
 
-    def __init__(self, directory: Path, difference: Mapping[str, tuple[object, object]]) -> None:
+    def __init__(self, directory: Path | str, difference: Mapping[str, tuple[object, object]]) -> None:
         lines = "".join(f"\n  {key}: {old!r} -> {new!r}" for key, (old, new) in sorted(difference.items()))
+        key = "harvest.output" if isinstance(directory, str) else "runs_dir"
         super().__init__(
             f"{directory} was harvested with other settings (there -> asked now):{lines}\n"
-            "Ask for the old settings, harvest into another folder (runs_dir=...), or remove this one."
+            f"Ask for the old settings, harvest into another folder ({key}=...), or remove this one."
         )
         self.directory = directory
         self.difference = difference
+
+
+class StoreError(DataError):
+    """Whatever holds the URL of `harvest.output` failed, or is of a kind that is not installed."""
 
 
 class DiskTooSmallError(DataError):

@@ -277,6 +277,7 @@ def prepare(
     states_dtype: str = "float16",
     tuning: int = 0,
     seed: int = 0,
+    output: str | None = None,
     capture: Capture = run_diagnostic,
 ) -> tuple[Job, Harvester]:
     """Plans a harvest, and makes what carries it out; the arguments are those of `harvest`. Nothing is written.
@@ -343,6 +344,7 @@ def prepare(
         tokens_per_image=tokens,
         prompts_per_image=prompts_per_image,
         tuning=tuple(jobs.set_aside(images.ids, splits, tuning, seed)),
+        output=output,
     )
     return job, harvester
 
@@ -376,7 +378,11 @@ def harvest(
             (32), prompts per forward, which changes rounding only and may differ between runs of one harvest;
             `shard_size` (50), images per shard; `states_dtype` (float16, bfloat16, float32, or int8 with a scale per
             token); `tuning` (0), images to set aside for hyper-parameters; `seed` (0) of splits and prompts;
-            `capture`, the diagnostic run: one capture per batch row, in order.
+            `output`, a URL that fsspec knows: finished shards are copied there, and those that are there already are
+            fetched instead of made; `capture`, the diagnostic run: one capture per batch row, in order.
+
+    With an `output`, ranks may have folders of their own: the harvest is finished when all shards are at the URL, and
+    whoever needs all of them here (one process alone) fetches the rest.
 
     Returns:
         `images` of this process (of which `reused` were there before), `samples` (maps), `skipped` (undecodable
@@ -385,7 +391,8 @@ def harvest(
         the `missing` shards, which other ranks have to make.
 
     Raises:
-        HarvestMismatchError: the folder holds shards of other settings, and `overwrite` is False.
+        HarvestMismatchError: the folder or the URL holds shards of other settings, and `overwrite` is False.
+        StoreError: the URL cannot be read or written.
         NotEnoughImagesError: `splits` asks for more images than there are.
         DiskTooSmallError: what is missing does not fit.
         TooManyBadImagesError: over 1 % (and at least two) of the planned images cannot be decoded.
@@ -404,17 +411,20 @@ def harvest(
     reused = list(sidecars)
     todo = [plan for plan in mine if plan.name not in sidecars]
     if todo:
-        for plan in todo:
-            jobs.give_up(job, plan.name)  # until it is whole again
+        jobs.give_up(job, [plan.name for plan in todo])  # until they are whole again
         if sidecars:
             jobs.say(f"reusing {len(sidecars):,} of {len(mine):,} shards in {directory}, {len(todo):,} to go")
-        jobs.check_disk(job, job.missing())
+        jobs.check_disk(job, job.missing() if job.output is None else [plan.name for plan in todo])
         title = f"harvest, {rank}" if rank.size > 1 else "harvest"
         known = sum(len(sidecar["samples"]) for sidecar in sidecars.values())
         total = sum(len(plan.image_ids) for plan in mine)
-        with tqdm(total=total, initial=known, desc=title, unit="image") as progress:
+        with (
+            jobs.publishing(job) as publish,
+            tqdm(total=total, initial=known, desc=title, unit="image") as progress,
+        ):
             for plan in todo:
                 sidecars[plan.name] = harvester.harvest_shard(plan, progress.update)
+                publish(plan.name)
                 jobs.check_bad_images(sidecars.values(), job.allowed_bad)
     elif mine and rank.size == 1:
         known = sum(len(sidecar["samples"]) for sidecar in sidecars.values())
@@ -458,7 +468,10 @@ def harvest_from_config(
         rank: this process among several that fill the folder together.
     """
     if config.harvest.engine == "ray":
-        return harvest_on_cluster(config, overwrite=overwrite)
+        summary = harvest_on_cluster(config, overwrite=overwrite)
+        if config.harvest.output is None:
+            return summary
+        overwrite = False  # and now, what workers made on other machines is fetched
     return harvest(**_arguments(config, model, processor), overwrite=overwrite, rank=rank)
 
 
@@ -501,6 +514,7 @@ def _arguments(config: TrainConfig, model: Any, processor: Any) -> dict[str, Any
         "shard_size": section.shard_size,
         "states_dtype": section.states_dtype,
         "seed": section.seed,
+        "output": config.harvest_url,
     }
 
 

@@ -173,7 +173,7 @@ def planned_shards(splits: Mapping[str, int], shard_size: int) -> dict[str, list
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that at any moment either the old or the whole new content is there."""
-    temporary = _temporary(path)
+    temporary = temporary_of(path)
     try:
         with temporary.open("wb") as stream:
             stream.write(content)
@@ -193,7 +193,7 @@ def create_atomically(path: Path, content: bytes) -> bool:
     """
     if path.exists():  # also where there is no room for a temporary file
         return False
-    temporary = _temporary(path)
+    temporary = temporary_of(path)
     try:
         with temporary.open("wb") as stream:
             stream.write(content)
@@ -211,7 +211,8 @@ def create_atomically(path: Path, content: bytes) -> bool:
     return True
 
 
-def _temporary(path: Path) -> Path:
+def temporary_of(path: Path) -> Path:
+    """Where a file grows until it is whole; killed writers' ones are found by `remove_leftovers`."""
     # machine and process: on a shared file system, process numbers repeat
     return path.with_name(f"{path.name}.tmp.{socket.gethostname()}.{os.getpid()}")
 
@@ -259,7 +260,7 @@ class ShardWriter:
         self._provenance = dict(provenance or {})
         self._samples: list[dict[str, Any]] = []
         self._target = directory / f"{name}.tar"
-        self._temporary = _temporary(self._target)
+        self._temporary = temporary_of(self._target)
 
     def __enter__(self) -> ShardWriter:
         remove_leftovers(self.directory, self.name)
@@ -339,12 +340,28 @@ def write_index(
     provenance: Mapping[str, Any],
     set_aside: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
-    """Declares a harvest finished: the manifest of its images, then all shards with their checksums.
+    """Declares a harvest finished: `build_index` of a folder whose shards are all whole, written into it.
 
     Whichever process writes them, the bytes are the same, and each file appears at once or not at all.
+    """
+    sidecars = {name: check_shard(directory, name, full=False) for names in splits.values() for name in names}
+    manifest, index = build_index(sidecars, splits, settings, provenance, set_aside)
+    write_atomically(directory / MANIFEST, manifest)
+    write_atomically(directory / INDEX, index_bytes(index))
+    return index
+
+
+def build_index(
+    sidecars: Mapping[str, Mapping[str, Any]],
+    splits: Mapping[str, Sequence[str]],
+    settings: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    set_aside: Mapping[str, Sequence[int]] | None = None,
+) -> tuple[bytes, dict[str, Any]]:
+    """What declares a harvest finished: the manifest of its images, and all shards with their checksums.
 
     Args:
-        directory: folder of the shards, all of them whole.
+        sidecars: of all shards, by name.
         splits: shard names per split, in order.
         settings: what determines the samples.
         provenance: how they came about, without influence on what they mean (paths, the edit's settings). What the
@@ -352,7 +369,7 @@ def write_index(
         set_aside: image ids that belong to no shard, and are to be used for nothing that the shards' images are.
 
     Returns:
-        The index. Its `fingerprint` is a checksum over all shards' checksums.
+        The bytes of `manifest.json`, and the index. Its `fingerprint` is a checksum over all shards' checksums.
     """
     listed = []
     skipped = []
@@ -361,7 +378,7 @@ def write_index(
     for split, names in splits.items():
         ids[split] = []
         for name in names:
-            sidecar = check_shard(directory, name, full=False)
+            sidecar = sidecars[name]
             counts = {key: sidecar[key] for key in ("rows", "bytes", "sha256")}
             listed.append({"name": name, "split": split, "samples": len(sidecar["samples"]), **counts})
             skipped += [{**bad, "split": split, "shard": name} for bad in sidecar["skipped"]]
@@ -369,7 +386,6 @@ def write_index(
             for key, value in sidecar.get("provenance", {}).items():
                 made_by.setdefault(key, {})[canonical_json(value)] = value
     manifest = canonical_json({"format_version": FORMAT_VERSION, "splits": ids, "skipped": skipped})
-    write_atomically(directory / MANIFEST, manifest)
     both = {
         key: next(iter(values.values())) if len(values) == 1 else {"mixed": [values[k] for k in sorted(values)]}
         for key, values in made_by.items()
@@ -385,8 +401,12 @@ def write_index(
         "shards": listed,
     }
     index["checksum"] = hashlib.sha256(canonical_json(index)).hexdigest()
-    write_atomically(directory / INDEX, json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False).encode())
-    return index
+    return manifest, index
+
+
+def index_bytes(index: Mapping[str, Any]) -> bytes:
+    """An index as it is written."""
+    return json.dumps(index, indent=1, sort_keys=True, ensure_ascii=False).encode()
 
 
 def remove_all(directory: Path) -> None:
@@ -395,8 +415,13 @@ def remove_all(directory: Path) -> None:
     (directory / MANIFEST).unlink(missing_ok=True)
     for split in SPLITS:
         for file in directory.glob(f"{split}-*"):
-            if re.fullmatch(rf"{split}-\d{{5,}}\.(tar|json)(\.tmp\..*)?", file.name):
+            if is_shard_file(file.name.partition(".tmp.")[0]):
                 file.unlink(missing_ok=True)
+
+
+def is_shard_file(name: str) -> bool:
+    """Whether a file's name is that of a shard or of its sidecar."""
+    return re.fullmatch(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(tar|json)", name) is not None
 
 
 def _sync_folder(folder: Path) -> None:
@@ -452,20 +477,26 @@ def read_sidecar(directory: Path, name: str) -> dict[str, Any]:
     Raises:
         DamagedShardError: it is missing, unreadable, changed, or of another format version.
     """
-    file = directory / f"{name}.json"
     try:
-        record = json.loads(file.read_bytes())
+        content = (directory / f"{name}.json").read_bytes()
+    except FileNotFoundError:
+        raise DamagedShardError(name, f"its sidecar {name}.json is missing") from None
+    return parse_sidecar(name, content)
+
+
+def parse_sidecar(name: str, content: bytes) -> dict[str, Any]:
+    """`read_sidecar` of bytes."""
+    try:
+        record = json.loads(content)
         checksum = record.pop("checksum")
         version = record["format_version"]
         intact = checksum == hashlib.sha256(canonical_json(record)).hexdigest()
-    except FileNotFoundError:
-        raise DamagedShardError(name, f"its sidecar {file.name} is missing") from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedShardError(name, f"its sidecar {file.name} is unreadable ({error})") from error
+        raise DamagedShardError(name, f"its sidecar {name}.json is unreadable ({error})") from error
     if version != FORMAT_VERSION:
         raise DamagedShardError(name, f"it has format version {version}, this release reads {FORMAT_VERSION}")
     if not intact:
-        raise DamagedShardError(name, f"its sidecar {file.name} was changed after it was written")
+        raise DamagedShardError(name, f"its sidecar {name}.json was changed after it was written")
     return record
 
 
@@ -517,12 +548,19 @@ def read_index(directory: Path) -> dict[str, Any]:
     """
     directory = Path(directory)
     file = directory / INDEX
-    way_out = "Remove it and run the harvest again: shards are kept."
     try:
-        index = json.loads(file.read_bytes())
-        version = index.get("format_version")
+        content = file.read_bytes()
     except FileNotFoundError:
         raise _unfinished(directory) from None
+    return parse_index(file, content)
+
+
+def parse_index(file: object, content: bytes) -> dict[str, Any]:
+    """`read_index` of bytes; `file` is its name in messages."""
+    way_out = "Remove it and run the harvest again: shards are kept."
+    try:
+        index = json.loads(content)
+        version = index.get("format_version")
     except (ValueError, AttributeError) as error:
         raise DataError(f"{file} is unreadable ({error}). {way_out}") from error
     if version != FORMAT_VERSION:

@@ -227,6 +227,8 @@ def test_section_takes_a_mapping():
         ("model.scr.edit_layers=[-1,2]", "model.scr.edit_layers", "negative", ""),
         ("model.scr.attention_layers=[0,4]", "model.scr.attention_layers", "follow block 0", ""),
         ("model.scr.state_layer=1", "model.scr.edit_layers", "behind block 1", "lower model.scr.state_layer"),
+        ("harvest.output=bucket/scr", "harvest.output", "is no URL", ""),
+        ("harvest.output=s3://bucket/[0]", "harvest.output", "is no URL", ""),
         ("evaluation.questions_per_image=5", "evaluation.questions_per_image", "half", ""),
         ("evaluation.images=501", "evaluation.images", "more images", "data.world.val=501"),
         ("harvest.samples=5201", "harvest.samples", "6001 images", "data.world.train=6001"),
@@ -387,6 +389,14 @@ def test_places_of_the_defaults():
     assert paths.config == Path("runs/reports/scene-llava/config.yaml")
     assert config.tracking_uri == "sqlite:///runs/mlflow.db"
     assert config.experiment == "scene-llava"
+
+
+def test_the_copy_of_a_harvest_has_the_folders_name():
+    config = load_config(TrainConfig, overrides=["harvest.output=s3://bucket/scr/"])
+    assert config.harvest_url == "s3://bucket/scr/scene-llava-scenes"
+    assert load_config(TrainConfig).harvest_url is None
+    with pytest.raises(ConfigError, match="seen by one process"):
+        load_config(TrainConfig, overrides=["harvest.output=memory://x", "harvest.engine=ray"])
 
 
 def test_harvests_of_other_states_have_folders_of_their_own():

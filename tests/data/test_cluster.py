@@ -151,6 +151,20 @@ def test_actors_are_killed_poison_is_reported_and_the_driver_starts_again(
     assert len(keys) == len(set(keys)) == sum(victim.SPLITS.values())
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_actors_that_share_a_url_alone(tmp_path: Path, many: CocoImages, undisturbed: dict[str, bytes], cluster: str):
+    coco, machines, url = many.images_dir.parent, tmp_path / "machines", f"file://{tmp_path}/bucket"
+    summary = harvest_with_ray(functools.partial(victim.prepared_apart, coco, machines, url), workers=2)
+    assert summary["finished"] and summary["shards"] == victim.SHARDS
+    assert contents(tmp_path / "bucket") == undisturbed
+    made = [{file.name for file in machine.glob("*.tar")} for machine in machines.iterdir()]
+    assert len(made) == 2 and not made[0] & made[1] and len(made[0] | made[1]) == victim.SHARDS
+    assert not any((machine / "index.json").exists() for machine in machines.iterdir())
+    fetched = harvest(**victim.arguments(coco, tmp_path / "training"), output=url)
+    assert fetched["shards_reused"] == victim.SHARDS and contents(tmp_path / "training") == undisturbed
+
+
 def refuse(coco: Path, target: Path) -> Any:
     raise RuntimeError("no such device")
 
@@ -177,8 +191,12 @@ def test_the_command_with_ray(tmp_path: Path, cluster: str, capsys: pytest.Captu
         f"data.train_annotations={images.annotations_file.name}", "harvest.samples=4", "harvest.validation=2",
         "harvest.test=2", "harvest.tuning=0", "harvest.shard_size=2",
     ]  # fmt: skip
-    assert main([*arguments, "harvest.engine=ray", "harvest.workers=1"]) == 0
+    copy = f"harvest.output=file://{tmp_path}/bucket"
+    assert main([*arguments, "harvest.engine=ray", "harvest.workers=1", copy]) == 0
     assert "16 maps of 8 images (0 reused, 0 skipped)" in capsys.readouterr().out
+    assert contents(tmp_path / "bucket" / "scene-llava-coco2014") == contents(
+        tmp_path / "runs" / "harvest" / "scene-llava-coco2014"
+    )
     assert main(arguments) == 0  # what Ray made, the local engine takes over
     assert "(8 reused, 0 skipped)" in capsys.readouterr().out
     assert main([*arguments, "harvest.engine=ray", "harvest.seed=1"]) == 1

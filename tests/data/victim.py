@@ -69,6 +69,11 @@ def prepared(coco: Path, target: Path, seconds: float = 0.01, poison: int = -1) 
     return prepare(**arguments(coco, target, seconds, poison))
 
 
+def prepared_apart(coco: Path, machines: Path, url: str) -> tuple[Job, Harvester]:
+    """`prepared` of an actor whose folder no other process has, as on machines without a common file system."""
+    return prepare(**arguments(coco, machines / str(os.getpid())), output=url)
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in directory.iterdir()}
 
@@ -159,7 +164,7 @@ def main() -> None:
         from data.cluster import harvest_with_ray
         from tests.data import victim  # not from `__main__`, which workers can't import
 
-        harvest_with_ray(functools.partial(victim.prepared, coco, target, 0.1), workers=2)
+        harvest_with_ray(functools.partial(victim.prepared, coco, target, 0.1), workers=1)
         return
     llava()
     assert not killed(fork(lambda: harvest(**arguments(coco, target.with_name("undisturbed"), seconds=0))))

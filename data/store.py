@@ -1,0 +1,140 @@
+"""The folder of a harvest at a URL: what machines without a common file system share, and what outlives them.
+
+Any URL that fsspec knows: s3://bucket/prefix (with s3fs installed), gs://, file:///..., memory://. Files are put there
+when they are whole here, a shard's tar before its sidecar and the index last, so that at the URL, too, a shard with a
+sidecar is whole. Object stores show a file when all of it is there; where that is not so (file://), checksums tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from data import shards
+from data.errors import DamagedShardError, StoreError
+
+_SINGLE = 4  # so many files are looked up one by one; for more, the folder is listed
+
+
+class Store:
+    """Files under one URL.
+
+    Args:
+        url: where; credentials and endpoints are the file system's own business (environment, its config files).
+
+    Raises:
+        StoreError: no such kind of URL, or its package is not installed; by each method, if the store fails.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        with self._failing("opened"):
+            found: Any = url_to_fs(self.url, use_listings_cache=False)
+        self._fs, root = found
+        self._root = str(root).rstrip("/")
+
+    def sizes(self, names: Sequence[str] | None = None) -> dict[str, int]:
+        """Bytes of the files that are there, by name: of all, or of these."""
+        with self._failing("listed"):
+            if names is not None and len(names) <= _SINGLE:
+                entries = []
+                for name in names:
+                    with contextlib.suppress(FileNotFoundError):
+                        entries.append(self._fs.info(self._path(name)))
+            else:
+                try:
+                    entries = self._fs.ls(self._root, detail=True)
+                except FileNotFoundError:
+                    entries = []
+        found = {str(entry["name"]).rsplit("/", 1)[-1]: int(entry["size"] or 0) for entry in entries}
+        return found if names is None else {name: found[name] for name in names if name in found}
+
+    def read(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Contents of those of the files that are there."""
+        if not names:
+            return {}
+        with self._failing("read"):
+            contents = self._fs.cat([self._path(name) for name in names], on_error="return")
+            for content in contents.values():
+                if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+                    raise content
+        return {path.rsplit("/", 1)[-1]: value for path, value in contents.items() if isinstance(value, bytes)}
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a small file."""
+        with self._failing("written"):
+            self._make_folder()
+            self._fs.pipe_file(self._path(name), content)
+
+    def upload_shard(self, directory: Path, name: str) -> None:
+        """Puts a shard there: its tar, then its sidecar."""
+        with self._failing("written"):
+            self._make_folder()
+            self._fs.put_file(str(directory / f"{name}.tar"), self._path(f"{name}.tar"))
+        self.write(f"{name}.json", (directory / f"{name}.json").read_bytes())
+
+    def download_shard(self, directory: Path, name: str) -> dict[str, Any]:
+        """Fetches a shard; nothing under its name is here before every byte has been compared with its sidecar.
+
+        Returns:
+            The sidecar.
+
+        Raises:
+            DamagedShardError: it is not what its sidecar says, or vanished.
+        """
+        content = self.read([f"{name}.json"]).get(f"{name}.json")
+        if content is None:
+            raise DamagedShardError(name, "its sidecar is missing")
+        sidecar = shards.parse_sidecar(name, content)
+        target = directory / f"{name}.tar"
+        temporary = shards.temporary_of(target)
+        try:
+            try:
+                with self._failing("read"):
+                    self._fs.get_file(self._path(target.name), str(temporary))
+            except FileNotFoundError:
+                raise DamagedShardError(name, f"{target.name} is missing") from None
+            with temporary.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                os.fsync(stream.fileno())
+            if digest != sidecar["sha256"]:
+                raise DamagedShardError(name, f"the checksum of {target.name} is wrong")
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        shards.write_atomically(directory / f"{name}.json", content)
+        return sidecar
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Removes those of the files that are there, in order."""
+        present = self.sizes(names)
+        with self._failing("changed"):
+            for name in names:
+                if name in present:
+                    with contextlib.suppress(FileNotFoundError):
+                        self._fs.rm_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _make_folder(self) -> None:
+        if "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,)):
+            self._fs.makedirs(self._root, exist_ok=True)  # object stores have no folders, and would make buckets
+
+    @contextlib.contextmanager
+    def _failing(self, verb: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # each store has its own errors (credentials, network, no package for the URL)
+            raise StoreError(
+                f"harvest.output: {self.url} cannot be {verb}: {type(error).__name__}: {error}\nFinished shards are "
+                "kept in runs_dir, and uploaded when the harvest is started again."
+            ) from error
