@@ -248,6 +248,9 @@ class HarvestConfig:
     an absent one chosen as POPE does (random, popular, adversarial), or one caption."""
     batch_size: int = _count(32)
     """Prompts per forward; the prompts of an image stay together, and share its pixels."""
+    batch_tokens: int | None = _key(None, low=1)
+    """Instead of batch_size: tokens per forward, visual and text, padding counted, one row per prompt. For models
+    whose grids differ from image to image. An image that has more alone makes a batch of its own."""
     shard_size: int = _count(50)
     """Images per shard: what is lost at most when a harvest is interrupted."""
     states_dtype: str = _key("float16", choices=STATES_DTYPES)

@@ -83,6 +83,8 @@ class Harvester:
         prompts_per_image: maps per image.
         prompt_mix: kinds of prompts, see `data.questions.image_prompts`.
         batch_size: prompts per forward, rounded to whole images, at least one.
+        batch_tokens: instead of `batch_size`, tokens per forward with padding, one row per prompt: images are taken
+            in order as long as they fit; one that does not fit alone makes a batch of its own.
         states_dtype: storage dtype of states and question features.
         seed: of the prompts.
         settings_fingerprint: identity of all settings, written into every sidecar.
@@ -102,6 +104,7 @@ class Harvester:
         prompts_per_image: int,
         prompt_mix: Sequence[str],
         batch_size: int,
+        batch_tokens: int | None,
         states_dtype: str,
         seed: int,
         settings_fingerprint: str,
@@ -117,6 +120,8 @@ class Harvester:
         self.prompts_per_image = prompts_per_image
         self.prompt_mix = tuple(prompt_mix)
         self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
+        self._tokens = vlm.TokenCounter(processor)
         self.states_dtype = shards.STATES_DTYPES[states_dtype]
         self.seed = seed
         self.settings_fingerprint = settings_fingerprint
@@ -184,14 +189,30 @@ class Harvester:
         return self.images.path(image_id).relative_to(self.images.images_dir).as_posix()
 
     def _batches(self, plan: ShardPlan, skipped: list[dict[str, Any]]) -> Iterator[_Batch]:
-        images_at_once = max(1, self.batch_size // self.prompts_per_image)
-        decoded = self._decoded(plan, skipped)
-        while part := list(islice(decoded, images_at_once)):
+        for part in self._grouped(self._decoded(plan, skipped)):
             image_ids = [image_id for image_id, _ in part]
             prompts = [self.prompts(image_id) for image_id in image_ids]
             texts = [[question.text for question in questions] for questions in prompts]
             inputs, shared = vlm.shared_chat_inputs(self.processor, [picture for _, picture in part], texts)
             yield _Batch(image_ids, prompts, inputs, shared)
+
+    def _grouped(self, decoded: Iterator[tuple[int, PILImage]]) -> Iterator[list[tuple[int, PILImage]]]:
+        if self.batch_tokens is None:
+            images_at_once = max(1, self.batch_size // self.prompts_per_image)
+            while part := list(islice(decoded, images_at_once)):
+                yield part
+            return
+        part, longest = [], 0
+        for image_id, picture in decoded:
+            length = max(self._tokens(picture, question.text) for question in self.prompts(image_id))
+            padded = (len(part) + 1) * self.prompts_per_image * max(longest, length)
+            if part and padded > self.batch_tokens:
+                yield part
+                part, longest = [], 0
+            part.append((image_id, picture))
+            longest = max(longest, length)
+        if part:
+            yield part
 
     def _run(self, batch: _Batch) -> _Finished:
         inputs: Any = batch.inputs
@@ -273,6 +294,7 @@ def prepare(
     prompts_per_image: int = 2,
     prompt_mix: Sequence[str] = DEFAULT_MIX,
     batch_size: int = 32,
+    batch_tokens: int | None = None,
     shard_size: int = 50,
     states_dtype: str = "float16",
     tuning: int = 0,
@@ -316,13 +338,14 @@ def prepare(
         prompts_per_image=prompts_per_image,
         prompt_mix=prompt_mix,
         batch_size=batch_size,
+        batch_tokens=batch_tokens,
         states_dtype=states_dtype,
         seed=seed,
         settings_fingerprint=jobs.fingerprint_of(settings),
         allowed_bad=jobs.allowed_bad_of(sum(splits.values())),
         provenance={
             "attn_implementation": str(getattr(model.config, "_attn_implementation", None)),
-            "batch_size": batch_size,
+            **({"batch_size": batch_size} if batch_tokens is None else {"batch_tokens": batch_tokens}),
             "device": str(model.device.type),
             "image_backend": str(getattr(processor.image_processor, "backend", None)),
             "libraries": {"python": platform.python_version(), **vlm.library_versions()},
@@ -375,11 +398,12 @@ def harvest(
             finds all of them whole finishes the harvest.
         settings: further arguments of `prepare`:
             `prompts_per_image` (2), maps per image; `prompt_mix`, kinds of prompts, dealt out in turn; `batch_size`
-            (32), prompts per forward, which changes rounding only and may differ between runs of one harvest;
-            `shard_size` (50), images per shard; `states_dtype` (float16, bfloat16, float32, or int8 with a scale per
-            token); `tuning` (0), images to set aside for hyper-parameters; `seed` (0) of splits and prompts;
-            `output`, a URL that fsspec knows: finished shards are copied there, and those that are there already are
-            fetched instead of made; `capture`, the diagnostic run: one capture per batch row, in order.
+            (32), prompts per forward, or `batch_tokens` (None), tokens per forward, which change rounding only and may
+            differ between runs of one harvest; `shard_size` (50), images per shard; `states_dtype` (float16, bfloat16,
+            float32, or int8 with a scale per token); `tuning` (0), images to set aside for hyper-parameters; `seed`
+            (0) of splits and prompts; `output`, a URL that fsspec knows: finished shards are copied there, and those
+            that are there already are fetched instead of made; `capture`, the diagnostic run: one capture per batch
+            row, in order.
 
     With an `output`, ranks may have folders of their own: the harvest is finished when all shards are at the URL, and
     whoever needs all of them here (one process alone) fetches the rest.
@@ -511,6 +535,7 @@ def _arguments(config: TrainConfig, model: Any, processor: Any) -> dict[str, Any
         "prompt_mix": section.prompts,
         "tuning": section.tuning,
         "batch_size": section.batch_size,
+        "batch_tokens": section.batch_tokens,
         "shard_size": section.shard_size,
         "states_dtype": section.states_dtype,
         "seed": section.seed,

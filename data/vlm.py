@@ -123,10 +123,7 @@ def chat_inputs(processor: Any, images: Sequence[PILImage], texts: Sequence[str]
     """
     if len(images) != len(texts):
         raise ValueError(f"{len(images)} images for {len(texts)} texts: give one image per text")
-    conversations = [
-        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
-        for image, text in zip(images, texts, strict=True)
-    ]
+    conversations = [_conversation(image, text) for image, text in zip(images, texts, strict=True)]
     return processor.apply_chat_template(
         conversations,
         add_generation_prompt=True,
@@ -135,6 +132,36 @@ def chat_inputs(processor: Any, images: Sequence[PILImage], texts: Sequence[str]
         return_tensors="pt",
         processor_kwargs={"padding": True},
     )
+
+
+def _conversation(image: PILImage, text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+
+
+class TokenCounter:
+    """Tells how many tokens a prompt about an image has, without preprocessing every image for it.
+
+    How many of them are visual follows from the image's size alone: an image of each size is preprocessed once.
+
+    Args:
+        processor: as returned by `load_vlm`.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._visual: dict[tuple[int, int], int] = {}  # image size -> tokens beyond those of the text
+
+    def __call__(self, image: PILImage, text: str) -> int:
+        """Visual and text tokens of one row of `chat_inputs`, without padding."""
+        told = self._text_tokens(image, text)
+        if image.size not in self._visual:
+            inputs = chat_inputs(self._processor, [image], [text])
+            self._visual[image.size] = inputs["input_ids"].shape[1] - told
+        return told + self._visual[image.size]
+
+    def _text_tokens(self, image: PILImage, text: str) -> int:
+        written = self._processor.apply_chat_template(_conversation(image, text), add_generation_prompt=True)
+        return len(self._processor.tokenizer(written)["input_ids"])
 
 
 def shared_chat_inputs(

@@ -203,6 +203,55 @@ def test_a_killed_harvest_loses_nothing(tmp_path: Path, coco: CocoImages, run_ha
     assert contents(target) == contents(undisturbed)
 
 
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory: pytest.TempPathFactory) -> CocoImages:
+    """20 images of five sizes, from 4 to 120 tokens of a tiny Qwen2-VL."""
+    root = tmp_path_factory.mktemp("sizes")
+    images = tiny.write_coco(root / "coco", 20)
+    for number, image_id in enumerate(images.ids):
+        size = [(32, 32), (80, 96), (16, 16), (64, 24), (24, 88)][number % 5]
+        images.open(image_id).resize(size).save(images.path(image_id))
+    return images
+
+
+def test_batches_are_bounded_in_tokens_and_change_nothing_else(tmp_path: Path, sizes: CocoImages):
+    """A real Qwen2-VL: grids follow the size of the image."""
+    model, processor = tiny.build_qwen()
+    batches: list[tuple[int, int, int]] = []  # rows, columns, images
+
+    def spied(model: Any, config: SCRConfig, inputs: Any, rows_per_image: int) -> Any:
+        batches.append((*inputs["input_ids"].shape, len(inputs["image_grid_thw"]) // 2))
+        return capture(model, config, inputs, rows_per_image)
+
+    def run(name: str, **settings: Any) -> list[Any]:
+        batches.clear()
+        harvest(
+            tmp_path / name, model=model, processor=processor, config=tiny.CONFIG, images=sizes, splits={"train": 20},
+            shard_size=20, states_dtype="float32", capture=spied, **settings,
+        )  # fmt: skip
+        return list(ShardReader(tmp_path / name, "train"))
+
+    one_by_one = run("one", batch_size=2)
+    assert len(batches) == 20 and len({sample.grid for sample in one_by_one}) == 5
+    lengths = [columns for _, columns, _ in batches]  # of each image's longer prompt, in the order of the plan
+    limit = 2 * 2 * sorted(set(lengths))[-2] + 1  # two of the largest do not fit together, and neither three others
+    together = run("tokens", batch_tokens=limit)
+    assert all(rows * columns <= limit or images == 1 for rows, columns, images in batches)
+    assert sum(images for *_, images in batches) == 20 and 5 < len(batches) < 20
+    start = 0
+    for images in [images for *_, images in batches][:-1]:  # none of them could have taken one image more
+        assert 2 * (images + 1) * max(lengths[start : start + images + 1]) > limit
+        start += images
+    for one, other in zip(one_by_one, together, strict=True):
+        assert (one.image_id, one.grid, one.prompts) == (other.image_id, other.grid, other.prompts)
+        torch.testing.assert_close(one.states, other.states, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one.attention, other.attention, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(one.question, other.question, atol=1e-5, rtol=1e-4)
+    run("alone", batch_tokens=1)
+    assert [images for *_, images in batches] == [1] * 20
+    assert json.loads((tmp_path / "alone" / "index.json").read_text())["provenance"]["batch_tokens"] == 1
+
+
 def test_states_of_another_block_are_another_harvest(tmp_path: Path, coco: CocoImages, llava: tuple[Any, Any]):
     model, processor = llava
     later = SCRConfig(num_sources=2, edit_layers=(1, 1), attention_layers=(2, 2), state_layer=1)

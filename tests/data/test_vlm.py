@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data.errors import ModelLoadError
-from data.vlm import chat_inputs, fingerprint, load_vlm, shared_chat_inputs
+from data.vlm import TokenCounter, chat_inputs, fingerprint, load_vlm, shared_chat_inputs
 from tests.data import tiny
 
 
@@ -119,3 +119,17 @@ def test_pixels_that_are_not_one_array_per_image_come_once_per_row(
     monkeypatch.setattr(kind, "__call__", with_sizes)
     inputs, repeats = shared_chat_inputs(processor, [Image.new("RGB", (40, 30))], [["a", "an"]])
     assert repeats == 1 and len(inputs["pixel_values"]) == len(inputs["input_ids"]) == 2
+
+
+@pytest.mark.parametrize("build", [tiny.build_llava, tiny.build_qwen])
+def test_tokens_are_counted_as_the_processor_makes_them(build: Any, monkeypatch: pytest.MonkeyPatch):
+    _, processor = build()
+    runs: list[int] = []
+    plain = type(processor.image_processor).__call__
+    monkeypatch.setattr(type(processor.image_processor), "__call__", lambda *a, **k: runs.append(1) or plain(*a, **k))
+    count = TokenCounter(processor)
+    texts = ["Describe the image.", "Is there a cup in the image?", "Is there an umbrella in the image ? . ."]
+    prompts = [(Image.new("RGB", size), text) for text in texts for size in ((32, 32), (80, 40), (40, 80), (17, 100))]
+    counted = [count(image, text) for image, text in prompts]
+    assert len(runs) == 4  # one image of each size
+    assert counted == [chat_inputs(processor, [image], [text])["input_ids"].shape[1] for image, text in prompts]

@@ -20,6 +20,11 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
 )
 
 from data.images import CocoImages
@@ -71,22 +76,26 @@ def truncate_image(images: CocoImages, image_id: int) -> None:
     images.path(image_id).write_bytes(content[: len(content) // 2])
 
 
+def _tokenizer(words: list[str], special: list[str]) -> PreTrainedTokenizerFast:
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys((*words, *CATEGORIES)))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>" if "<s>" in words else None,
+        eos_token="</s>" if "</s>" in words else None,
+        additional_special_tokens=[word for word in special if word not in ("<pad>", "<unk>", "<s>", "</s>")],
+        padding_side="left",
+    )
+
+
 def build_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Random weights, the same in every process."""
     special = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
     words = [*special, "USER", "ASSISTANT", ":", "Is", "there", "a", "an", "in", "the", "image", "?", "Describe", "."]
-    vocabulary = {word: number for number, word in enumerate(dict.fromkeys((*words, *CATEGORIES)))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=["<image>"],
-        padding_side="left",
-    )
+    tokenizer = _tokenizer(words, special)
     pixels = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     processor = LlavaProcessor(
         image_processor=pixels,
@@ -100,9 +109,9 @@ def build_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**shape, num_hidden_layers=2, image_size=SIDE, patch_size=PATCH),
         text_config=LlamaConfig(
-            **shape, num_hidden_layers=4, num_key_value_heads=2, vocab_size=len(vocabulary), pad_token_id=0
+            **shape, num_hidden_layers=4, num_key_value_heads=2, vocab_size=len(tokenizer), pad_token_id=0
         ),
-        image_token_index=vocabulary["<image>"],
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=TOKENS,
         vision_feature_layer=-1,
     )
@@ -135,3 +144,45 @@ def fake_capture(
         attention = torch.sigmoid(patches * (1 + text / 97))
         captures.append(FakeCapture(row, states, attention, torch.full((WIDTH,), text / 100), GRID, text / 50))
     return captures
+
+
+class QwenProcessor(Qwen2VLProcessor):
+    """Without the processor for videos, which needs torchvision."""
+
+    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
+        for kind in ("image", "video"):
+            setattr(self, f"{kind}_token", f"<|{kind}_pad|>")
+            setattr(self, f"{kind}_token_id", tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>"))
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def build_qwen() -> tuple[Any, Any]:
+    """A tiny random Qwen2-VL, whose grids follow the size of the image: 8 x 8 pixels a token."""
+    special = ["<pad>", "<unk>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    words = [*special, "USER", "ASSISTANT", ":", "Is", "there", "a", "an", "in", "the", "image", "?", "Describe", "."]
+    tokenizer = _tokenizer(words, special)
+    template = _CHAT_TEMPLATE.replace("<image> ", "<|vision_start|><|image_pad|><|vision_end|>")
+    pixels = Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 8 * 8, "longest_edge": 128 * 128}
+    )
+    processor = QwenProcessor(image_processor=pixels, tokenizer=tokenizer, chat_template=template)
+    ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in zip(
+        ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), special[2:], strict=True
+    )}  # fmt: skip
+    config = Qwen2VLConfig(
+        vision_config={
+            "depth": 2, "embed_dim": 16, "hidden_size": WIDTH, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4,
+            "temporal_patch_size": 2, "spatial_merge_size": 2,
+        },
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 4,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0,
+            "bos_token_id": None, "eos_token_id": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        },
+        **ids,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen2VLForConditionalGeneration(config).eval()
+    return model, processor
