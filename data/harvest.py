@@ -104,11 +104,11 @@ class Harvester:
         prompts_per_image: int,
         prompt_mix: Sequence[str],
         batch_size: int,
-        batch_tokens: int | None,
         states_dtype: str,
         seed: int,
         settings_fingerprint: str,
         allowed_bad: int,
+        batch_tokens: int | None = None,
         provenance: Mapping[str, Any] | None = None,
         capture: Capture = run_diagnostic,
     ) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 from datasets import Dataset, Image
 from PIL.Image import Image as PILImage
 
-from data.errors import AnnotationError, CorruptImageError, NotEnoughImagesError
+from data.errors import AnnotationError, CorruptImageError, LockTimeoutError, NotEnoughImagesError
+from data.ranks import exclusively
 from data.shards import canonical_json, write_atomically
 
 # which key of the configuration sets the size of a split
@@ -29,6 +30,7 @@ _SPLIT_KEYS = {
     "tuning": "harvest.tuning",
 }
 _INDEX_VERSION = 1
+_PARSING_SECONDS = 600.0  # that a process waits at most for another that parses the same annotations
 
 
 @dataclass(frozen=True)
@@ -158,14 +160,24 @@ def read_annotations(file: Path, cache: Path | None = None) -> tuple[AnnotationI
     with file.open("rb") as stream:
         checksum = hashlib.file_digest(stream, "sha256").hexdigest()
     stored = cache / f"annotations-{checksum[:32]}.json" if cache else None
-    index = _load_index(stored) if stored else None
+    if stored is None:
+        return _parse_annotations(file), checksum
+    index = _load_index(stored)
     if index is None:
-        index = _parse_annotations(file)
-        if stored:
-            stored.parent.mkdir(parents=True, exist_ok=True)
-            content = canonical_json({"version": _INDEX_VERSION, **asdict(index)})
-            write_atomically(stored, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+        try:  # of several processes that begin at once, one parses
+            with exclusively(stored.with_suffix(".lock"), _PARSING_SECONDS, "reading the annotations"):
+                index = _load_index(stored) or _parse_and_store(file, stored)
+        except LockTimeoutError:  # no locks here, or a holder that hangs: work done twice does no harm
+            index = _parse_and_store(file, stored)
     return index, checksum
+
+
+def _parse_and_store(file: Path, stored: Path) -> AnnotationIndex:
+    index = _parse_annotations(file)
+    content = canonical_json({"version": _INDEX_VERSION, **asdict(index)})
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(stored, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    return index
 
 
 def _load_index(file: Path) -> AnnotationIndex | None:

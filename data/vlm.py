@@ -234,7 +234,8 @@ def fingerprint(model: Any, processor: Any) -> dict[str, Any]:
     """
     name = str(model.config._name_or_path or "")
     folder = Path(name) if name and Path(name).is_dir() else None
-    config = json.dumps(_stable(model.config.to_dict()), sort_keys=True, default=str)
+    settings = {**_stable(model.config.to_dict()), "architectures": [type(model).__name__]}  # null until it is saved
+    config = json.dumps(settings, sort_keys=True, default=str)
     return {
         "hub_id": folder.resolve().name if folder else name,
         "revision": getattr(model.config, "_commit_hash", None),

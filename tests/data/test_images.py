@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -124,7 +126,7 @@ def write_coco2014(root: Path, images: int, annotations: int) -> Path:
 def test_official_layout_through_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = write_coco2014(tmp_path, 6300, 50_000)
     first = CocoImages(tmp_path / "train2014", file, tmp_path / "runs" / "cache")
-    [stored] = (tmp_path / "runs" / "cache").iterdir()
+    [stored] = (tmp_path / "runs" / "cache").glob("*.json")
     assert stored.stat().st_size < file.stat().st_size / 10
     monkeypatch.setattr(images_module, "_parse_annotations", lambda _: pytest.fail("parsed again"))
     second = CocoImages(tmp_path / "train2014", file, tmp_path / "runs" / "cache")
@@ -142,7 +144,7 @@ def test_official_layout_through_the_index(tmp_path: Path, monkeypatch: pytest.M
 def test_a_damaged_index_is_made_again(tmp_path: Path, damage: bytes):
     file = write_coco2014(tmp_path, 10, 50)
     whole = read_annotations(file, tmp_path / "cache")
-    [stored] = (tmp_path / "cache").iterdir()
+    [stored] = (tmp_path / "cache").glob("*.json")
     content = stored.read_bytes()
     stored.write_bytes(damage or content[: len(content) // 2])
     assert read_annotations(file, tmp_path / "cache") == whole
@@ -155,8 +157,31 @@ def test_other_annotations_have_another_index(tmp_path: Path):
     file.write_text(file.read_text().replace('thing 1"', 'thing x"'))  # the same size
     second, other = read_annotations(file, tmp_path / "cache")
     assert first.categories[0] == "thing 1" and second.categories[0] == "thing x" and checksum != other
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").glob("*.json"))) == 2
     assert read_annotations(file) == (second, other)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_of_processes_that_begin_at_once_one_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool):
+    """Threads here: a lock belongs to an opened file, so that to it they are like processes."""
+    file = tiny.write_coco(tmp_path / "coco", 6).annotations_file
+    parse, parsed = images_module._parse_annotations, []
+
+    def slow(file: Path) -> images_module.AnnotationIndex:
+        parsed.append(file)
+        time.sleep(0.3)
+        return parse(file)
+
+    def refused(*_: object) -> None:
+        raise OSError("this file system knows no locks")
+
+    monkeypatch.setattr(images_module, "_parse_annotations", slow)
+    if not locks:
+        monkeypatch.setattr("fcntl.flock", refused)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: read_annotations(file, tmp_path / "cache"), range(4 if locks else 1)))
+    assert len(parsed) == 1
+    assert all(result == read_annotations(file) for result in results)
 
 
 def test_folder_without_annotations(tmp_path: Path):

@@ -122,6 +122,18 @@ def test_pixels_that_are_not_one_array_per_image_come_once_per_row(
 
 
 @pytest.mark.parametrize("build", [tiny.build_llava, tiny.build_qwen])
+def test_saving_a_model_does_not_change_what_it_is(build: Any, tmp_path: Path):
+    model, processor = build()
+    before = fingerprint(model, processor)
+    model.save_pretrained(tmp_path)
+    assert fingerprint(model, processor) == before
+    again: Any = type(model).from_pretrained(tmp_path)
+    assert fingerprint(again, processor)["config_sha256"] == before["config_sha256"]
+    model.config.text_config.rms_norm_eps *= 2
+    assert fingerprint(model, processor)["config_sha256"] != before["config_sha256"]
+
+
+@pytest.mark.parametrize("build", [tiny.build_llava, tiny.build_qwen])
 def test_tokens_are_counted_as_the_processor_makes_them(build: Any, monkeypatch: pytest.MonkeyPatch):
     _, processor = build()
     runs: list[int] = []

@@ -111,7 +111,7 @@ def build_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         text_config=LlamaConfig(
             **shape, num_hidden_layers=4, num_key_value_heads=2, vocab_size=len(tokenizer), pad_token_id=0
         ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.get_vocab()["<image>"],
         image_seq_length=TOKENS,
         vision_feature_layer=-1,
     )
@@ -166,7 +166,7 @@ def build_qwen() -> tuple[Any, Any]:
         patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 8 * 8, "longest_edge": 128 * 128}
     )
     processor = QwenProcessor(image_processor=pixels, tokenizer=tokenizer, chat_template=template)
-    ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in zip(
+    ids: dict[str, Any] = {name: tokenizer.get_vocab()[word] for name, word in zip(
         ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), special[2:], strict=True
     )}  # fmt: skip
     config = Qwen2VLConfig(
