@@ -415,7 +415,7 @@ def harvest(
         the `missing` shards, which other ranks have to make.
 
     Raises:
-        HarvestMismatchError: the folder or the URL holds shards of other settings, and `overwrite` is False.
+        HarvestMismatchError: the folder holds shards of other settings, and `overwrite` is False; or the URL does.
         StoreError: the URL cannot be read or written.
         NotEnoughImagesError: `splits` asks for more images than there are.
         DiskTooSmallError: what is missing does not fit.

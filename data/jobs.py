@@ -202,23 +202,18 @@ def claim(job: Job, overwrite: bool = False) -> None:
     """Makes sure that the folder is there and holds these settings; removes shards of others if allowed to.
 
     Of several processes that begin at once, one writes the settings; the others compare theirs with them. An object
-    store has no such arbiter: there, settings are written and read again, and every sidecar names its own.
+    store has no such arbiter: there, settings are written and read again, and every sidecar names its own. Nothing of
+    other settings is ever removed at a URL, which others may use.
 
     Raises:
-        HarvestMismatchError: the folder, or the URL, was begun with other settings, and `overwrite` is False.
+        HarvestMismatchError: the folder was begun with other settings, and `overwrite` is False; or the URL was.
     """
     store = job.store
     there = _settings_at(store) if store else None
-    if store and there is not None and not overwrite:  # first: a refused job leaves nothing behind
-        _refuse_others(store, there, job)
+    if store and there is not None:
+        _refuse_others(store, there, job)  # first: a refused job leaves nothing behind
     _claim_folder(job, overwrite)
-    if store is None:
-        return
-    if there is not None and (changes := difference(there, job.settings)):
-        _say_again(store.url, changes)
-        _empty(store)
-        there = None
-    if there is None:
+    if store and there is None:
         store.write(shards.SETTINGS, json.dumps(job.settings, indent=1).encode())
         _refuse_others(store, _settings_at(store) or {}, job)
 
@@ -238,16 +233,6 @@ def _refuse_others(store: Store, there: Mapping[str, Any], job: Job) -> None:
         raise HarvestMismatchError(store.url, changes)
 
 
-def _say_again(where: object, changes: Mapping[str, tuple[Any, Any]]) -> None:
-    changed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in sorted(changes.items()))
-    say(f"other settings than those of {where} ({changed}): harvesting again")
-
-
-def _empty(store: Store) -> None:
-    rest = [name for name in store.sizes() if shards.is_shard_file(name)]
-    store.remove([shards.INDEX, shards.MANIFEST, shards.SETTINGS, *rest])
-
-
 def _claim_folder(job: Job, overwrite: bool) -> None:
     directory = job.directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -265,7 +250,8 @@ def _claim_folder(job: Job, overwrite: bool) -> None:
         return
     if not overwrite:
         raise HarvestMismatchError(directory, changes)
-    _say_again(directory, changes)
+    changed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in sorted(changes.items()))
+    say(f"other settings than those of {directory} ({changed}): harvesting again")
     shards.remove_all(directory)
     shards.write_atomically(file, content)
 

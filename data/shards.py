@@ -340,9 +340,16 @@ def write_index(
     provenance: Mapping[str, Any],
     set_aside: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
-    """Declares a harvest finished: `build_index` of a folder whose shards are all whole, written into it.
+    """Declares a harvest finished: `build_index` of a folder, written into it.
 
     Whichever process writes them, the bytes are the same, and each file appears at once or not at all.
+
+    Args:
+        directory: folder of the shards, all of them whole.
+        splits, settings, provenance, set_aside: see `build_index`.
+
+    Returns:
+        The index.
     """
     sidecars = {name: check_shard(directory, name, full=False) for names in splits.values() for name in names}
     manifest, index = build_index(sidecars, splits, settings, provenance, set_aside)
@@ -415,13 +422,8 @@ def remove_all(directory: Path) -> None:
     (directory / MANIFEST).unlink(missing_ok=True)
     for split in SPLITS:
         for file in directory.glob(f"{split}-*"):
-            if is_shard_file(file.name.partition(".tmp.")[0]):
+            if re.fullmatch(rf"{split}-\d{{5,}}\.(tar|json)(\.tmp\..*)?", file.name):
                 file.unlink(missing_ok=True)
-
-
-def is_shard_file(name: str) -> bool:
-    """Whether a file's name is that of a shard or of its sidecar."""
-    return re.fullmatch(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(tar|json)", name) is not None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -190,9 +190,13 @@ def test_other_settings_are_refused_with_their_difference_and_leave_nothing(
         run_harvest(tmp_path / "two", coco, output=url, seed=1)
     assert url in str(caught.value)
     assert not (tmp_path / "two").exists() and remote(url) == before
-    run_harvest(tmp_path / "alone", coco, seed=1)
-    run_harvest(tmp_path / "two", coco, output=url, seed=1, overwrite=True)
-    assert remote(url) == contents(tmp_path / "two") == contents(tmp_path / "alone")
+    run_harvest(tmp_path / "two", coco, seed=1)
+    here = contents(tmp_path / "two")
+    with pytest.raises(HarvestMismatchError, match="seed: 0 -> 1"):  # others may use it: never removed from here
+        run_harvest(tmp_path / "two", coco, output=url, seed=1, overwrite=True)
+    assert remote(url) == before and contents(tmp_path / "two") == here
+    run_harvest(tmp_path / "two", coco, output=url, overwrite=True, capture=never)  # but the folder is replaced
+    assert contents(tmp_path / "two") == before
 
 
 def test_where_both_have_a_shard_the_urls_counts(tmp_path: Path, coco: CocoImages, run_harvest: Run, url: str):
