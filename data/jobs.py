@@ -461,8 +461,7 @@ def finish(job: Job) -> dict[str, Any] | None:
             splits.setdefault(plan.split, []).append(plan.name)
         manifest, index = shards.build_index(sidecars, splits, job.settings, job.provenance, {"tuning": job.tuning})
     if all_here and not here:
-        shards.write_atomically(job.directory / shards.MANIFEST, manifest)
-        shards.write_atomically(job.directory / shards.INDEX, shards.index_bytes(index))
+        shards.write_index_files(job.directory, manifest, index)
     if store and not there:
         store.write(shards.MANIFEST, manifest)
         store.write(shards.INDEX, shards.index_bytes(index))

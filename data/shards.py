@@ -340,22 +340,21 @@ def write_index(
     provenance: Mapping[str, Any],
     set_aside: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
-    """Declares a harvest finished: `build_index` of a folder, written into it.
+    """Declares a folder finished, all of whose shards are whole: writes what `build_index` makes of its sidecars.
 
-    Whichever process writes them, the bytes are the same, and each file appears at once or not at all.
-
-    Args:
-        directory: folder of the shards, all of them whole.
-        splits, settings, provenance, set_aside: see `build_index`.
-
-    Returns:
-        The index.
+    Whichever process writes manifest and index, the bytes are the same, and each file appears at once or not at all.
+    The index is returned.
     """
     sidecars = {name: check_shard(directory, name, full=False) for names in splits.values() for name in names}
     manifest, index = build_index(sidecars, splits, settings, provenance, set_aside)
+    write_index_files(directory, manifest, index)
+    return index
+
+
+def write_index_files(directory: Path, manifest: bytes, index: Mapping[str, Any]) -> None:
+    """Writes what `build_index` returns: the manifest, then the index."""
     write_atomically(directory / MANIFEST, manifest)
     write_atomically(directory / INDEX, index_bytes(index))
-    return index
 
 
 def build_index(
