@@ -30,6 +30,7 @@ CONNECTIVITIES = (4, 8)
 LOSSES = ("kl", "bce", "mse_log")
 ENGINES = ("local", "ray")
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
+PRECISIONS = ("32-true", "bf16-mixed")
 
 
 @dataclass(frozen=True)
@@ -322,6 +323,13 @@ class TrainerConfig:
     takes the first that they fit into, and says why."""
     accelerator: str = _key(choices=ACCELERATORS)
     """Where the fit runs, in Lightning's words."""
+    devices: int = _count(1)
+    """Processes of the fit, each with a device of its own; they share each batch, so that results stay the same."""
+    precision: str = _key("32-true", choices=PRECISIONS)
+    """Number format of the fit: float32, or bfloat16 where torch's autocast allows it."""
+    resume: bool = True
+    """Go on with an interrupted fit of the same settings, data and seed; false starts it anew. A fit that came to its
+    end is always fitted anew."""
 
 
 @dataclass(kw_only=True)
