@@ -266,7 +266,7 @@ class ShardDataModule(pl.LightningDataModule):
         self.seed = seed
         self.index = read_index(self.directory)
         self.bytes: int = sum(shard["bytes"] for shard in self.index["shards"])
-        limit = _quarter_of_memory() if memory_limit is None else memory_limit
+        self._limit = limit = _quarter_of_memory() if memory_limit is None else memory_limit
         fits = self.bytes <= limit
         self.in_memory = fits if cache == "auto" else cache != "none"
         self.num_workers = 0 if self.in_memory else num_workers
@@ -319,6 +319,10 @@ class ShardDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Opens (and loads) what a stage needs: fit, validate or test."""
+        processes = self.trainer.num_devices if self.trainer else 1
+        if self._cache == "auto" and self.in_memory and processes > 1 and processes * self.bytes > self._limit:
+            self.in_memory = False
+            _say(f"{processes} processes would each keep {self.bytes / 1e6:,.1f} MB: read through memory maps instead")
         self._device = self._choose_device() if stage == "fit" else None
         needed = {"fit": SPLITS[:2], "validate": SPLITS[1:2], "test": SPLITS[2:]}
         for split in needed.get(stage, ()):

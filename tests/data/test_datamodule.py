@@ -131,8 +131,58 @@ def test_shuffle_is_a_new_permutation_per_epoch_and_the_same_per_seed():
     assert len(GridBatches([(2, 2)] * 50, 8, shuffle=True)) == len(epoch(0, 0)) == 7
 
 
+MIXED = [(2, 2), (3, 2), (2, 2), (2, 3), (3, 2)] * 7 + [(4, 4)]  # one batch has a single row
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_batches_of_one_process(ranks: int):
+    whole = list(GridBatches(MIXED, 4, shuffle=True, seed=1))
+    shares = [list(GridBatches(MIXED, 4, shuffle=True, seed=1, rank=rank, ranks=ranks)) for rank in range(ranks)]
+    assert [len(share) for share in shares] == [len(whole)] * ranks
+    for batch, *parts in zip(whole, *shares, strict=True):
+        counted = [row for part in parts if part.weight for row in part.numbers]
+        assert sorted(counted) == sorted(batch.numbers)
+        assert all(part.numbers for part in parts)
+        # the mean over ranks of (weight x mean over own rows) is the mean over the batch's rows
+        mean = sum(part.weight * sum(part.numbers) / len(part.numbers) for part in parts) / ranks
+        assert mean == pytest.approx(sum(batch.numbers) / len(batch.numbers))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_in_order_each_row_belongs_to_one_rank(ranks: int):
+    samplers = [GridBatches(MIXED, 4, shuffle=False, rank=rank, ranks=ranks) for rank in range(ranks)]
+    parts = [part for sampler in samplers for part in sampler]
+    assert all(part.weight == 1 and len({MIXED[row] for row in part.numbers}) == 1 for part in parts)
+    assert sorted(row for part in parts for row in part.numbers) == list(range(len(MIXED)))
+    assert [len(list(sampler)) for sampler in samplers] == [len(sampler) for sampler in samplers]
+
+
+def test_an_epoch_can_begin_in_its_middle():
+    whole = GridBatches(MIXED, 4, shuffle=True, seed=1)
+    whole.set_epoch(3)
+    cut = GridBatches(MIXED, 4, shuffle=True, seed=1, start=(3, 5))
+    assert list(cut) == list(whole)[5:] and len(cut) == len(whole)
+    for sampler in (whole, cut):
+        sampler.set_epoch(4)
+    assert list(cut) == list(whole)
+
+
+def test_grids_of_any_order_are_gathered_from_memory_as_from_disk(tmp_path: Path):
+    with ShardWriter(tmp_path, "train-00000", "settings") as writer:
+        for number in range(9):
+            sample = make_sample(number, prompts=1 + number % 3)
+            writer.write(type(sample)(**{**sample.__dict__, "grid": (3, 2) if number % 2 else (2, 3)}))
+    write_index(tmp_path, {"train": ["train-00000"]}, {}, {})
+    held, mapped = (ShardDataModule(tmp_path, batch_size=4, cache=cache) for cache in ("memory", "none"))
+    pairs = list(zip(held.train_dataloader(), mapped.train_dataloader(), strict=True))
+    assert sum(len(batch["key"]) for batch, _ in pairs) == 18
+    for one, other in pairs:
+        assert one.keys() == other.keys() and one["key"] == other["key"] and one["grid"] == other["grid"]
+        assert all(torch.equal(one[name], other[name]) for name in ("states", "attention", "question"))
+
+
 def test_batches_never_mix_grids():
-    grids = [(2, 2), (3, 2), (2, 2), (2, 3), (3, 2)] * 4
+    grids = MIXED[:20]
     sampler = GridBatches(grids, 3, shuffle=True)
     batches = [part.numbers for part in sampler]
     assert all(len({grids[row] for row in batch}) == 1 for batch in batches)

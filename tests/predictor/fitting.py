@@ -56,21 +56,41 @@ def module_of(data: ShardDataModule, seed: int = 0) -> SourceModule:
     return module
 
 
+def measure(module: SourceModule, data: ShardDataModule, devices: int) -> dict[str, float]:
+    """Validation and test metrics as a Trainer of so many processes finds them."""
+    found: dict[str, float] = {}
+    for stage in ("validate", "test"):
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=devices, strategy="ddp_spawn" if devices > 1 else "auto", logger=False,
+            use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False,
+        )  # fmt: skip
+        (metrics,) = getattr(trainer, stage)(module, datamodule=data, verbose=False)
+        found |= metrics
+    return found
+
+
 def main() -> None:
-    """Fits, resuming where that is possible; status 143 after SIGTERM."""
+    """Fits, resuming where that is possible, and measures; status 143 after SIGTERM."""
     from predictor.fit import Preempted, fit
 
     warnings.filterwarnings("ignore")
     shards, folder, *rest = sys.argv[1:]
     settings = {name: json.loads(value) for name, _, value in (text.partition("=") for text in rest)}
     data = data_of(Path(shards), **settings.pop("data", {}))
-    defaults = {"max_epochs": EPOCHS, "patience": EPOCHS, "gradient_clip": 1.0, "logger": False, "resume": True}
+    defaults: dict[str, Any] = {
+        "max_epochs": EPOCHS,
+        "patience": EPOCHS,
+        "gradient_clip": 1.0,
+        "logger": False,
+        "resume": True,
+    }
+    devices = settings.get("devices", 1)
     try:
         fitted = fit(module_of(data), data, Path(folder), accelerator="cpu", **defaults | settings)
     except Preempted as exception:
         print(exception, file=sys.stderr)
         sys.exit(143)
-    print(json.dumps({"score": fitted.score, "epochs": fitted.epochs}))
+    print(json.dumps({"score": fitted.score, "epochs": fitted.epochs, **measure(fitted.module, data, devices)}))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 
 from predictor.fit import Fitted, Preempted, fit
 from predictor.module import SourceModule
-from tests.predictor.fitting import EPOCHS, data_of, module_of, write_harvest
+from tests.predictor.fitting import EPOCHS, data_of, measure, module_of, write_harvest
 
 ROOT = Path(__file__).parents[2]
 
@@ -193,3 +193,42 @@ def test_a_process_that_gets_the_signal_is_gone_on_with_by_the_same_command(
     assert resumed.returncode == 0, err
     assert "goes on from" in again and again.splitlines()[-1] == out.splitlines()[-1]
     same(last(tmp_path / "whole"), last(tmp_path / "cut"))
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(harvested: Path, undisturbed: Path, tmp_path: Path) -> None:
+    one = command(harvested, tmp_path / "one")
+    alone, err = one.communicate(timeout=200)
+    assert one.returncode == 0, err
+    two = command(harvested, tmp_path / "two", "devices=2")
+    out, err = two.communicate(timeout=200)
+    assert two.returncode == 0, err
+    found, wanted = (json.loads(text.splitlines()[-1]) for text in (out, alone))
+    # validation and test metrics of one fit's weights, found by two processes and by one
+    module = SourceModule.load_from_checkpoint(tmp_path / "two" / "best.ckpt", weights_only=True)
+    assert found == pytest.approx({**wanted, **measure(module, data_of(harvested), 1)}, abs=1e-6)
+    assert {"val/mass", "test/recall", "test/loss"} <= set(found)
+    # and the fit itself: the same batches, the same gradients, the same loss of each epoch
+    first, second = last(tmp_path / "one"), last(tmp_path / "two")
+    same(last(undisturbed)["state_dict"], first["state_dict"])
+    del first["state_dict"]["predictor.score.bias"]  # no map depends on it, and Adam makes steps of its rounding
+    for name, weights in first["state_dict"].items():
+        torch.testing.assert_close(second["state_dict"][name], weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_both_processes_and_one_process_can_go_on(
+    harvested: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    settings = "max_epochs=400", "patience=400"
+    stopped = command(harvested, tmp_path, "devices=2", *settings)
+    wait_for_epochs(tmp_path, 2, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    said = stopped.communicate(timeout=60)[1]
+    assert stopped.returncode == 143 and "the fit is kept in" in said, said
+    epochs = last(tmp_path)["callbacks"]["_Keeper"]["epochs"]
+    assert 2 <= epochs < 400
+    resumed = command(harvested, tmp_path, *settings)
+    wait_for_epochs(tmp_path, epochs + 1, resumed)
+    resumed.send_signal(signal.SIGTERM)
+    assert "goes on from" in resumed.communicate(timeout=60)[0]
