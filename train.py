@@ -104,6 +104,7 @@ def chain(config: TrainConfig, tracker: MLFlowLogger) -> None:
         config.trainer.num_workers,
         seed=config.seed,
         cache=config.trainer.cache,
+        stream_from=config.trainer.stream_from,
     )
     fit = fit_predictor(config, scr, data, tracker)
     step(4, "export: the predictor folder, calibrated, reloaded and compared")
@@ -168,7 +169,7 @@ def fit_predictor(config: TrainConfig, scr: SCRConfig, data: ShardDataModule, tr
     trainer = config.trainer
     module = SourceModule(data.hidden_size, **config.fitting)
     count = module.predictor.count_parameters()
-    print(f"{count:,} parameters, rank {module.predictor.config.rank}; {len(data.rows('train')):,} training maps")
+    print(f"{count:,} parameters, rank {module.predictor.config.rank}; {data.count('train'):,} training maps")
     tracker.log_metrics({"predictor/parameters": count})
     module.compute_statistics(data.train_dataloader())
     fitted = fit(

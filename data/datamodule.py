@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from data.shards import SPLITS, Sample, ShardReader, read_index
+from data.stream import StreamedRows
 
-CACHES = ("auto", "device", "memory", "none")
+CACHES = ("auto", "device", "memory", "none", "stream")
 
 
 class Batch(TypedDict):
@@ -227,6 +228,24 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
+class StreamedBatches:
+    """Batches of a stream.
+
+    Attributes:
+        sampler: what makes the order; Lightning calls its `set_epoch`.
+    """
+
+    def __init__(self, rows: StreamedRows) -> None:
+        self.sampler = rows
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for rows in self.sampler:
+            yield as_batch(stack_rows(rows), rows[0][0].grid, [sample.key for sample, _ in rows], 1.0)
+
+
 class ShardDataModule(pl.LightningDataModule):
     """Train, validation and test batches (`Batch`) of a finished harvest.
 
@@ -235,18 +254,22 @@ class ShardDataModule(pl.LightningDataModule):
         device    every tensor lives on the accelerator that the fit runs on; outside of a fit, in memory
         memory    every tensor is copied into memory once
         none      each batch is read through memory maps
+        stream    the train split is read tar by tar, in an order of its own (data/stream.py); the other splits, which
+                  are small, as by auto
 
     Args:
         directory: folder of the harvest.
         batch_size: rows (maps) per batch.
         num_workers: processes that read shards; of no use, and therefore not started, unless the cache is none.
         seed: of the shuffle.
-        cache: device, memory, none, or auto: the first of these that the shards fit into.
+        cache: device, memory, none, stream, or auto: the first of the first three that the shards fit into.
         memory_limit: bytes of shards that auto may keep in memory; by default a quarter of this machine's.
+        stream_from: where the train tars of a stream are, with `{shard}` for a shard's name: a path, an http(s)
+            URL, or `pipe:` and a command that writes the tar to its output; None: the directory.
 
     Raises:
         UnfinishedHarvestError: the folder has no index.
-        ValueError: an unknown cache.
+        ValueError: an unknown cache, or a source that is not one.
     """
 
     def __init__(
@@ -257,6 +280,7 @@ class ShardDataModule(pl.LightningDataModule):
         seed: int = 0,
         cache: str = "auto",
         memory_limit: int | None = None,
+        stream_from: str | None = None,
     ) -> None:
         super().__init__()
         if cache not in CACHES:
@@ -265,11 +289,18 @@ class ShardDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.index = read_index(self.directory)
-        self.bytes: int = sum(shard["bytes"] for shard in self.index["shards"])
+        self.streams = cache == "stream"
+        if stream_from is not None and not (self.streams and "{shard}" in stream_from):
+            raise ValueError(
+                f"trainer.stream_from={stream_from!r}: it needs trainer.cache=stream, and {{shard}} in it"
+            )
+        self._stream_from = stream_from
+        held = [shard for shard in self.index["shards"] if not (self.streams and shard["split"] == "train")]
+        self.bytes: int = sum(shard["bytes"] for shard in held)
         self._limit = limit = _quarter_of_memory() if memory_limit is None else memory_limit
         fits = self.bytes <= limit
-        self.in_memory = fits if cache == "auto" else cache != "none"
-        self.num_workers = 0 if self.in_memory else num_workers
+        self.in_memory = fits if cache in ("auto", "stream") else cache != "none"
+        self.num_workers = 0 if self.in_memory and not self.streams else num_workers
         self._cache = cache
         self._rows: dict[tuple[str, torch.device | None], ShardRows] = {}
         self._device: torch.device | None = None  # where the running fit keeps its rows
@@ -277,7 +308,9 @@ class ShardDataModule(pl.LightningDataModule):
         way = "kept in memory" if self.in_memory else "read through memory maps"
         size = f"{self.bytes / 1e6:,.1f} MB"
         why = f"{size} are {'within' if fits else 'over'} the limit of {limit / 1e6:,.0f} MB"
-        _say(f"{size} in {self.directory}, {way}: {why if cache == 'auto' else f'trainer.cache={cache}'}")
+        if self.streams:
+            _say(f"trainer.cache=stream: the train split is read from {stream_from or self.directory} shard by shard")
+        _say(f"{size} in {self.directory}, {way}: {why if cache in ('auto', 'stream') else f'trainer.cache={cache}'}")
 
     @property
     def fingerprint(self) -> str:
@@ -287,12 +320,17 @@ class ShardDataModule(pl.LightningDataModule):
     @property
     def identity(self) -> dict[str, Any]:
         """What determines the batches and their order; caches, workers and processes do not."""
-        return {"fingerprint": self.fingerprint, "batch_size": self.batch_size, "seed": self.seed}
+        identity = {"fingerprint": self.fingerprint, "batch_size": self.batch_size, "seed": self.seed}
+        return identity | ({"stream": True} if self.streams else {})
 
     @property
     def hidden_size(self) -> int:
         """Width d of the states."""
-        return self.rows("train")[Part([0])]["states"].shape[-1]
+        return self.rows("validation" if self.streams else "train")[Part([0])]["states"].shape[-1]
+
+    def count(self, split: str) -> int:
+        """Rows (maps) of a split."""
+        return sum(shard["rows"] for shard in self.index["shards"] if shard["split"] == split)
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the epoch, for a checkpoint of the fit."""
@@ -320,11 +358,16 @@ class ShardDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Opens (and loads) what a stage needs: fit, validate or test."""
         processes = self.trainer.num_devices if self.trainer else 1
-        if self._cache == "auto" and self.in_memory and processes > 1 and processes * self.bytes > self._limit:
+        if (
+            self._cache in ("auto", "stream")
+            and self.in_memory
+            and processes > 1
+            and processes * self.bytes > self._limit
+        ):
             self.in_memory = False
             _say(f"{processes} processes would each keep {self.bytes / 1e6:,.1f} MB: read through memory maps instead")
         self._device = self._choose_device() if stage == "fit" else None
-        needed = {"fit": SPLITS[:2], "validate": SPLITS[1:2], "test": SPLITS[2:]}
+        needed = {"fit": SPLITS[self.streams : 2], "validate": SPLITS[1:2], "test": SPLITS[2:]}
         for split in needed.get(stage, ()):
             self.rows(split, self._device)
 
@@ -343,7 +386,7 @@ class ShardDataModule(pl.LightningDataModule):
             return None
         if self._cache == "device":
             return device
-        if self._cache != "auto" or device.type != "cuda":
+        if self._cache not in ("auto", "stream") or device.type != "cuda":
             return None
         free, _ = torch.cuda.mem_get_info(device)
         fits = self.bytes <= free // 2
@@ -354,23 +397,36 @@ class ShardDataModule(pl.LightningDataModule):
         )
         return device if fits else None
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Batch] | StreamedBatches:
         """Shuffled batches of the train split."""
         return self.loader("train", shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Batch] | StreamedBatches:
         """Batches of the validation split, in order."""
         return self.loader("validation")
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> DataLoader[Batch] | StreamedBatches:
         """Batches of the test split, in order."""
         return self.loader("test")
 
-    def loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
-        """Batches of any split."""
-        rows = self.rows(split, self._device)
+    def loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch] | StreamedBatches:
+        """Batches of any split; those of a stream are shuffled in any case."""
         rank, ranks = _rank()
         start = self._start if shuffle else (0, 0)
+        if self.streams and split == "train":
+            return StreamedBatches(
+                StreamedRows(
+                    self.directory,
+                    self.batch_size,
+                    self.seed,
+                    source=self._stream_from,
+                    num_workers=self.num_workers,
+                    rank=rank,
+                    ranks=ranks,
+                    start=start,
+                )
+            )
+        rows = self.rows(split, self._device)
         return DataLoader(
             rows,
             sampler=GridBatches(rows.grids, self.batch_size, shuffle, self.seed, rank, ranks, start),  # type: ignore[arg-type]

@@ -69,7 +69,7 @@ def test_the_cache_can_be_chosen(harvested: Path, capsys: pytest.CaptureFixture[
     assert ShardDataModule(harvested, cache="memory", memory_limit=0).in_memory
     assert not ShardDataModule(harvested, cache="none").in_memory
     assert "read through memory maps: trainer.cache=none" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"trainer\.cache='gpu': use auto, device, memory, none"):
+    with pytest.raises(ValueError, match=r"trainer\.cache='gpu': use auto, device, memory, none, stream"):
         ShardDataModule(harvested, cache="gpu")
 
 
@@ -90,7 +90,7 @@ def test_rows_of_a_fit_live_on_its_device_and_go_with_it(
     kept: bool,
 ):
     module = ShardDataModule(harvested, cache=cache)
-    monkeypatch.setattr(module, "trainer", type("Trainer", (), {"strategy": _Strategy("cuda:0")})())
+    monkeypatch.setattr(module, "trainer", type("Trainer", (), {"strategy": _Strategy("cuda:0"), "num_devices": 1})())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 10**10))
     monkeypatch.setattr(module, "rows", lambda split, device=None: places.append((split, device)))
     places: list[Any] = []
@@ -107,10 +107,22 @@ def test_a_fit_on_the_cpu_keeps_the_rows_in_its_memory(
     harvested: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     module = ShardDataModule(harvested, cache="device")
-    monkeypatch.setattr(module, "trainer", type("Trainer", (), {"strategy": _Strategy("cpu")})())
+    monkeypatch.setattr(module, "trainer", type("Trainer", (), {"strategy": _Strategy("cpu"), "num_devices": 1})())
     module.setup("fit")
     assert module._device is None and "that is its memory" in capsys.readouterr().out
     assert next(iter(module.train_dataloader()))["states"].device.type == "cpu"
+
+
+@pytest.mark.parametrize(("devices", "limit", "kept"), [(1, 400_000, True), (2, 400_000, True), (8, 400_000, False)])
+def test_auto_counts_what_all_processes_of_a_fit_would_keep(
+    harvested: Path, monkeypatch: pytest.MonkeyPatch, devices: int, limit: int, kept: bool
+):
+    module = ShardDataModule(harvested, memory_limit=limit)
+    assert module.in_memory and 2 * module.bytes <= limit < 8 * module.bytes
+    trainer = type("Trainer", (), {"strategy": _Strategy("cpu"), "num_devices": devices})()
+    monkeypatch.setattr(module, "trainer", trainer)
+    module.setup("fit")
+    assert module.in_memory == kept
 
 
 def test_workers_read_the_same_rows(harvested: Path):

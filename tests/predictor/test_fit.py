@@ -48,7 +48,7 @@ def harvested(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(harvested: Path, folder: Path, **settings: Any) -> Fitted:
-    data = data_of(harvested)
+    data = data_of(harvested, **settings.pop("data", {}))
     settings = {"max_epochs": EPOCHS, "patience": EPOCHS, "gradient_clip": 1.0, "logger": False} | settings
     return fit(module_of(data, settings.pop("seed", 0)), data, folder, accelerator="cpu", **settings)
 
@@ -104,6 +104,15 @@ def test_sigterm_keeps_the_fit_and_resuming_ends_like_an_undisturbed_one(
     assert "goes on from" in capsys.readouterr().out
     same(last(undisturbed), last(tmp_path))
     assert fitted.epochs == EPOCHS
+
+
+def test_a_stream_goes_on_where_it_was(harvested: Path, tmp_path: Path) -> None:
+    streamed = {"data": {"cache": "stream"}}
+    run(harvested, tmp_path / "whole", **streamed)
+    with pytest.raises(Preempted):
+        run(harvested, tmp_path / "cut", callbacks=[Stop(8)], **streamed)
+    run(harvested, tmp_path / "cut", resume=True, **streamed)
+    same(last(tmp_path / "whole"), last(tmp_path / "cut"))
 
 
 def test_patience_ends_a_fit_and_is_kept_when_it_was_killed_after_its_last_epoch(
