@@ -24,12 +24,13 @@ FAMILIES = (
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 STATES_DTYPES = ("float16", "bfloat16", "float32", "int8")
 PROMPT_KINDS = ("present", "random", "popular", "adversarial", "caption")
-CACHES = ("auto", "device", "memory", "none")
+CACHES = ("auto", "device", "memory", "none", "stream")
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 CONNECTIVITIES = (4, 8)
 LOSSES = ("kl", "bce", "mse_log")
 ENGINES = ("local", "ray")
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
+PRECISIONS = ("32-true", "bf16-mixed")
 
 
 @dataclass(frozen=True)
@@ -340,9 +341,30 @@ class TrainerConfig:
     """Processes that read shards; 0 reads in the main process."""
     cache: str = _key("auto", choices=CACHES)
     """Where shards are kept during the fit: on the device, in memory, or none: read from disk batch by batch. auto
-    takes the first that they fit into, and says why."""
+    takes the first that they fit into, and says why. stream reads the train split tar by tar, in an order of its
+    own: for sets that no disk of this machine holds."""
+    stream_from: str | None = None
+    """Where the train tars of a stream are, with {shard} for a shard's name: a path, an http(s) URL, or pipe: and a
+    command; null means the harvest's folder, where index, sidecars and the other splits are in any case."""
     accelerator: str = _key(choices=ACCELERATORS)
     """Where the fit runs, in Lightning's words."""
+    devices: int = _count(1)
+    """Processes of the fit, each with a device of its own; they share each batch, so that results stay the same."""
+    precision: str = _key("32-true", choices=PRECISIONS)
+    """Number format of the fit: float32, or bfloat16 where torch's autocast allows it."""
+    resume: bool = True
+    """Go on with an interrupted fit of the same settings, data and seed; false starts it anew. A fit that came to its
+    end is always fitted anew."""
+
+    def check(self) -> Iterator[Problem]:
+        """A source belongs to a stream, and names its shards."""
+        if self.stream_from is not None and self.cache != "stream":
+            yield Problem(
+                "stream_from", self.stream_from, "needs trainer.cache=stream", hint="Add trainer.cache=stream."
+            )
+        elif self.stream_from is not None and "{shard}" not in self.stream_from:
+            legal = "for instance https://host/folder/{shard}.tar"
+            yield Problem("stream_from", self.stream_from, "does not say where the shard's name goes", legal)
 
 
 @dataclass(kw_only=True)

@@ -27,7 +27,7 @@ class SourceModule(pl.LightningModule):
 
     A batch is `{"states": [B, N, d] 16 or 32 bit, "attention": [B, N] float32, "question": [B, d],
     "grid": (rows, columns), "key": [B] str}`, one row for each (image, prompt). Rows of one batch share a
-    grid.
+    grid. `"weight"`, if it is there, is what the batch's loss counts (among several processes, 1 on average).
 
     Logged, once an epoch: `train/loss`; `val/loss` and `val/<metric>`; `test/loss` and `test/<metric>`, for
     every name in `predictor.metrics.METRICS`. Choose checkpoints by the largest `val/mass`.
@@ -99,6 +99,7 @@ class SourceModule(pl.LightningModule):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_fraction = warmup_fraction
+        self._train_loss = torch.zeros(2)  # of the epoch: sum over rows, rows
         self.val_metrics = SourceMetrics()
         self.test_metrics = SourceMetrics(keep_rows=True)
         self.test_rows: dict[str, np.ndarray] = {}
@@ -151,8 +152,30 @@ class SourceModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the loss of a batch."""
         loss, scores, _, _ = self._loss_and_scores(batch)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(scores))
-        return loss
+        weight = batch.get("weight", 1.0)
+        rows = len(scores) * (weight > 0)
+        self._train_loss = self._train_loss.to(loss.device) + torch.stack(
+            [loss.detach() * rows, loss.new_tensor(rows)]
+        )
+        return loss * weight
+
+    def on_train_epoch_end(self) -> None:
+        """Logs the mean loss over the epoch's rows, of all processes, and from before an interruption."""
+        total, rows = self._over_processes(self._train_loss)
+        self.log("train/loss", total / rows, prog_bar=True)
+        self._train_loss = torch.zeros(2)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the loss of the epoch that is running."""
+        checkpoint["train_loss"] = self._over_processes(self._train_loss)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on with the loss of the epoch that was running."""
+        if "train_loss" in checkpoint and self.global_rank == 0:
+            self._train_loss = checkpoint["train_loss"]
+
+    def _over_processes(self, values: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(values.to(self.device, copy=True), reduce_op="sum")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collects loss and metrics."""

@@ -8,6 +8,7 @@ from configs import ConfigError, TrainConfig, load_config, schema
 from configs.load import CONFIGS
 from configs.schema import Rule
 from data import datamodule, questions, shards, vlm
+from predictor import fit
 from predictor.losses import LOSSES
 from scr_runtime import PredictorConfig, SCRConfig
 from scr_runtime.families import FAMILIES
@@ -30,6 +31,10 @@ def test_prompts_and_caches_are_those_of_the_data():
     assert schema.PROMPT_KINDS == questions.PROMPT_KINDS
     assert tuple(schema.HarvestConfig().prompts) == questions.DEFAULT_MIX
     assert schema.CACHES == datamodule.CACHES
+
+
+def test_precisions_are_those_of_the_fit():
+    assert schema.PRECISIONS == fit.PRECISIONS
 
 
 @pytest.mark.parametrize("model", sorted(path.stem for path in CONFIGS.glob("model/*.yaml")))

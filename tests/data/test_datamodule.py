@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from data.datamodule import GridBatches, ShardDataModule
+from data.datamodule import GridBatches, Part, ShardDataModule
 from data.errors import UnfinishedHarvestError
 from data.images import CocoImages
 from data.shards import ShardReader, ShardWriter, write_index
@@ -69,7 +69,7 @@ def test_the_cache_can_be_chosen(harvested: Path, capsys: pytest.CaptureFixture[
     assert ShardDataModule(harvested, cache="memory", memory_limit=0).in_memory
     assert not ShardDataModule(harvested, cache="none").in_memory
     assert "read through memory maps: trainer.cache=none" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"trainer\.cache='gpu': use auto, device, memory, none"):
+    with pytest.raises(ValueError, match=r"trainer\.cache='gpu': use auto, device, memory, none, stream"):
         ShardDataModule(harvested, cache="gpu")
 
 
@@ -90,7 +90,7 @@ def test_rows_of_a_fit_live_on_its_device_and_go_with_it(
     kept: bool,
 ):
     module = ShardDataModule(harvested, cache=cache)
-    monkeypatch.setattr(module, "trainer", type("Trainer", (), {"strategy": _Strategy("cuda:0")})())
+    monkeypatch.setattr(module, "trainer", type("Trainer", (), {"strategy": _Strategy("cuda:0"), "num_devices": 1})())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 10**10))
     monkeypatch.setattr(module, "rows", lambda split, device=None: places.append((split, device)))
     places: list[Any] = []
@@ -107,10 +107,22 @@ def test_a_fit_on_the_cpu_keeps_the_rows_in_its_memory(
     harvested: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     module = ShardDataModule(harvested, cache="device")
-    monkeypatch.setattr(module, "trainer", type("Trainer", (), {"strategy": _Strategy("cpu")})())
+    monkeypatch.setattr(module, "trainer", type("Trainer", (), {"strategy": _Strategy("cpu"), "num_devices": 1})())
     module.setup("fit")
     assert module._device is None and "that is its memory" in capsys.readouterr().out
     assert next(iter(module.train_dataloader()))["states"].device.type == "cpu"
+
+
+@pytest.mark.parametrize(("devices", "limit", "kept"), [(1, 400_000, True), (2, 400_000, True), (8, 400_000, False)])
+def test_auto_counts_what_all_processes_of_a_fit_would_keep(
+    harvested: Path, monkeypatch: pytest.MonkeyPatch, devices: int, limit: int, kept: bool
+):
+    module = ShardDataModule(harvested, memory_limit=limit)
+    assert module.in_memory and 2 * module.bytes <= limit < 8 * module.bytes
+    trainer = type("Trainer", (), {"strategy": _Strategy("cpu"), "num_devices": devices})()
+    monkeypatch.setattr(module, "trainer", trainer)
+    module.setup("fit")
+    assert module.in_memory == kept
 
 
 def test_workers_read_the_same_rows(harvested: Path):
@@ -120,10 +132,10 @@ def test_workers_read_the_same_rows(harvested: Path):
 
 
 def test_shuffle_is_a_new_permutation_per_epoch_and_the_same_per_seed():
-    def epoch(seed: int, number: int) -> list[list[int]]:
+    def epoch(seed: int, number: int) -> list[Sequence[int]]:
         sampler = GridBatches([(2, 2)] * 50, 8, shuffle=True, seed=seed)
         sampler.set_epoch(number)
-        return list(sampler)
+        return [part.numbers for part in sampler]
 
     assert epoch(0, 3) == epoch(0, 3)
     assert epoch(0, 3) != epoch(0, 4) and epoch(0, 3) != epoch(1, 3)
@@ -131,10 +143,60 @@ def test_shuffle_is_a_new_permutation_per_epoch_and_the_same_per_seed():
     assert len(GridBatches([(2, 2)] * 50, 8, shuffle=True)) == len(epoch(0, 0)) == 7
 
 
+MIXED = [(2, 2), (3, 2), (2, 2), (2, 3), (3, 2)] * 7 + [(4, 4)]  # one batch has a single row
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_batches_of_one_process(ranks: int):
+    whole = list(GridBatches(MIXED, 4, shuffle=True, seed=1))
+    shares = [list(GridBatches(MIXED, 4, shuffle=True, seed=1, rank=rank, ranks=ranks)) for rank in range(ranks)]
+    assert [len(share) for share in shares] == [len(whole)] * ranks
+    for batch, *parts in zip(whole, *shares, strict=True):
+        counted = [row for part in parts if part.weight for row in part.numbers]
+        assert sorted(counted) == sorted(batch.numbers)
+        assert all(part.numbers for part in parts)
+        # the mean over ranks of (weight x mean over own rows) is the mean over the batch's rows
+        mean = sum(part.weight * sum(part.numbers) / len(part.numbers) for part in parts) / ranks
+        assert mean == pytest.approx(sum(batch.numbers) / len(batch.numbers))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_in_order_each_row_belongs_to_one_rank(ranks: int):
+    samplers = [GridBatches(MIXED, 4, shuffle=False, rank=rank, ranks=ranks) for rank in range(ranks)]
+    parts = [part for sampler in samplers for part in sampler]
+    assert all(part.weight == 1 and len({MIXED[row] for row in part.numbers}) == 1 for part in parts)
+    assert sorted(row for part in parts for row in part.numbers) == list(range(len(MIXED)))
+    assert [len(list(sampler)) for sampler in samplers] == [len(sampler) for sampler in samplers]
+
+
+def test_an_epoch_can_begin_in_its_middle():
+    whole = GridBatches(MIXED, 4, shuffle=True, seed=1)
+    whole.set_epoch(3)
+    cut = GridBatches(MIXED, 4, shuffle=True, seed=1, start=(3, 5))
+    assert list(cut) == list(whole)[5:] and len(cut) == len(whole)
+    for sampler in (whole, cut):
+        sampler.set_epoch(4)
+    assert list(cut) == list(whole)
+
+
+def test_grids_of_any_order_are_gathered_from_memory_as_from_disk(tmp_path: Path):
+    with ShardWriter(tmp_path, "train-00000", "settings") as writer:
+        for number in range(9):
+            sample = make_sample(number, prompts=1 + number % 3)
+            writer.write(type(sample)(**{**sample.__dict__, "grid": (3, 2) if number % 2 else (2, 3)}))
+    write_index(tmp_path, {"train": ["train-00000"]}, {}, {})
+    held, mapped = (ShardDataModule(tmp_path, batch_size=4, cache=cache) for cache in ("memory", "none"))
+    pairs = list(zip(held.train_dataloader(), mapped.train_dataloader(), strict=True))
+    assert sum(len(batch["key"]) for batch, _ in pairs) == 18
+    for one, other in pairs:
+        assert one.keys() == other.keys() and one["key"] == other["key"] and one["grid"] == other["grid"]
+        assert all(torch.equal(one[name], other[name]) for name in ("states", "attention", "question"))
+
+
 def test_batches_never_mix_grids():
-    grids = [(2, 2), (3, 2), (2, 2), (2, 3), (3, 2)] * 4
+    grids = MIXED[:20]
     sampler = GridBatches(grids, 3, shuffle=True)
-    batches = list(sampler)
+    batches = [part.numbers for part in sampler]
     assert all(len({grids[row] for row in batch}) == 1 for batch in batches)
     assert sorted(row for batch in batches for row in batch) == list(range(20)) and len(batches) == len(sampler)
 
@@ -148,7 +210,7 @@ def test_a_batch_of_two_grids_is_refused(tmp_path: Path):
     module = ShardDataModule(tmp_path)
     assert [batch["grid"] for batch in module.loader("train")] == [(2, 3), (3, 2)]
     with pytest.raises(ValueError, match=r"rows of one grid, got \[\(2, 3\), \(3, 2\)\]"):
-        module.rows("train")[[0, 2]]
+        module.rows("train")[Part([0, 2])]
 
 
 def test_width_and_fingerprint_are_told(harvested: Path):

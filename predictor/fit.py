@@ -1,0 +1,309 @@
+"""The fit itself: a Lightning Trainer that can be stopped at any moment and goes on as if it never had been.
+
+    folder/best.ckpt    the epoch of largest val/mass so far
+    folder/last.ckpt    where to go on: weights, optimiser, schedule, patience, and the place in the epoch
+    folder/fit.json     what is fitted to what, and whether it has come to its end
+
+Checkpoints are written beside their name, synced and renamed: a kill at any moment leaves the old one or the new one.
+docs/fit.md is the guide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint, EarlyStopping
+from pytorch_lightning.plugins.environments import LightningEnvironment  # pyright: ignore[reportPrivateImportUsage]
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch.multiprocessing.spawn import ProcessRaisedException
+from tqdm.auto import tqdm
+
+from predictor.module import SourceModule
+
+MONITOR = "val/mass"
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+class Preempted(Exception):  # noqa: N818 - like KeyboardInterrupt, it is no error
+    """SIGTERM came; `last.ckpt` is on the disk, and `fit(..., resume=True)` goes on from it."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fit that came to its end.
+
+    Attributes:
+        module: the best epoch's, on the CPU, in evaluation mode.
+        best: its checkpoint.
+        score: its `val/mass`.
+        epochs: epochs in all, those before an interruption included.
+        seconds: wall time of this call.
+    """
+
+    module: SourceModule
+    best: Path
+    score: float
+    epochs: int
+    seconds: float
+
+
+def fit(
+    module: SourceModule,
+    data: pl.LightningDataModule,
+    folder: Path,
+    *,
+    logger: Any,
+    max_epochs: int,
+    patience: int,
+    gradient_clip: float | None,
+    accelerator: str = "auto",
+    devices: int = 1,
+    precision: str = "32-true",
+    resume: bool = False,
+    callbacks: Sequence[pl.Callback] = (),
+) -> Fitted:
+    """Fits a module, and returns it as it was in the epoch of largest `val/mass`.
+
+    With several devices, this process starts one process for each (they import the main module anew, so an entry
+    point needs its `if __name__ == "__main__":`); module, logger and callbacks have to survive pickling.
+
+    Args:
+        module: with its statistics (`compute_statistics`).
+        data: train and validation batches; its `identity` names everything that determines them.
+        folder: where checkpoints go; made if need be. Those of an earlier fit in it are replaced.
+        logger: Lightning's logger, or False.
+        max_epochs: epochs at most; the learning rate ends there.
+        patience: epochs without a better score before the fit stops.
+        gradient_clip: largest norm of the gradient; None never clips.
+        accelerator: in Lightning's words: auto, cpu, gpu or mps.
+        devices: processes, each with a device of its own. Batches are split among them, so that they change the speed
+            alone.
+        precision: "32-true", or "bf16-mixed": bfloat16 where torch's autocast allows it.
+        resume: go on from `last.ckpt`, if an earlier fit in the folder did not come to its end and had the same
+            settings, data and initial weights; otherwise say why not, and start anew.
+        callbacks: further Lightning callbacks.
+
+    Raises:
+        Preempted: SIGTERM came.
+        KeyboardInterrupt: Ctrl-C; the last whole epoch is in `last.ckpt`.
+        ValueError: unknown precision, or `val/mass` was never a number.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"trainer.precision={precision!r}: use {' or '.join(PRECISIONS)}")
+    started = time.perf_counter()
+    record = _Record(folder, _identity(module, data, max_epochs, patience, gradient_clip, precision))
+    last = record.begin(resume, logger)
+    stopping = EarlyStopping(MONITOR, mode="max", patience=patience)
+    keeper = _Keeper(folder, stopping)
+    trainer = pl.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        # spawned, not launched as commands: the caller's work before the fit is not done once per process
+        strategy="ddp_spawn" if devices > 1 else "auto",
+        use_distributed_sampler=False,  # batches are divided by the data module
+        plugins=[LightningEnvironment()],  # under Slurm too: its signals and restarts are handled here
+        default_root_dir=folder,
+        max_epochs=max_epochs,
+        gradient_clip_val=gradient_clip,
+        precision=precision,  # type: ignore[arg-type]
+        deterministic=True,
+        logger=logger,
+        callbacks=[*callbacks, stopping, keeper],
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )
+    with _sigterm(keeper.ask, trainer), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", ".*your dataloader is not resumable.*"
+        )  # the data module says where to go on
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=None if last is None else True)
+        except SIGTERMException as exception:  # before the first step
+            raise Preempted(f"SIGTERM, before a step was taken; what {folder} had is kept") from exception
+        except SystemExit as exception:  # Lightning's way to end after Ctrl-C
+            raise KeyboardInterrupt from exception
+        except ProcessRaisedException as exception:  # of a spawned process
+            if Preempted.__name__ not in str(exception):
+                raise
+            raise Preempted(f"SIGTERM: the fit is kept in {folder / 'last.ckpt'}") from exception
+    best = folder / "best.ckpt"
+    if not best.exists():
+        raise ValueError(f"{MONITOR} was not a number in any epoch: lower trainer.learning_rate")
+    kept = torch.load(folder / "last.ckpt", map_location="cpu", weights_only=True)["callbacks"][keeper.state_key]
+    record.end()
+    fitted = type(module).load_from_checkpoint(best, map_location="cpu", weights_only=True).eval()
+    return Fitted(fitted, best, kept["score"], kept["epochs"], time.perf_counter() - started)
+
+
+class _Keeper(Checkpoint):
+    """Writes `best.ckpt` and `last.ckpt` at the end of each epoch, and `last.ckpt` when SIGTERM has come.
+
+    Lightning runs checkpoint callbacks after all others, so that what they save holds the others' state of the epoch.
+    """
+
+    def __init__(self, folder: Path, stopping: EarlyStopping) -> None:
+        self.score = float("-inf")
+        self.epochs = 0
+        self._folder = folder
+        self._stopping = stopping
+        self._asked = False
+
+    def ask(self) -> None:
+        """Lets the fit end after the step (or the validation) that is running."""
+        self._asked = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"score": self.score, "epochs": self.epochs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.score, self.epochs = state_dict["score"], state_dict["epochs"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if _in_main_thread():  # Lightning's own handler talks to other processes out of turn
+            signal.signal(signal.SIGTERM, lambda *_: self.ask())
+        if self._stopping.wait_count >= self._stopping.patience:
+            trainer.should_stop = True  # killed after its last epoch
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx + 1 < trainer.num_training_batches and self._is_asked(trainer):
+            self._leave(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        score = float(trainer.callback_metrics[MONITOR])
+        self.epochs = trainer.current_epoch + 1
+        if score > self.score:
+            self.score = score
+            self._save(trainer, "best.ckpt")
+        if self._is_asked(trainer):
+            self._leave(trainer)
+        self._save(trainer, "last.ckpt")
+
+    def _is_asked(self, trainer: pl.Trainer) -> bool:
+        return self._asked if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(self._asked, False)
+
+    def _leave(self, trainer: pl.Trainer) -> None:
+        self._save(trainer, "last.ckpt")
+        raise Preempted(f"SIGTERM in epoch {trainer.current_epoch}: the fit is kept in {self._folder / 'last.ckpt'}")
+
+    def _save(self, trainer: pl.Trainer, name: str) -> None:
+        beside = self._folder / f"{name}.tmp"
+        trainer.save_checkpoint(beside)  # on every process, and written by the first
+        if trainer.is_global_zero:
+            _rename_synced(beside, self._folder / name)
+        trainer.strategy.barrier()
+
+
+class _Record:
+    """`fit.json`: what a folder's checkpoints belong to, and whether the fit came to its end."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._file = folder / "fit.json"
+        self._now = dict(identity)
+
+    def begin(self, resume: bool, logger: Any) -> Path | None:
+        """Clears the folder, or returns the checkpoint to go on from."""
+        earlier = self._read()
+        last = self._folder / "last.ckpt"
+        if earlier and not earlier["finished"] and resume and last.exists():
+            then = earlier["fit"]
+            changed = sorted(key for key in {*then, *self._now} if then.get(key) != self._now.get(key))
+            if not changed:
+                _say(f"goes on from {last}")
+                return last
+            differences = "; ".join(f"{key} was {then.get(key)!r}, is {self._now.get(key)!r}" for key in changed)
+            _say(f"the interrupted fit in {self._folder} had other settings, and this one starts anew: {differences}")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for name in ("best.ckpt", "last.ckpt", "best.ckpt.tmp", "last.ckpt.tmp"):
+            (self._folder / name).unlink(missing_ok=True)
+        self._write(finished=False, run=getattr(logger, "version", None))
+        return None
+
+    def end(self) -> None:
+        """Marks the fit as finished."""
+        self._write(finished=True, run=(self._read() or {}).get("run"))
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            record = json.loads(self._file.read_text())
+            return record if {"fit", "finished"} <= set(record) else None
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _write(self, finished: bool, run: Any) -> None:
+        beside = self._file.with_name("fit.json.tmp")
+        beside.write_text(json.dumps({"finished": finished, "run": run, "fit": self._now}, indent=1, default=str))
+        _rename_synced(beside, self._file)
+
+
+def _identity(
+    module: SourceModule,
+    data: Any,
+    max_epochs: int,
+    patience: int,
+    gradient_clip: float | None,
+    precision: str,
+) -> dict[str, Any]:
+    """What determines the fitted weights, as JSON keeps it. The seed is in the initial weights and in the data's."""
+    weights = hashlib.sha256()
+    for parameter in module.parameters():
+        weights.update(parameter.detach().cpu().numpy().tobytes())
+    settings = {
+        **module.hparams,
+        **{f"data.{name}": value for name, value in data.identity.items()},
+        "max_epochs": max_epochs,
+        "patience": patience,
+        "gradient_clip": gradient_clip,
+        "precision": precision,
+        "initial_weights": weights.hexdigest(),
+    }
+    return json.loads(json.dumps(settings, default=str))
+
+
+@contextlib.contextmanager
+def _sigterm(ask: Callable[[], None], trainer: pl.Trainer) -> Iterator[None]:
+    """SIGTERM asks this process's fit to end, or those of the processes that were started for it."""
+
+    def handler(*_: Any) -> None:
+        ask()
+        for process in getattr(trainer.strategy.launcher, "procs", []):
+            if process.is_alive() and process.pid != os.getpid():
+                os.kill(process.pid, signal.SIGTERM)
+
+    if not _in_main_thread():  # only there may a handler be set; Lightning then sets none either
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _rename_synced(beside: Path, target: Path) -> None:
+    with beside.open("rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(beside, target)
+
+
+def _say(message: str) -> None:
+    tqdm.write(f"fit: {message}")
