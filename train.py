@@ -220,6 +220,7 @@ def export(
         model=model,
         validation=data.val_dataloader(),
         target_fallback=config.predictor.target_fallback,
+        target_fidelity=config.predictor.target_fidelity,
         metrics={f"test/{name}": interval.mean for name, interval in fit.metrics.items()},
         provenance={
             "mlflow_run_id": tracker.run_id,
@@ -253,9 +254,7 @@ def tell(
     confidence = calibration_summary(exported.calibration, rows)
     figures = {
         "maps.png": maps_figure(config, processor, fit.module, scr),
-        "reliability.png": reliability_figure(
-            rows.raw, exported.calibration(rows.raw), rows.recall, exported.calibration.threshold
-        ),
+        "reliability.png": reliability_figure(exported.calibration, rows),
     }
     for name, figure in figures.items():
         figure.savefig(config.paths.reports / name, dpi=130)

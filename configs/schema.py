@@ -27,7 +27,10 @@ PROMPT_KINDS = ("present", "random", "popular", "adversarial", "caption")
 CACHES = ("auto", "device", "memory", "none", "stream")
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 CONNECTIVITIES = (4, 8)
-LOSSES = ("kl", "bce", "mse_log")
+LOSSES = ("kl", "bce", "mse_log", "lambdarank")
+POSITIONS = ("none", "linear", "fourier")
+QUESTIONS = ("none", "concat", "bilinear")
+CONTEXTS = ("none", "mean", "neighbourhood", "both")
 ENGINES = ("local", "ray")
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -302,21 +305,37 @@ class PredictorSection:
     """The source predictor and its objective."""
 
     rank: int | None = _key(low=1)
-    """Width of the first, factorised layer; null takes the largest that fits the budget."""
+    """Width of the first, factorised layer; null takes the one whose parameter count is nearest to the budget."""
     width: int = _count()
     """Hidden units of the second layer."""
     budget: int = _count()
-    """Trainable parameters allowed."""
-    position: bool
-    """Give the predictor row and column features of each patch."""
-    question: bool
-    """Give the predictor the pooled block-0 states of the question."""
-    context: bool
-    """Give the predictor the mean state of the image."""
+    """Trainable parameters to aim at."""
+    position: str = _key(choices=POSITIONS)
+    """What the predictor is told of a patch's place: none; linear: row, column and distance to the border; fourier:
+    their sines and cosines too."""
+    question: str = _key(choices=QUESTIONS)
+    """How the pooled states of the question enter: none; concat: beside the patch's; bilinear: as a gate on it."""
+    context: str = _key(choices=CONTEXTS)
+    """What is told of the other patches: none, the mean of the image, that of the 3 x 3 neighbourhood, or both."""
+    components: int = _count()
+    """Softmaxes whose mixture is the predicted map, as a real one is a mean over layers and heads; 1: a plain one."""
     loss: str = _key(choices=LOSSES)
-    """Objective: kl to the attention map (listwise), bce on top-K membership, mse_log on its logarithm."""
-    target_fallback: float = _key(low=0, high=1)
-    """Share of the maps, those of lowest confidence, that mode "auto" hands to the diagnostic run."""
+    """Objective: kl to the attention map (listwise), bce on top-K membership, mse_log on its logarithm, lambdarank
+    on the order of its top K."""
+    target_fallback: float | None = _key(low=0, high=1)
+    """Share of the maps, those of lowest confidence, that mode "auto" hands to the diagnostic run; null if
+    target_fidelity decides."""
+    target_fidelity: float | None = _key(None, low=0, high=1)
+    """Instead of target_fallback: expected share of true sources that the maps which stay one-pass have on average."""
+
+    def check(self) -> Iterator[Problem]:
+        """One target chooses auto's threshold."""
+        if (self.target_fallback is None) == (self.target_fidelity is None):
+            both = self.target_fallback is not None
+            reason = "with target_fallback set too, there are two targets" if both else "there is no target"
+            hint = "Add predictor.target_fallback=null." if both else "Set it, or predictor.target_fallback."
+            involved = ("predictor.target_fallback",)
+            yield Problem("target_fidelity", self.target_fidelity, reason, hint=hint, involves=involved)
 
 
 @dataclass(kw_only=True)
@@ -512,7 +531,7 @@ class TrainConfig:
     @property
     def fitting(self) -> dict[str, Any]:
         """Keyword arguments of `predictor.module.SourceModule`, all but the width of the states."""
-        network = ("rank", "width", "budget", "position", "question", "context", "loss")
+        network = ("rank", "width", "budget", "position", "question", "context", "components", "loss")
         schedule = ("learning_rate", "weight_decay", "warmup_fraction")
         return {
             **{key: getattr(self.predictor, key) for key in network},

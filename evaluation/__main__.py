@@ -15,7 +15,7 @@ from data.errors import DataError
 from data.harvest import held_out_images
 from data.vlm import load_vlm
 from evaluation import report
-from evaluation.compare import compare
+from evaluation.compare import compare, measure_reference
 from scr_runtime import SCRConfig
 from scr_runtime.errors import SCRError
 
@@ -23,17 +23,24 @@ from scr_runtime.errors import SCRError
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the comparison and prints its table; returns the exit code."""
     config = parse_cli(TrainConfig, argv=argv, prog="python -m evaluation", description=__doc__ or "")
-    paths, settings = config.paths, dataclasses.asdict(config.evaluation)
+    paths = config.paths
     try:
         model, processor = load_vlm(**config.model.loading)
-        comparison = compare(
+        reference = measure_reference(
             model,
             processor,
-            paths.predictor,
             SCRConfig(**dataclasses.asdict(config.model.scr)),
             held_out_images(config),
-            num_images=settings.pop("images"),
-            **settings,
+            num_images=config.evaluation.images,
+            questions_per_image=config.evaluation.questions_per_image,
+            batch_size=config.evaluation.batch_size,
+            seed=config.evaluation.seed,
+        )
+        comparison = compare(
+            reference,
+            paths.predictor,
+            bootstrap=config.evaluation.bootstrap,
+            latency_repeats=config.evaluation.latency_repeats,
         )
     except (DataError, SCRError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,13 +7,13 @@ says "no" more often. So every comparison carries the same edit on random source
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scr_runtime import SCR, ImageReport, PredictorConfig, SCRConfig, SourcePredictor, load_predictor
 
@@ -46,7 +46,11 @@ class GivenSources(SourcePredictor):
     """
 
     def __init__(self, hidden_size: int) -> None:
-        super().__init__(PredictorConfig(hidden_size, rank=1, width=1, question=False, context=False, position=False))
+        super().__init__(
+            PredictorConfig(
+                hidden_size, rank=1, width=1, position="none", question="none", context="none", components=1
+            )
+        )
         self.sources: list[list[int]] = []
 
     def forward(self, states: Tensor, grid: tuple[int, int], question: Tensor | None = None) -> Tensor:
@@ -62,25 +66,28 @@ class Methods:
 
     Args:
         model: A supported model in eval mode, without an SCR attached.
-        predictor: A predictor folder, or a loaded predictor.
         config: The method's settings.
+        predictor: A predictor folder, or a loaded predictor; without it there is no one-pass and no auto.
         seed: Of the uniform control.
     """
 
-    names = (VANILLA, TWO_PASS, ONE_PASS, AUTO, UNIFORM, SWAPPED)
-
     def __init__(
-        self, model: nn.Module, predictor: str | Path | SourcePredictor, config: SCRConfig, seed: int = 0
+        self,
+        model: Any,
+        config: SCRConfig,
+        predictor: str | Path | SourcePredictor | None = None,
+        seed: int = 0,
     ) -> None:
-        loaded = predictor if isinstance(predictor, SourcePredictor) else load_predictor(predictor)
-        self._given = GivenSources(loaded.config.hidden_size)
+        self._given = GivenSources(model.config.get_text_config().hidden_size)
         self._runtimes = {
             TWO_PASS: SCR(model, config=config, mode="two-pass"),
-            ONE_PASS: SCR(model, config=config, mode="one-pass", predictor=loaded),
-            AUTO: SCR(model, config=config, mode="auto", predictor=loaded),
             UNIFORM: SCR(model, config=config, mode="uniform", seed=seed),
             SWAPPED: SCR(model, config=config, mode="one-pass", predictor=self._given),
         }
+        if predictor is not None:
+            loaded = predictor if isinstance(predictor, SourcePredictor) else load_predictor(predictor)
+            self._runtimes[ONE_PASS] = SCR(model, config=config, mode="one-pass", predictor=loaded)
+            self._runtimes[AUTO] = SCR(model, config=config, mode="auto", predictor=loaded)
 
     @contextmanager
     def applied(self, name: str) -> Iterator[SCR | None]:
@@ -92,19 +99,22 @@ class Methods:
             yield scr
 
     @torch.no_grad()
-    def logits(self, model: Any, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[ImageReport]]]:
-        """Runs one batch, one image a row, under every method.
+    def logits(
+        self, model: Any, inputs: Mapping[str, Any], names: Sequence[str]
+    ) -> tuple[dict[str, Tensor], dict[str, list[ImageReport]]]:
+        """Runs one batch, one image a row, under the named methods.
 
         Args:
             model: The model.
             inputs: Its inputs, on its device.
+            names: Methods in the order of their runs; two-pass has to come before swapped, which takes its sources.
 
         Returns:
             Per method, [B, V] float32 logits after the last token, and the reports of its prefill.
         """
         logits: dict[str, Tensor] = {}
         reports: dict[str, list[ImageReport]] = {}
-        for name in self.names:
+        for name in names:
             if name == SWAPPED:  # each row gets the sources of the row before it
                 found = [report.sources for report in reports[TWO_PASS]]
                 self._given.sources = found[-1:] + found[:-1]

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from data.images import CocoImages
 from data.questions import STRATEGIES, Question, count_objects, pope_questions
 from data.vlm import chat_inputs
-from evaluation.methods import AUTO, SHIFT, TWO_PASS, VANILLA, Methods
+from evaluation.methods import VANILLA, Methods
 from predictor.metrics import Interval, bootstrap_interval
+from scr_runtime import ImageReport
 
 Floats = NDArray[np.float64]
 
@@ -34,7 +35,8 @@ class Answers:
         splits: Strategy -> indices of its questions. Present objects belong to all strategies.
         margins: Method -> [Q] yes margin.
         entropy: [Q] normalised credit entropy of the image, before any edit.
-        fallback: Share of the questions that ``auto`` handed to the diagnostic run.
+        confidence: [Q] the predictor's expected share of true sources; zero where its drift guard trips.
+        fallback: Share of the questions that ``auto`` hands to the diagnostic run.
     """
 
     image: NDArray[np.int64]
@@ -42,6 +44,7 @@ class Answers:
     splits: dict[str, NDArray[np.int64]]
     margins: dict[str, Floats]
     entropy: Floats
+    confidence: Floats
     fallback: float
 
 
@@ -85,27 +88,36 @@ def yes_no_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return found[0], found[1]
 
 
-def ask(
-    model: Any,
-    processor: Any,
-    methods: Methods,
-    images: CocoImages,
-    image_ids: Sequence[int],
-    *,
-    questions_per_image: int,
-    batch_size: int,
-    seed: int,
-) -> Answers:
-    """Asks random, popular and adversarial questions under every method, batch by batch, methods interleaved.
+@dataclass(frozen=True)
+class Quiz:
+    """Which questions are asked.
+
+    Attributes:
+        questions: Each once, dealt so that neighbours are about different images.
+        splits: Strategy -> indices of its questions. Present objects belong to all strategies.
+    """
+
+    questions: list[Question]
+    splits: dict[str, NDArray[np.int64]]
+
+    @property
+    def image(self) -> NDArray[np.int64]:
+        """[Q] image id."""
+        return np.array([question.image_id for question in self.questions])
+
+    @property
+    def truth(self) -> NDArray[np.bool_]:
+        """[Q] whether the object is there."""
+        return np.array([question.label == "yes" for question in self.questions])
+
+
+def make_quiz(images: CocoImages, image_ids: Sequence[int], questions_per_image: int, seed: int) -> Quiz:
+    """Random, popular and adversarial questions.
 
     Args:
-        model: A supported model in eval mode.
-        processor: Its processor.
-        methods: What to compare.
         images: Held-out images with annotations.
         image_ids: Which of them.
         questions_per_image: Per strategy; half of them about present objects.
-        batch_size: Questions per forward, at least 2.
         seed: Chooses the questions.
     """
     counts = count_objects(images)
@@ -117,34 +129,50 @@ def ask(
         asked |= {(question.image_id, question.text): question for question in listed}
     questions = _deal(list(asked.values()))
     place = {(question.image_id, question.text): index for index, question in enumerate(questions)}
+    return Quiz(questions, {name: np.array([place[key] for key in keys]) for name, keys in members.items()})
+
+
+def ask(
+    model: Any,
+    processor: Any,
+    methods: Methods,
+    names: Sequence[str],
+    images: CocoImages,
+    quiz: Quiz,
+    batch_size: int,
+) -> tuple[dict[str, Floats], dict[str, list[ImageReport]]]:
+    """Asks every question under the named methods, batch by batch, methods interleaved.
+
+    Args:
+        model: A supported model in eval mode.
+        processor: Its processor.
+        methods: What can be compared.
+        names: Which of them are.
+        images: Held-out images with annotations.
+        quiz: The questions.
+        batch_size: Questions per forward, at least 2.
+
+    Returns:
+        Per method, the [Q] yes margins, and the report of each question's image; none for vanilla.
+    """
     yes, no = yes_no_tokens(processor.tokenizer)
-    margins: dict[str, list[float]] = {name: [] for name in methods.names}
-    entropy: list[float] = []
-    fallbacks = 0
-    with tqdm(total=len(questions), desc="evaluate", unit="question") as progress:
-        for start in range(0, len(questions), batch_size):
-            batch = questions[start : start + batch_size]
+    margins: dict[str, list[float]] = {name: [] for name in names}
+    reports: dict[str, list[ImageReport]] = {name: [] for name in names}
+    title = "evaluate" if len(names) > 1 else f"evaluate {names[0]}"
+    with tqdm(total=len(quiz.questions), desc=title, unit="question") as progress:
+        for start in range(0, len(quiz.questions), batch_size):
+            batch = quiz.questions[start : start + batch_size]
             pictures = {question.image_id: images.open(question.image_id) for question in batch}
             inputs = chat_inputs(
                 processor, [pictures[q.image_id] for q in batch], [question.text for question in batch]
             ).to(model.device, dtype=model.dtype)
-            logits, reports = methods.logits(model, inputs)
+            logits, found = methods.logits(model, inputs, names)
             for name, values in logits.items():
                 margin = values[:, yes].amax(-1) - values[:, no].amax(-1)
                 margins[name] += margin.double().tolist()
-            entropy += [report.entropy_normalised for report in reports[TWO_PASS]]
-            fallbacks += sum(report.fallback_reason is not None for report in reports[AUTO])
+                reports[name] += found[name]
             progress.update(len(batch))
-    arrays = {name: np.array(values) for name, values in margins.items()}
-    arrays[SHIFT] = arrays[VANILLA] + (arrays[TWO_PASS] - arrays[VANILLA]).mean()
-    return Answers(
-        image=np.array([question.image_id for question in questions]),
-        truth=np.array([question.label == "yes" for question in questions]),
-        splits={name: np.array([place[key] for key in keys]) for name, keys in members.items()},
-        margins=arrays,
-        entropy=np.array(entropy),
-        fallback=fallbacks / len(questions),
-    )
+    return {name: np.array(values) for name, values in margins.items()}, reports
 
 
 def score(answers: Answers, method: str, split: str, *, bootstrap: int, seed: int) -> Score:

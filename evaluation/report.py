@@ -32,6 +32,9 @@ _COLOURS = {
 }
 
 
+_TOLD = (0.1, 0.2, 0.3, 0.5)  # shares of fallback
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Aligns rows of text under their header: the first column left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -76,6 +79,12 @@ def answer_rows(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
+def hr_kept(comparison: Comparison, method: str) -> float:
+    """Share of two-pass's change of the adversarial hallucination rate that a method has too; NaN if there is none."""
+    target, mine = (comparison.scores[name, STRATEGIES[-1]].hr_change for name in (TWO_PASS, method))
+    return mine.mean / target.mean if mine is not None and target is not None and target.mean else float("nan")
+
+
 def reading(comparison: Comparison, *, embedded: bool) -> list[str]:
     """What the numbers show and what they do not, sentence by sentence."""
     split = STRATEGIES[-1]
@@ -97,6 +106,17 @@ def reading(comparison: Comparison, *, embedded: bool) -> list[str]:
         f"and {_share(auto.flips_followed)}, handing {comparison.answers.fallback:.0%} of the questions to the "
         f"diagnostic run. (Doing nothing agrees with two-pass on {one.agreement_of_vanilla:.1%} of all answers, so "
         "plain agreement says nothing.)",
+        f"Of two-pass's change of the adversarial HR one-pass keeps {_share(hr_kept(comparison, ONE_PASS))}"
+        + (
+            "."
+            if two.high < 0 or two.low > 0
+            else ", which says nothing while that change is not distinguishable from none."
+        ),
+        "With more fallback, auto follows with "
+        + ", ".join(f"r = {p.shift_correlation:.2f} at {p.share:.0%}" for p in comparison.curve if p.share in _TOLD)
+        + "; of the same shares drawn at random, "
+        + ", ".join(f"{p.shift_correlation_random:.2f}" for p in comparison.curve if p.share in _TOLD)
+        + ".",
         f"Credit entropy against vanilla's hallucination rate, over images: r = {comparison.entropy_correlation:.2f}.",
     ]
     if embedded:
@@ -115,10 +135,10 @@ def bullets(lines: Sequence[str], width: int = 110) -> str:
 
 
 def figure(comparison: Comparison) -> Figure:
-    """Left: change of HR by split with intervals. Right: margin shifts of one-pass against two-pass."""
-    result = Figure(figsize=(11, 4.2), layout="constrained")
+    """Change of HR by split with intervals; margin shifts of one-pass against two-pass; fidelity by fallback share."""
+    result = Figure(figsize=(15.5, 4.4), layout="constrained")
     FigureCanvasAgg(result)
-    left, right = result.subplots(1, 2, width_ratios=(1.45, 1))
+    left, right, last = result.subplots(1, 3, width_ratios=(1.35, 1, 1.1))
     names = [name for name in METHODS if name != VANILLA]
     for place, name in enumerate(names):
         offset = (place - (len(names) - 1) / 2) * 0.13
@@ -153,9 +173,41 @@ def figure(comparison: Comparison) -> Figure:
     right.set_xlabel("two-pass: shift of the yes margin (logits)")
     right.set_ylabel("one-pass")
     right.set_title(f"Fidelity, r = {comparison.fidelity[ONE_PASS].shift_correlation:.2f}", loc="left")
-    for axes in (left, right):
+
+    share = [100 * point.share for point in comparison.curve]
+    last.plot(
+        share, [p.shift_correlation for p in comparison.curve], color=_COLOURS[AUTO], label="least confident first"
+    )
+    drawn = [point.shift_correlation_random for point in comparison.curve]
+    last.plot(share, drawn, color=_COLOURS[SHIFT], linestyle=(0, (4, 3)), label="drawn at random")
+    chosen = 100 * comparison.answers.fallback
+    last.axvline(chosen, color=_COLOURS[UNIFORM], linewidth=1.2, label=f"auto's threshold: {chosen:.0f} %")
+    last.set(
+        xlim=(0, 100),
+        xlabel="questions handed to the diagnostic run (%)",
+        ylabel="r of the margin shifts with two-pass's",
+    )
+    last.set_title("auto: fidelity and cost", loc="left")
+    last.grid(color="#e5e7eb", linewidth=0.8)
+    last.legend(fontsize=8, frameon=False, loc="lower right")
+    price = last.secondary_xaxis("top", functions=_prices(comparison))
+    price.set_xlabel("cost of a prefill against vanilla", fontsize=8, loc="right")
+    price.tick_params(labelsize=8)
+    for axes in (left, right, last):
         axes.spines[["top", "right"]].set_visible(False)
     return result
+
+
+def prefill_cost(comparison: Comparison, share: float) -> float:
+    """Mean prefill of ``auto`` over vanilla's if it hands this share over: one-pass, and now and then a diagnostic."""
+    return comparison.costs[ONE_PASS].ratio + share * (comparison.costs[TWO_PASS].ratio - 1)
+
+
+def _prices(comparison: Comparison) -> tuple[Any, Any]:
+    """Maps percent handed over to cost, and back; strictly rising, as an axis has to be."""
+    start = prefill_cost(comparison, 0)
+    slope = max((prefill_cost(comparison, 1) - start) / 100, 1e-6)
+    return lambda percent: start + slope * percent, lambda cost: (cost - start) / slope
 
 
 def metrics(comparison: Comparison) -> dict[str, float]:
@@ -171,6 +223,14 @@ def metrics(comparison: Comparison) -> dict[str, float]:
             values |= {f"{prefix}/hr_change{end}": value for end, value in _ends(item.hr_change)}
     for method, item in comparison.fidelity.items():
         values |= {f"eval/{method}/{key}": float(value) for key, value in dataclasses.asdict(item).items()}
+    for point in comparison.curve:
+        prefix = f"eval/auto_{round(100 * point.share)}"
+        values |= {
+            f"{prefix}/shift_correlation": point.shift_correlation,
+            f"{prefix}/flips_followed": point.flips_followed,
+        }
+    for method in (ONE_PASS, AUTO):
+        values[f"eval/{method}/hr_kept"] = hr_kept(comparison, method)
     for method, cost in comparison.costs.items():
         values[f"eval/{method}/prefill_ratio"] = cost.ratio
     return {key: value for key, value in values.items() if np.isfinite(value)}

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model=former["model"],
             validation=data.val_dataloader(),
             target_fallback=config.predictor.target_fallback,
+            target_fidelity=config.predictor.target_fidelity,
             metrics=former["metrics"],
             provenance=former["provenance"],
         )

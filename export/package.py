@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from predictor.calibration import Calibration, ConfidenceRows, confidence_rows, fit_calibration, fit_drift, spread_rows
+from predictor.calibration import Calibration, ConfidenceRows, calibrate, confidence_rows, fit_drift, spread_rows
 from predictor.module import SourceModule
 from scr_runtime import SCRConfig, SourcePredictor, load_predictor, save_predictor
 
@@ -46,7 +46,8 @@ def export_predictor(
     scr: SCRConfig,
     model: Mapping[str, Any],
     validation: Iterable[Batch],
-    target_fallback: float,
+    target_fallback: float | None,
+    target_fidelity: float | None = None,
     metrics: Mapping[str, float] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Exported:
@@ -59,6 +60,7 @@ def export_predictor(
         model: ``scr_runtime.describe_model`` of the VLM.
         validation: Batches of the validation split: confidence and drift guard are calibrated on them.
         target_fallback: Share of them that ``auto`` would hand to the diagnostic run.
+        target_fidelity: Instead of it: expected share of true sources that those which stay shall have on average.
         metrics: Numbers for the card.
         provenance: Where it comes from.
 
@@ -71,9 +73,14 @@ def export_predictor(
         raise FileNotFoundError(f"no checkpoint at {checkpoint}: run train.py first")
     module = SourceModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
     rows = confidence_rows(module.score, validation, scr.num_sources, scr.exclude_border)
-    calibration = fit_calibration(rows.raw, rows.recall, target_fallback)
+    calibration = calibrate(rows, target_fallback, target_fidelity)
     predictor = module.predictor
-    predictor.set_calibration(torch.tensor(calibration.raw), torch.tensor(calibration.expected), calibration.threshold)
+    predictor.set_calibration(
+        torch.tensor(calibration.raw),
+        torch.tensor(calibration.expected),
+        calibration.threshold,
+        calibration.temperature,
+    )
     predictor.set_drift(*fit_drift(spread_rows(module.spread, validation)))
     staged = folder.with_name(f".{folder.name}.staged")
     shutil.rmtree(staged, ignore_errors=True)
@@ -83,7 +90,7 @@ def export_predictor(
         for batch in validation:
             _compare(module(batch["states"], batch["grid"], batch["question"]), again, batch)
             break
-    for name in ("calibration_raw", "calibration_expected"):
+    for name in ("temperature", "calibration_raw", "calibration_expected"):
         if not torch.equal(getattr(predictor, name), getattr(again, name)) or again.threshold != predictor.threshold:
             raise ExportError(f"{staged}: the confidence calibration changed on its way through the folder")
     if (again.drift_typical, again.drift_limit) != (predictor.drift_typical, predictor.drift_limit):

@@ -155,7 +155,7 @@ def evaluate(
         grid = _grid(batch)
         eligible = eligible_patches(grid, exclude_border, batch["attention"].device)
         k = effective_num_sources(grid, config)
-        metrics.update(score(batch), batch["attention"], eligible, k, batch["key"])
+        metrics.update(score(batch), batch["attention"], eligible, k, grid, batch["key"])
     return metrics.rows()
 
 

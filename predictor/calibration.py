@@ -1,25 +1,24 @@
-"""Turns a predictor's raw confidence into "expected share of true sources", and picks the fallback threshold.
+"""Turns scores into "expected share of true sources", and picks the threshold under which `auto` falls back.
 
-The raw confidence of an image is `scr_runtime.network.raw_confidence`: the predicted attention mass on the
-chosen sources. It ranks images well, but it is not the recall. An isotonic regression on validation rows maps
-one to the other; its knots go into the predictor folder (`SourcePredictor.set_calibration`).
+The raw confidence of an image is `scr_runtime.network.raw_confidence`: how far its chosen patches stand out from the
+first that was not chosen, in units of a temperature. Temperature and an isotonic map of the result to the recall are
+both fitted on validation rows, and go into the predictor folder (`SourcePredictor.set_calibration`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from predictor.metrics import recall_at_k
 from scr_runtime.config import SCRConfig
-from scr_runtime.network import raw_confidence
-from scr_runtime.redistribute import effective_num_sources, eligible_patches, select_sources
+from scr_runtime.redistribute import effective_num_sources, eligible_patches, rank_patches, select_sources
 
 Array = np.ndarray
 
@@ -34,6 +33,8 @@ class Calibration:
     """Expected share of true sources at each knot, not decreasing; constant beyond the end knots."""
     threshold: float
     """`auto` falls back to two-pass where the expected share is below it."""
+    temperature: float = 1.0
+    """Of the raw confidences: spread of the scores' errors."""
 
     def __call__(self, raw: ArrayLike) -> Array:
         """Maps raw confidences to expected shares, as the runtime does."""
@@ -45,12 +46,22 @@ class Calibration:
 
 
 class ConfidenceRows(NamedTuple):
-    """What calibration is fitted on, and checked on: one entry a row."""
+    """What calibration is fitted on, and checked on: one row per map, its K chosen patches side by side."""
 
-    raw: Array
-    """[R] raw confidence."""
-    recall: Array
-    """[R] true share of the chosen sources."""
+    gaps: Array
+    """[R, K] score of each chosen patch over the cut (halfway to the first that was not chosen); nan where a small
+    grid has fewer sources."""
+    hits: Array
+    """[R, K] whether two-pass chooses it too; nan as in `gaps`."""
+
+    @property
+    def recall(self) -> Array:
+        """[R] true share of the chosen sources."""
+        return np.nanmean(self.hits, axis=1)
+
+    def raw(self, temperature: float = 1.0) -> Array:
+        """[R] raw confidence, as `scr_runtime.network.raw_confidence` gives it."""
+        return np.nanmean(_sigmoid(self.gaps / temperature), axis=1)
 
 
 @torch.inference_mode()
@@ -60,34 +71,78 @@ def confidence_rows(
     num_sources: int,
     exclude_border: bool = True,
 ) -> ConfidenceRows:
-    """Scores a set and returns each row's raw confidence and true recall.
+    """Scores a set and returns how each row's chosen patches stand out, and which of them are true.
 
     Args:
         score: `batch -> scores [B, N]`, e.g. `SourceModule.score`.
         dataloader: Batches of held-out rows (validation to fit, test to check).
         num_sources: K, capped for small grids as at run time.
         exclude_border: Whether border patches may not be sources.
+
+    Raises:
+        ValueError: No rows.
     """
     config = SCRConfig(num_sources=num_sources, exclude_border=exclude_border)
-    raw: list[Tensor] = []
-    recall: list[Tensor] = []
+    gaps: list[Tensor] = []
+    hits: list[Tensor] = []
     for batch in tqdm(dataloader, desc="confidence", unit="batch", leave=False, delay=2):
         rows, columns = batch["grid"]
         grid = (int(rows), int(columns))
         scores = score(batch)
         eligible = eligible_patches(grid, exclude_border, scores.device)
         k = effective_num_sources(grid, config)
-        raw.append(raw_confidence(scores, select_sources(scores, eligible, k), eligible))
-        recall.append(recall_at_k(scores, batch["attention"].to(scores.device), eligible, k))
-    if not raw:
+        values, chosen = rank_patches(scores, eligible)
+        true = select_sources(batch["attention"].to(scores.device), eligible, k)
+        hit = (chosen[:, :k, None] == true[:, None, :]).any(-1).double()
+        spare = (0, num_sources - k)
+        gaps.append(F.pad(values[:, :k] - values[:, k - 1 : k + 1].mean(-1, keepdim=True), spare, value=torch.nan))
+        hits.append(F.pad(hit, spare, value=torch.nan))
+    if not gaps:
         raise ValueError("confidence_rows got an empty set: calibration needs held-out rows.")
-    return ConfidenceRows(torch.cat(raw).double().cpu().numpy(), torch.cat(recall).double().cpu().numpy())
+    return ConfidenceRows(torch.cat(gaps).double().cpu().numpy(), torch.cat(hits).cpu().numpy())
+
+
+def fit_temperature(rows: ConfidenceRows) -> float:
+    """Fits the spread of the scores' errors: the likeliest temperature of `sigmoid(gap / temperature)` for the hits.
+
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, for membership of the top K.
+
+    Raises:
+        ValueError: A gap is infinite, or all are missing.
+    """
+    kept = ~np.isnan(rows.hits)
+    gaps, hits = rows.gaps[kept], rows.hits[kept]
+    if not len(gaps) or not np.isfinite(gaps).all():
+        raise ValueError("scores are inf or nan: the fit diverged; lower trainer.learning_rate.")
+    scale = float(np.abs(gaps).mean()) or 1.0
+    temperatures = scale * np.logspace(-3, 3, 241)
+    losses = [np.logaddexp(0, np.where(hits > 0, -gaps, gaps) / t).mean() for t in temperatures]
+    return float(temperatures[int(np.argmin(losses))])
+
+
+def calibrate(
+    rows: ConfidenceRows, target_fallback: float | None = 0.2, target_fidelity: float | None = None
+) -> Calibration:
+    """Fits temperature, isotonic map and threshold on validation rows.
+
+    Args:
+        rows: Of the validation split.
+        target_fallback: See `fit_calibration`.
+        target_fidelity: See `fit_calibration`.
+    """
+    temperature = fit_temperature(rows)
+    found = fit_calibration(rows.raw(temperature), rows.recall, target_fallback, target_fidelity)
+    return replace(found, temperature=temperature)
 
 
 def fit_calibration(
-    raw: ArrayLike, recall: ArrayLike, target_fallback: float = 0.2, max_knots: int = 32
+    raw: ArrayLike,
+    recall: ArrayLike,
+    target_fallback: float | None = 0.2,
+    target_fidelity: float | None = None,
+    max_knots: int = 32,
 ) -> Calibration:
-    """Fits the confidence map on validation rows.
+    """Fits the isotonic map from raw confidence to recall on validation rows, and the threshold.
 
     Isotonic regression gives a step function. Its steps are joined through their centres (centred isotonic
     regression, Oron and Flournoy, "Centered Isotonic Regression: Point and Interval Estimation for
@@ -99,10 +154,13 @@ def fit_calibration(
         raw: [R] raw confidences.
         recall: [R] true shares in [0, 1].
         target_fallback: Share of validation rows that `auto` shall hand to two-pass, 0..1.
+        target_fidelity: Instead of it (which then is None): what the rows that stay one-pass shall have as mean
+            expected share of true sources; the most rows that can have it stay.
         max_knots: Most knots to keep, at least 4; a step holds at least 1 / max_knots of the rows.
 
     Raises:
-        ValueError: Rows are missing, not finite or of unequal number; target_fallback outside 0..1.
+        ValueError: Rows are missing, not finite or of unequal number; a target is outside 0..1, or not exactly one
+            of the two is given.
     """
     raw, recall = np.asarray(raw, dtype=np.float64), np.asarray(recall, dtype=np.float64)
     if raw.ndim != 1 or raw.shape != recall.shape or not len(raw):
@@ -111,8 +169,11 @@ def fit_calibration(
         )
     if not (np.isfinite(raw).all() and np.isfinite(recall).all()):
         raise ValueError("confidence or recall is inf or nan: the fit diverged; lower trainer.learning_rate.")
-    if not 0 <= target_fallback <= 1:
-        raise ValueError(f"target_fallback is {target_fallback}; legal: 0 (never fall back) to 1 (always).")
+    if (target_fallback is None) == (target_fidelity is None):
+        raise ValueError(f"target_fallback={target_fallback}, target_fidelity={target_fidelity}: give one of the two.")
+    for name, target in (("target_fallback", target_fallback), ("target_fidelity", target_fidelity)):
+        if target is not None and not 0 <= target <= 1:
+            raise ValueError(f"{name} is {target}; legal: 0 to 1.")
     if max_knots < 4:
         raise ValueError(f"max_knots is {max_knots}; legal: 4 or more.")
 
@@ -121,6 +182,8 @@ def fit_calibration(
     centres, values = _merge_steps(centres, values, weights, max_knots)
     knots, expected = _extend_to(centres, values, float(raw.min()), float(raw.max()))
     confidence = np.interp(raw, knots, expected)
+    if target_fallback is None:
+        target_fallback = _fallback_for(confidence, float(target_fidelity or 0))
     return Calibration(knots.tolist(), expected.tolist(), _threshold(confidence, target_fallback))
 
 
@@ -202,17 +265,20 @@ def calibration_summary(calibration: Calibration, rows: ConfidenceRows) -> dict[
     """Numbers that say how good a calibration is on rows it was not fitted on (the test set).
 
     Returns:
-        ece and ece_raw (after and before calibration), fallback (share of rows under the threshold),
+        ece (isotonic, what the runtime has), ece_temperature (temperature alone), ece_raw (neither), fallback (share
+        of rows under the threshold),
         recall_kept (mean recall of the rows that stay one-pass; nan if none do), recall_fallback (of the
         others), aurc (area under the risk-coverage curve) and aurc_random (the same without any ranking: the
         mean risk).
     """
-    confidence = calibration(rows.raw)
+    tempered = rows.raw(calibration.temperature)
+    confidence = calibration(tempered)
     falls_back = confidence < calibration.threshold
     _, risk = risk_coverage(confidence, rows.recall)
     return {
         "ece": expected_calibration_error(confidence, rows.recall),
-        "ece_raw": expected_calibration_error(rows.raw, rows.recall),
+        "ece_temperature": expected_calibration_error(tempered, rows.recall),
+        "ece_raw": expected_calibration_error(rows.raw(), rows.recall),
         "fallback": float(falls_back.mean()),
         "recall_kept": _mean(rows.recall[~falls_back]),
         "recall_fallback": _mean(rows.recall[falls_back]),
@@ -274,6 +340,18 @@ def _threshold(confidence: Array, target_fallback: float) -> float:
     if wanted == len(ordered):
         return 1.0 + 1e-6  # above every share, in float32 too
     return float((ordered[wanted - 1] + ordered[wanted]) / 2)
+
+
+def _fallback_for(confidence: Array, target_fidelity: float) -> float:
+    """Smallest share of rows to give up, lowest first, so that the mean of the others reaches the target; else 1."""
+    ordered = np.sort(confidence)
+    kept_means = np.cumsum(ordered[::-1])[::-1] / np.arange(len(ordered), 0, -1)  # without the first i rows
+    reached = np.flatnonzero(kept_means >= target_fidelity)
+    return float(reached[0] / len(ordered)) if len(reached) else 1.0
+
+
+def _sigmoid(values: Array) -> Array:
+    return 0.5 * (1 + np.tanh(0.5 * values))  # no overflow
 
 
 def _mean(values: Array) -> float:

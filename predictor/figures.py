@@ -17,7 +17,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from numpy.typing import ArrayLike
 
-from predictor.calibration import expected_calibration_error, reliability_bins, risk_coverage
+from predictor.calibration import (
+    Calibration,
+    ConfidenceRows,
+    expected_calibration_error,
+    reliability_bins,
+    risk_coverage,
+)
 from predictor.losses import normalised_target
 from scr_runtime.config import SCRConfig
 from scr_runtime.redistribute import Grid, effective_num_sources, eligible_patches, select_sources
@@ -122,21 +128,21 @@ def source_maps_figure(examples: Sequence[MapExample]) -> Figure:
     return figure
 
 
-def reliability_figure(raw: ArrayLike, confidence: ArrayLike, recall: ArrayLike, threshold: float) -> Figure:
+def reliability_figure(calibration: Calibration, rows: ConfidenceRows) -> Figure:
     """Draws the reliability diagram and the risk-coverage curve of held-out rows.
 
     Args:
-        raw: [R] confidence before calibration.
-        confidence: [R] expected share of true sources, after calibration.
-        recall: [R] true share.
-        threshold: Confidence under which `auto` falls back to two-pass.
+        calibration: As exported; its threshold is where `auto` falls back to two-pass.
+        rows: Rows that it was not fitted on.
     """
-    raw, confidence, recall = (np.asarray(x, dtype=np.float64) for x in (raw, confidence, recall))
+    tempered, recall, threshold = rows.raw(calibration.temperature), rows.recall, calibration.threshold
+    confidence = calibration(tempered)
     figure = Figure(figsize=(10.5, 4.6), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
 
     left.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    for values, colour, name in ((raw, _MUTED, "raw"), (confidence, _HIT, "calibrated")):
+    kinds = ((rows.raw(), _MUTED, "raw"), (tempered, _MISSED, "temperature"), (confidence, _HIT, "isotonic"))
+    for values, colour, name in kinds:
         mean_confidence, mean_recall, _ = reliability_bins(values, recall)
         error = expected_calibration_error(values, recall)
         label = f"{name}, ECE {error:.3f}"

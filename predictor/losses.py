@@ -57,8 +57,7 @@ def bce(scores: Tensor, attention: Tensor, eligible: Tensor, k: int) -> Tensor:
     One-Pass SCR (arXiv 2602.22469) does. Ties of the map at rank `k` go to the lower patch index.
     """
     target = normalised_target(attention, eligible)
-    ranked = attention.float().masked_fill(~eligible, -torch.inf)
-    top = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :k]  # [B, K]
+    top = _top(attention, eligible, k)  # [B, K]
     member = torch.zeros_like(target).scatter_(-1, top, 1.0)
     per_patch = F.binary_cross_entropy_with_logits(
         scores.float().masked_fill(~eligible, 0.0), member, reduction="none"
@@ -77,7 +76,38 @@ def mse_log(scores: Tensor, attention: Tensor, eligible: Tensor, k: int) -> Tens
     return _mean_over_rows(_mean_over_patches(error.square(), eligible), target)
 
 
-LOSSES: dict[str, Loss] = {"kl": kl, "bce": bce, "mse_log": mse_log}
+def lambdarank(scores: Tensor, attention: Tensor, eligible: Tensor, k: int) -> Tensor:
+    """Pairwise logistic loss between each of the true top K and each patch below it, weighted by the change of DCG.
+
+    LambdaRank (Burges, "From RankNet to LambdaRank to LambdaMART: An Overview", MSR-TR-2010-82): a pair counts as
+    much as exchanging the two in the predicted order would change the discounted cumulative gain, with the share of
+    the attention as gain and discount 1 / log2(rank + 1), over the ideal. Only pairs that concern the sources are
+    taken (the first of the pair is one), so the loss looks at the top of the list alone. The weights are constants to
+    the gradient. Scores come out on an arbitrary scale: their softmax is no estimate of the map.
+    """
+    target = normalised_target(attention, eligible)
+    masked = scores.float().masked_fill(~eligible, -torch.inf)
+    order = masked.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(2, target.shape[-1] + 2, device=target.device, dtype=torch.float32)
+    discounts = (1 / places.log2()).expand_as(target)  # [B, N], of each place
+    discount = torch.zeros_like(target).scatter_(-1, order, discounts)  # [B, N], of each patch
+    ideal = (target.sort(dim=-1, descending=True).values * discounts).sum(dim=-1)  # [B]
+    top = _top(attention, eligible, k)  # [B, K]
+    gain = target.gather(-1, top)[..., None] - target[:, None, :]  # [B, K, N]
+    weight = gain.clamp_min(0) * (discount.gather(-1, top)[..., None] - discount[:, None, :]).abs()
+    weight = weight.masked_fill(~eligible[..., None, :], 0.0) / ideal.where(ideal > 0, 1.0)[:, None, None]
+    finite = scores.float().masked_fill(~eligible, 0.0)
+    ahead = finite.gather(-1, top)[..., None] - finite[:, None, :]  # [B, K, N]
+    return _mean_over_rows((weight.detach() * F.softplus(-ahead)).sum(dim=(-1, -2)), target)
+
+
+LOSSES: dict[str, Loss] = {"kl": kl, "bce": bce, "mse_log": mse_log, "lambdarank": lambdarank}
+
+
+def _top(attention: Tensor, eligible: Tensor, k: int) -> Tensor:
+    """[B, K] the patches of most attention; ties go to the lower index."""
+    ranked = attention.float().masked_fill(~eligible, -torch.inf)
+    return ranked.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def _mean_over_patches(values: Tensor, eligible: Tensor) -> Tensor:

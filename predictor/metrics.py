@@ -1,8 +1,8 @@
 """How well scores find the sources of the two-pass map: per-row functions, a torchmetrics class, intervals.
 
-Every per-row metric has the signature of a loss and keeps the rows apart:
+Every per-row metric has the signature of a loss, and the patch grid, and keeps the rows apart:
 
-    metric(scores [B, N], attention [B, N], eligible [N], k) -> [B] float32
+    metric(scores [B, N], attention [B, N], eligible [N], k, grid) -> [B] float32
 
 Both the predicted and the true sources come from `scr_runtime.redistribute.select_sources`, so a metric
 counts exactly the patches that would be edited.
@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from predictor.losses import normalised_target
-from scr_runtime.redistribute import select_sources
+from scr_runtime.redistribute import Grid, select_sources
 
-RowMetric = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+RowMetric = Callable[[Tensor, Tensor, Tensor, int, Grid], Tensor]
 
 
 class Interval(NamedTuple):
@@ -33,14 +34,14 @@ class Interval(NamedTuple):
     high: float
 
 
-def recall_at_k(scores: Tensor, attention: Tensor, eligible: Tensor, k: int) -> Tensor:
+def recall_at_k(scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid) -> Tensor:
     """Share of the true top `k` patches that are among the `k` chosen ones (also the precision), [B]."""
     chosen = select_sources(scores, eligible, k)  # [B, K]
     true = select_sources(attention, eligible, k)  # [B, K]
     return (chosen[:, :, None] == true[:, None, :]).any(dim=-1).float().mean(dim=-1)
 
 
-def ndcg_at_k(scores: Tensor, attention: Tensor, eligible: Tensor, k: int) -> Tensor:
+def ndcg_at_k(scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid) -> Tensor:
     """Normalised discounted cumulative gain of the `k` chosen patches, [B]; the gain is the attention.
 
     Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", ACM TOIS 2002, with linear
@@ -53,7 +54,7 @@ def ndcg_at_k(scores: Tensor, attention: Tensor, eligible: Tensor, k: int) -> Te
     return _ratio((chosen * discount).sum(dim=-1), (best * discount).sum(dim=-1))
 
 
-def mass_at_k(scores: Tensor, attention: Tensor, eligible: Tensor, k: int) -> Tensor:
+def mass_at_k(scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid) -> Tensor:
     """Attention mass recovered: true attention on the `k` chosen patches, over that on the best `k`, [B].
 
     1 means that the choice holds as much attention as the two-pass choice, even where the patches differ. A
@@ -65,7 +66,7 @@ def mass_at_k(scores: Tensor, attention: Tensor, eligible: Tensor, k: int) -> Te
     return _ratio(chosen, best)
 
 
-def spearman(scores: Tensor, attention: Tensor, eligible: Tensor, k: int) -> Tensor:
+def spearman(scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid) -> Tensor:
     """Rank correlation of scores and attention over all eligible patches, [B]; ties share their mean rank.
 
     `k` is not used. A row whose scores (or whose attention) are all equal scores 0.
@@ -77,11 +78,21 @@ def spearman(scores: Tensor, attention: Tensor, eligible: Tensor, k: int) -> Ten
     return _ratio((first * second).sum(dim=-1), first.norm(dim=-1) * second.norm(dim=-1))
 
 
+def iou(scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid) -> Tensor:
+    """Intersection over union of what is edited, [B]: the chosen sources and their 8 neighbours, and the true ones'.
+
+    Neighbours may lie on the border. Each is claimed by some source: what is edited is the sources' 3 x 3 dilation.
+    """
+    chosen, true = (_edited(select_sources(values, eligible, k), grid) for values in (scores, attention))  # [B, N]
+    return (chosen & true).sum(dim=-1) / (chosen | true).sum(dim=-1)
+
+
 METRICS: dict[str, RowMetric] = {
     "recall": recall_at_k,
     "ndcg": ndcg_at_k,
     "mass": mass_at_k,
     "spearman": spearman,
+    "iou": iou,
 }
 
 
@@ -115,7 +126,13 @@ class SourceMetrics(Metric):
             self.add_state("row_groups", [], dist_reduce_fx="cat")
 
     def update(
-        self, scores: Tensor, attention: Tensor, eligible: Tensor, k: int, keys: Sequence[str] | None = None
+        self,
+        scores: Tensor,
+        attention: Tensor,
+        eligible: Tensor,
+        k: int,
+        grid: Grid,
+        keys: Sequence[str] | None = None,
     ) -> None:
         """Adds the rows of a batch.
 
@@ -124,10 +141,11 @@ class SourceMetrics(Metric):
             attention: [B, N] true map on any scale.
             eligible: [N] bool.
             k: Number of sources.
+            grid: Rows and columns of patches.
             keys: B sample keys; rows of one key are one cluster. Needed if rows are kept.
         """
         scores = scores.detach()
-        columns = [metric(scores, attention, eligible, k) for metric in METRICS.values()]
+        columns = [metric(scores, attention, eligible, k, grid) for metric in METRICS.values()]
         values = torch.stack(columns, dim=-1)  # [B, M]
         self.sums += values.sum(dim=0)
         self.count += len(values)
@@ -206,6 +224,13 @@ def bootstrap_interval(
 def summarise_rows(rows: Mapping[str, np.ndarray], repeats: int = 2000, seed: int = 0) -> dict[str, Interval]:
     """Bootstrap intervals of all metrics of `SourceMetrics.rows()`."""
     return {name: bootstrap_interval(rows[name], rows["group"], repeats, seed) for name in METRICS}
+
+
+def _edited(sources: Tensor, grid: Grid) -> Tensor:
+    """[B, K] -> [B, N] bool: the patches within one step of a source."""
+    marked = torch.zeros(len(sources), 1, *grid, device=sources.device)
+    marked.view(len(sources), -1).scatter_(-1, sources, 1.0)
+    return F.max_pool2d(marked, 3, stride=1, padding=1).flatten(1) > 0
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

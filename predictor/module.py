@@ -44,9 +44,10 @@ class SourceModule(pl.LightningModule):
         rank: int | None = None,
         width: int = 256,
         budget: int = 120_000,
-        position: bool = True,
-        question: bool = True,
-        context: bool = True,
+        position: str = "fourier",
+        question: str = "bilinear",
+        context: str = "both",
+        components: int = 24,
         loss: str = "kl",
         num_sources: int = 32,
         exclude_border: bool = True,
@@ -61,9 +62,10 @@ class SourceModule(pl.LightningModule):
             rank: Of the factorised first layer; None lets it follow from the budget.
             width: Hidden units.
             budget: Trainable parameters to aim at.
-            position: Give each patch its place on the grid.
-            question: Give each patch the pooled question states.
-            context: Give each patch a summary of the whole image.
+            position: What is told of a patch's place, see `PredictorConfig`.
+            question: How the question enters.
+            context: What is told of the other patches.
+            components: Softmaxes whose mixture is the map.
             loss: One of `predictor.losses.LOSSES`.
             num_sources: K, capped for small grids as at run time.
             exclude_border: Whether border patches may not be sources.
@@ -91,6 +93,7 @@ class SourceModule(pl.LightningModule):
                 position=position,
                 question=question,
                 context=context,
+                components=components,
             )
         )
         self.register_buffer("has_statistics", torch.tensor(False))
@@ -219,7 +222,7 @@ class SourceModule(pl.LightningModule):
 
     def _evaluation_step(self, batch: Batch, stage: str, metrics: SourceMetrics) -> None:
         loss, scores, eligible, k = self._loss_and_scores(batch)
-        metrics.update(scores, batch["attention"], eligible, k, batch["key"])
+        metrics.update(scores, batch["attention"], eligible, k, batch["grid"], batch["key"])
         self.log(f"{stage}/loss", loss, on_epoch=True, batch_size=len(scores), sync_dist=True)
 
     def _log_metrics(self, stage: str, metrics: SourceMetrics) -> None:

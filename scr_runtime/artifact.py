@@ -27,7 +27,7 @@ from scr_runtime.errors import (
 )
 from scr_runtime.network import PredictorConfig, SourcePredictor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
@@ -147,6 +147,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise PredictorVersionError(
             f"{path}: format_version={version}, and this scr_runtime reads up to {FORMAT_VERSION}. "
             "Upgrade scr-runtime, or export the predictor with this version."
+        )
+    if version < FORMAT_VERSION:
+        raise PredictorVersionError(
+            f"{path}: format_version={version}, and this scr_runtime reads {FORMAT_VERSION}: the network has changed. "
+            "Fit it again from the same harvest (train.py), or use the scr_runtime that wrote it."
         )
     missing = [key for key in _REQUIRED if key not in config]
     if missing:

@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scr_runtime.errors import ConfigurationError
-from scr_runtime.redistribute import Grid
+from scr_runtime.redistribute import Grid, rank_patches
 
-_FREQUENCIES = (1.0,)
-_POSITION_FEATURES = 3 + 4 * len(_FREQUENCIES)  # row, column, distance to the border, and their Fourier features
+POSITIONS = ("none", "linear", "fourier")
+QUESTIONS = ("none", "concat", "bilinear")
+CONTEXTS = ("none", "mean", "neighbourhood", "both")
+
+_FREQUENCIES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)  # periods over half a grid's side
+_POSITION_FEATURES = {"none": 0, "linear": 3, "fourier": 3 + 4 * len(_FREQUENCIES)}
 _MAX_RANK = 512
 
 
@@ -33,23 +37,37 @@ class PredictorConfig:
             ``budget`` (decision D3), which is within 3 % of it for every hidden size from 1,024 on.
         width: Hidden units, 256 in the paper.
         budget: Trainable parameters aimed at, 120,000 in the paper.
-        position: Whether row, column and distance to the border are features.
-        question: Whether the mean block-0 state of the question's tokens gates the patch's projection.
-        context: Whether the mean projection over the image and over the 3 x 3 neighbourhood are features.
+        position: What is told of a patch's place: ``"none"``; ``"linear"``: row, column and distance to the border;
+            ``"fourier"``: sines and cosines of row and column too.
+        question: How the mean state of the question's tokens enters: ``"none"``; ``"concat"``: its projection beside
+            the patch's; ``"bilinear"``: an affine gate of it times the patch's.
+        context: What is told of the other patches: ``"none"``, the ``"mean"`` projection of the image, that of the
+            3 x 3 ``"neighbourhood"``, or ``"both"``.
+        components: Softmaxes over the patches whose mixture is the predicted map; 1 is a plain softmax. An attention
+            map is itself a mean of softmaxes: one per layer, head and text token.
+
+    Raises:
+        ConfigurationError: If a value is out of range.
     """
 
     hidden_size: int
     rank: int | None = None
     width: int = 256
     budget: int = 120_000
-    position: bool = True
-    question: bool = True
-    context: bool = True
+    position: str = "fourier"
+    question: str = "bilinear"
+    context: str = "both"
+    components: int = 24
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "width", "budget"):
+        for name in ("hidden_size", "width", "budget", "components"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"PredictorConfig.{name}={getattr(self, name)}: expected at least 1")
+        for name, choices in (("position", POSITIONS), ("question", QUESTIONS), ("context", CONTEXTS)):
+            if getattr(self, name) not in choices:
+                raise ConfigurationError(
+                    f"PredictorConfig.{name}={getattr(self, name)!r}: expected one of {list(choices)}"
+                )
         if self.rank is None:
             ranks = range(1, min(self.hidden_size, _MAX_RANK) + 1)
             nearest = min(ranks, key=lambda rank: abs(self._count(rank) - self.budget))
@@ -75,28 +93,40 @@ class PredictorConfig:
             raise ConfigurationError(f"PredictorConfig: expected the keys {sorted(known)}, got {sorted(values)}")
         return cls(**values)
 
+    @property
+    def reads_question(self) -> bool:
+        """Whether the scores depend on the question."""
+        return self.question != "none"
+
+    def features(self, rank: int) -> int:
+        """Features of a patch that the hidden layer reads."""
+        blocks = 1 + self.reads_question + {"none": 0, "both": 2}.get(self.context, 1)
+        return blocks * rank + _POSITION_FEATURES[self.position]
+
     def _count(self, rank: int) -> int:
-        blocks = 1 + self.question + 2 * self.context
-        features = blocks * rank + self.position * _POSITION_FEATURES
-        gate = self.question * rank * (rank + 1)
-        return self.hidden_size * rank + gate + (features + 1) * self.width + self.width + 1
+        gate = rank * (rank + 1) if self.question == "bilinear" else 0
+        weights = self.components * (rank + 1) if self.components > 1 else 0
+        hidden = (self.features(rank) + 1) * self.width
+        return self.hidden_size * rank + gate + weights + hidden + self.components * (self.width + 1)
 
 
 class _Fold(NamedTuple):
-    """Two affine maps of raw states: to a patch's projection, and to the question's gate on it."""
+    """Two affine maps of raw states: to a patch's projection, and to what the question brings."""
 
     patch: Tensor  # [r, d]
     patch_bias: Tensor  # [r]
-    gate: Tensor | None = None  # [r, d]
-    gate_bias: Tensor | None = None  # [r]
+    question: Tensor | None = None  # [r or r + M, d]: gate or projection, and the components' weights
+    question_bias: Tensor | None = None  # [r or r + M]
 
 
 class SourcePredictor(nn.Module):
     """Scores every visual token of an image as a source of SCR.
 
-    ``score_j = w2 . gelu(U f_j + b) + b2`` with ``f_j = [V z_j, (V z_j) * g(V q), mean, 3x3 mean, position_j]``:
-    ``z`` and ``q`` are block-0 states of the patch and of the question, standardised by training statistics,
-    ``V: d -> r`` is the factorised first layer that a 120K budget forces (decision D3), ``g`` a small affine gate.
+    ``o_j = W gelu(U f_j + b) + c`` with ``f_j = [V z_j, (V z_j) * g(V q), mean, 3x3 mean, position_j]``: ``z`` and
+    ``q`` are block-0 states of the patch and of the question, standardised by training statistics, ``V: d -> r`` is
+    the factorised first layer that a 120K budget forces (decision D3), ``g`` a small affine gate. With one component
+    ``o_j`` is the score; with M of them, ``score_j = log sum_m exp(a_m) softmax(o)_jm``, softmax over patches, where
+    the log weights ``a`` are affine in ``V q`` (without a question, in the mean of ``V z``).
 
     Attributes:
         config: Sizes and features.
@@ -111,6 +141,7 @@ class SourcePredictor(nn.Module):
     state_std: Tensor
     question_mean: Tensor
     question_std: Tensor
+    temperature: Tensor
     calibration_raw: Tensor
     calibration_expected: Tensor
 
@@ -124,13 +155,14 @@ class SourcePredictor(nn.Module):
         size, rank = config.hidden_size, config.rank
         assert rank is not None  # __post_init__ resolved it
         self.project = nn.Linear(size, rank, bias=False)  # V
-        self.gate = nn.Linear(rank, rank) if config.question else None
-        blocks = 1 + config.question + 2 * config.context
-        self.hidden = nn.Linear(blocks * rank + config.position * _POSITION_FEATURES, config.width)  # U
-        self.score = nn.Linear(config.width, 1)
+        self.gate = nn.Linear(rank, rank) if config.question == "bilinear" else None  # g
+        self.weights = nn.Linear(rank, config.components) if config.components > 1 else None  # a
+        self.hidden = nn.Linear(config.features(rank), config.width)  # U
+        self.score = nn.Linear(config.width, config.components)  # W
         for name in ("state", "question"):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
+        self.register_buffer("temperature", torch.tensor(1.0))
         self.register_buffer("calibration_raw", torch.tensor([0.0, 1.0]))
         self.register_buffer("calibration_expected", torch.tensor([0.0, 1.0]))
         self._positions: dict[tuple[Grid, torch.device], Tensor] = {}
@@ -142,7 +174,7 @@ class SourcePredictor(nn.Module):
         Args:
             states: [B, N, d] block-0 states of the image's patches, row-major; any float dtype.
             grid: Rows and columns, ``rows * columns == N``.
-            question: [B, d] mean block-0 state of the question's text tokens. Needed if ``config.question``.
+            question: [B, d] mean block-0 state of the question's text tokens. Needed if ``config.reads_question``.
 
         Returns:
             [B, N] float32 logits: their softmax over eligible patches estimates the attention map.
@@ -150,7 +182,7 @@ class SourcePredictor(nn.Module):
         Raises:
             ValueError: If N or d don't fit, or the question is missing.
         """
-        return self._score(self._features(states, grid, question))
+        return self._score(*self._features(states, grid, question))
 
     def score_and_spread(self, states: Tensor, grid: Grid, question: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scores patches, and tells how far the features reach that the scores were made from.
@@ -164,8 +196,8 @@ class SourcePredictor(nn.Module):
             The scores, and [B] float32: each image's standard deviation of all features over patches and channels.
             ``drift`` says whether that is usual. NaN or infinity if a state is.
         """
-        features = self._features(states, grid, question)
-        return self._score(features), features.std((1, 2), correction=0)
+        features, weights = self._features(states, grid, question)
+        return self._score(features, weights), features.std((1, 2), correction=0)
 
     def drift(self, spread: Tensor) -> Tensor:
         """How many times wider, or narrower, an image's features reach than those of the fit: 1 is usual.
@@ -185,8 +217,8 @@ class SourcePredictor(nn.Module):
         ratio = spread / self.drift_typical
         return torch.maximum(ratio, 1 / ratio).nan_to_num(nan=math.inf, posinf=math.inf)
 
-    def _features(self, states: Tensor, grid: Grid, question: Tensor | None) -> Tensor:
-        """[B, N, F] float32: what the hidden layer reads."""
+    def _features(self, states: Tensor, grid: Grid, question: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """[B, N, F] float32 that the hidden layer reads, and the components' log weights [B, M] if there are any."""
         batch, patches, size = states.shape
         rows, columns = grid
         if size != self.config.hidden_size or patches != rows * columns:
@@ -197,22 +229,34 @@ class SourcePredictor(nn.Module):
         fold = self._fold()
         patch = functional.linear(states.float(), fold.patch, fold.patch_bias)  # [B, N, r]
         features = [patch]
-        if fold.gate is not None:
+        weights = None
+        rank = patch.shape[-1]
+        if fold.question is not None:
             if question is None:
                 raise ValueError("this predictor reads the question: pass question=[B, d]")
-            gate = functional.linear(question.float(), fold.gate, fold.gate_bias)  # [B, r]
-            features.append(patch * gate[:, None, :])
-        if self.config.context:
-            features.append(patch.mean(1, keepdim=True).expand_as(patch))
+            asked = functional.linear(question.float(), fold.question, fold.question_bias)  # [B, r or r + M]
+            first = asked[:, None, :rank]
+            features.append(patch * first if self.gate is not None else first.expand_as(patch))
+            weights = asked[:, rank:] if self.weights is not None else None
+        if self.config.context in ("mean", "both") or (self.weights is not None and weights is None):
+            mean = patch.mean(1, keepdim=True)  # [B, 1, r]
+            if self.config.context in ("mean", "both"):
+                features.append(mean.expand_as(patch))
+            if self.weights is not None and weights is None:
+                weights = self.weights(mean[:, 0])
+        if self.config.context in ("neighbourhood", "both"):
             image = patch.view(batch, rows, columns, -1).permute(0, 3, 1, 2)  # [B, r, rows, columns], no copy
             around = functional.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
             features.append(around.permute(0, 2, 3, 1).flatten(1, 2))
-        if self.config.position:
+        if self.config.position != "none":
             features.append(self._position_features(grid, states.device).expand(batch, -1, -1))
-        return torch.cat(features, dim=-1)
+        return (torch.cat(features, dim=-1) if len(features) > 1 else patch), weights
 
-    def _score(self, features: Tensor) -> Tensor:
-        return self.score(functional.gelu(self.hidden(features))).squeeze(-1)  # [B, N]
+    def _score(self, features: Tensor, weights: Tensor | None) -> Tensor:
+        out = self.score(functional.gelu(self.hidden(features))).float()  # [B, N, M]
+        if weights is None:
+            return out.squeeze(-1)
+        return (out.log_softmax(1) + weights.float()[:, None]).logsumexp(-1)
 
     def _fold(self) -> _Fold:
         """Standardising folded into the projections: V ((h - mean) / std) = (V / std) h - (V / std) mean.
@@ -221,8 +265,11 @@ class SourcePredictor(nn.Module):
         known by address and version, so that loading or moving the network makes a new one.
         """
         made_from = [self.project.weight, self.state_mean, self.state_std]
-        if self.gate is not None:
-            made_from += [self.gate.weight, self.gate.bias, self.question_mean, self.question_std]
+        if self.config.reads_question:
+            made_from += [self.question_mean, self.question_std]
+            made_from += [
+                value for layer in (self.gate, self.weights) if layer is not None for value in layer.parameters()
+            ]
         if any(tensor.requires_grad or tensor.is_inference() for tensor in made_from):
             return self._make_fold()
         key = tuple((tensor.data_ptr(), tensor._version, tensor.device) for tensor in made_from)
@@ -235,10 +282,17 @@ class SourcePredictor(nn.Module):
     def _make_fold(self) -> _Fold:
         patch = self.project.weight / self.state_std  # [r, d]
         patch_bias = -(patch @ self.state_mean)
-        if self.gate is None:
+        if not self.config.reads_question:
             return _Fold(patch, patch_bias)
-        gate = self.gate.weight @ (self.project.weight / self.question_std)  # [r, d]
-        return _Fold(patch, patch_bias, gate, self.gate.bias - gate @ self.question_mean)
+        project = self.project.weight / self.question_std  # [r, d]
+        shift = -(project @ self.question_mean)  # [r]
+        maps, biases = [project], [shift]
+        if self.gate is not None:
+            maps, biases = [self.gate.weight @ project], [self.gate.weight @ shift + self.gate.bias]
+        if self.weights is not None:
+            maps.append(self.weights.weight @ project)
+            biases.append(self.weights.weight @ shift + self.weights.bias)
+        return _Fold(patch, patch_bias, torch.cat(maps), torch.cat(biases))
 
     def set_statistics(
         self,
@@ -259,23 +313,27 @@ class SourcePredictor(nn.Module):
                 value = torch.where(value > 0, value, torch.ones_like(value))
             getattr(self, name).copy_(value)
 
-    def set_calibration(self, raw: Tensor, expected: Tensor, threshold: float) -> None:
+    def set_calibration(self, raw: Tensor, expected: Tensor, threshold: float, temperature: float = 1.0) -> None:
         """Stores the confidence calibration.
 
         Args:
             raw: [M] ascending raw confidences.
             expected: [M] non-decreasing expected shares of true sources at those.
             threshold: Calibrated confidence under which ``auto`` falls back.
+            temperature: Of the raw confidences, see ``raw_confidence``.
 
         Raises:
-            ValueError: If the knots are not ascending or differ in number.
+            ValueError: If the knots are not ascending or differ in number, or the temperature is not over 0.
         """
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"calibration temperature {temperature}: expected a number over 0")
         if raw.ndim != 1 or raw.shape != expected.shape or len(raw) < 2:
             raise ValueError(f"calibration knots of shapes {tuple(raw.shape)} and {tuple(expected.shape)}")
         if not (bool((raw.diff() > 0).all()) and bool((expected.diff() >= 0).all())):
             raise ValueError("calibration knots must be ascending in raw and non-decreasing in expected")
         self.calibration_raw = raw.float().to(self.calibration_raw.device)
         self.calibration_expected = expected.float().to(self.calibration_raw.device)
+        self.temperature.fill_(temperature)
         self.threshold = float(threshold)
 
     def set_drift(self, typical: float, limit: float) -> None:
@@ -311,28 +369,34 @@ class SourcePredictor(nn.Module):
             rows, columns = grid
             row = torch.linspace(-1, 1, rows)[:, None].expand(rows, columns)
             column = torch.linspace(-1, 1, columns)[None, :].expand(rows, columns)
-            border = 1 - torch.maximum(row.abs(), column.abs())
-            waves = [
-                wave(torch.pi * frequency * axis)
-                for frequency in _FREQUENCIES
-                for axis in (row, column)
-                for wave in (torch.sin, torch.cos)
-            ]
-            features = torch.stack([row, column, border, *waves], dim=-1).flatten(0, 1)
-            self._positions[key] = features.to(device)
+            features = [row, column, 1 - torch.maximum(row.abs(), column.abs())]
+            if self.config.position == "fourier":
+                features += [
+                    wave(torch.pi * frequency * axis)
+                    for frequency in _FREQUENCIES
+                    for axis in (row, column)
+                    for wave in (torch.sin, torch.cos)
+                ]
+            self._positions[key] = torch.stack(features, dim=-1).flatten(0, 1).to(device)
         return self._positions[key]
 
 
-def raw_confidence(scores: Tensor, sources: Tensor, eligible: Tensor) -> Tensor:
-    """The predictor's own estimate of how much attention its chosen sources hold.
+def raw_confidence(scores: Tensor, eligible: Tensor, k: int, temperature: Tensor | float = 1.0) -> Tensor:
+    """How far the chosen patches stand out from the first that was not chosen.
+
+    A patch whose score is near the cut might as well be on its other side; ``sigmoid((score - cut) / temperature)`` is
+    the chance that it is on this one, if scores err logistically. (The share of the predicted map on the chosen
+    patches, which is the obvious candidate, ranks images far worse by their recall: docs/results.md.)
 
     Args:
         scores: [I, N] logits of the predictor.
-        sources: [I, K] the chosen patches.
-        eligible: [N] or [I, N] bool, patches that can be sources.
+        eligible: [N] or [I, N] bool, patches that can be sources, more than k of them.
+        k: Number of sources.
+        temperature: Spread of the scores' errors, fitted on validation rows.
 
     Returns:
-        [I] float32 in (0, 1]: softmax mass, over eligible patches, of the chosen ones.
+        [I] float32 in [0.5, 1]: mean of that chance over the k patches of highest score.
     """
-    share = scores.float().masked_fill(~eligible, float("-inf")).softmax(-1)
-    return share.gather(1, sources).sum(-1)
+    ranked = rank_patches(scores, eligible)[0]
+    cut = ranked[:, k - 1 : k + 1].mean(-1, keepdim=True)
+    return torch.sigmoid((ranked[:, :k] - cut) / temperature).mean(-1)

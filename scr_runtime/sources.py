@@ -26,7 +26,7 @@ from scr_runtime.errors import UnsupportedModelError
 from scr_runtime.families import Family
 from scr_runtime.layout import ImageGroup, VisualLayout
 from scr_runtime.network import SourcePredictor, raw_confidence
-from scr_runtime.redistribute import Grid, effective_num_sources, eligible_patches, select_sources
+from scr_runtime.redistribute import Grid, effective_num_sources, eligible_patches
 from scr_runtime.session import NestedRun, Question
 
 ONE_PASS, TWO_PASS, UNIFORM = "one-pass", "two-pass", "uniform"
@@ -222,7 +222,7 @@ def predicted(predictor: SourcePredictor) -> Provider:
     def provide(prefill: Prefill) -> list[Scores]:
         results: list[Scores] = []
         for group in prefill.layout.groups:
-            question = prefill.question(group) if predictor.config.question else None
+            question = prefill.question(group) if predictor.config.reads_question else None
             given = (prefill.states(group), group.grid, question)
             guarded = predictor.drift_limit is not None
             scores, spread = predictor.score_and_spread(*given) if guarded else (predictor(*given), None)
@@ -302,8 +302,8 @@ def uniform(seed: int) -> Provider:
 def confidence(predictor: SourcePredictor, scores: Tensor, grid: Grid, config: SCRConfig) -> Tensor:
     """[I] calibrated expected share of true sources among those that ``scores`` would choose."""
     eligible = eligible_patches(grid, config.exclude_border, scores.device)
-    sources = select_sources(scores, eligible, effective_num_sources(grid, config))
-    return predictor.calibrate(raw_confidence(scores, sources, eligible))
+    k = effective_num_sources(grid, config)
+    return predictor.calibrate(raw_confidence(scores, eligible, k, predictor.temperature))
 
 
 def _verdict(sure: float, finite: bool, threshold: float, drift: float, limit: float | None) -> Fallback | None:

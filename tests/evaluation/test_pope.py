@@ -1,21 +1,11 @@
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
-import torch
 from sklearn.metrics import confusion_matrix
 
-from data.images import CocoImages
-from data.questions import STRATEGIES
-from data.vlm import chat_inputs, load_vlm
-from evaluation.methods import AUTO, ONE_PASS, SHIFT, SWAPPED, TWO_PASS, UNIFORM, VANILLA, Methods
-from evaluation.pope import Answers, ask, score, yes_no_tokens
-from scenes import CHECKPOINT, ensure_world
-from scr_runtime import SCR, PredictorConfig, SCRConfig, SourcePredictor
-
-CONFIG = SCRConfig(num_sources=8, edit_layers=(0, 2), attention_layers=(2, 4))
+from evaluation.methods import TWO_PASS, VANILLA
+from evaluation.pope import Answers, score, yes_no_tokens
 
 
 def make_answers(margins: dict[str, np.ndarray], truth: np.ndarray, per_image: int = 4) -> Answers:
@@ -26,6 +16,7 @@ def make_answers(margins: dict[str, np.ndarray], truth: np.ndarray, per_image: i
         splits={"adversarial": np.arange(count)},
         margins=margins,
         entropy=np.zeros(count),
+        confidence=np.linspace(0, 1, count),
         fallback=0.0,
     )
 
@@ -86,64 +77,3 @@ def test_yes_and_no_tokens_in_every_case() -> None:
     assert yes_no_tokens(Words("yes", "No", "no", "Yes")) == ([1, 4], [2, 3])
     with pytest.raises(ValueError, match="no single token for 'no'"):
         yes_no_tokens(Words("yes"))
-
-
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, CocoImages]:
-    root = ensure_world(tmp_path_factory.mktemp("world"), train=2, val=6, seed=3)
-    model, processor = load_vlm(str(CHECKPOINT))
-    return model, processor, CocoImages(root / "val", root / "annotations/instances_val.json")
-
-
-def make_predictor() -> SourcePredictor:
-    torch.manual_seed(0)
-    return SourcePredictor(PredictorConfig(128, rank=8, width=16)).eval().requires_grad_(False)
-
-
-def test_every_method_is_the_runtime_one_question_at_a_time(scene: tuple[Any, Any, CocoImages]) -> None:
-    model, processor, images = scene
-    predictor = make_predictor()
-    answers = ask(
-        model,
-        processor,
-        Methods(model, predictor, CONFIG),
-        images,
-        images.ids,
-        questions_per_image=2,
-        batch_size=4,
-        seed=0,
-    )
-    assert set(answers.margins) == {VANILLA, TWO_PASS, ONE_PASS, AUTO, UNIFORM, SWAPPED, SHIFT}
-    assert set(answers.splits) == set(STRATEGIES)
-    assert (np.diff(answers.image) != 0).all()  # neighbours are about different images
-    for rows in answers.splits.values():
-        assert answers.truth[rows].mean() == 0.5
-
-    yes, no = processor.tokenizer.convert_tokens_to_ids(["yes", "no"])
-    from data.questions import count_objects, pope_questions
-
-    first = pope_questions(images, images.ids, "adversarial", 2, 0, count_objects(images))[0]
-    place = answers.splits["adversarial"][0]
-    inputs = chat_inputs(processor, [images.open(first.image_id)], [first.text])
-    with torch.no_grad():
-        for name, scr in (
-            (VANILLA, SCR(model, mode="off")),
-            (TWO_PASS, SCR(model, config=CONFIG, mode="two-pass")),
-            (ONE_PASS, SCR(model, config=CONFIG, mode="one-pass", predictor=predictor)),
-        ):
-            with scr:
-                logits = model(**inputs).logits[0, -1]
-            assert answers.margins[name][place] == pytest.approx(float(logits[yes] - logits[no]), abs=1e-3)
-    shift = answers.margins[SHIFT] - answers.margins[VANILLA]
-    assert np.ptp(shift) < 1e-9
-    assert shift.mean() == pytest.approx((answers.margins[TWO_PASS] - answers.margins[VANILLA]).mean())
-
-
-def test_swapped_edits_with_the_sources_of_the_row_before(scene: tuple[Any, Any, CocoImages]) -> None:
-    model, processor, images = scene
-    inputs = chat_inputs(processor, [images.open(i) for i in images.ids[:3]], ["Is there a dog in the image?"] * 3)
-    methods = Methods(model, make_predictor(), CONFIG)
-    logits, reports = methods.logits(model, inputs)
-    own = [report.sources for report in reports[TWO_PASS]]
-    assert [report.sources for report in reports[SWAPPED]] == [own[2], own[0], own[1]]
-    assert not torch.allclose(logits[SWAPPED], logits[TWO_PASS])

@@ -8,10 +8,10 @@ import pytest
 
 from data.questions import STRATEGIES
 from evaluation import report
-from evaluation.compare import METHODS, TIMED, Comparison
-from evaluation.fidelity import fidelity
+from evaluation.compare import FALLBACKS, METHODS, TIMED, Comparison
+from evaluation.fidelity import fallback_curve, fidelity
 from evaluation.latency import Cost
-from evaluation.methods import TWO_PASS, VANILLA
+from evaluation.methods import ONE_PASS, TWO_PASS, VANILLA
 from evaluation.pope import Answers, score
 
 
@@ -24,12 +24,19 @@ def comparison() -> Comparison:
     margins = {name: vanilla + 0.3 * rng.normal(size=count) - 0.2 for name in METHODS}
     margins[VANILLA] = vanilla
     answers = Answers(
-        np.arange(count) // 6, truth, {s: np.arange(count) for s in STRATEGIES}, margins, rng.random(count), 0.25
+        np.arange(count) // 6,
+        truth,
+        {s: np.arange(count) for s in STRATEGIES},
+        margins,
+        rng.random(count),
+        rng.random(count),
+        0.25,
     )
     return Comparison(
         answers=answers,
         scores={(m, s): score(answers, m, s, bootstrap=100, seed=0) for m in METHODS for s in STRATEGIES},
         fidelity={m: fidelity(answers, m) for m in METHODS if m != TWO_PASS},
+        curve=fallback_curve(answers, FALLBACKS),
         costs={m: Cost(10.0, 1.4 if m == TWO_PASS else 1.0, 0.9, 1.1) for m in TIMED},
         images=40,
         entropy_correlation=-0.2,
@@ -59,6 +66,12 @@ def test_metrics_are_finite_and_named_stably(comparison: Comparison) -> None:
     assert values["eval/two-pass/adversarial/hr"] == comparison.scores[TWO_PASS, "adversarial"].hr
     assert values["eval/auto/fallback"] == 0.25
     assert values["eval/two-pass/prefill_ratio"] == 1.4
+    assert values["eval/auto_0/shift_correlation"] == values["eval/one-pass/shift_correlation"]
+    assert values["eval/auto_100/shift_correlation"] == pytest.approx(1)
+    change = comparison.scores[ONE_PASS, "adversarial"].hr_change
+    assert change and values["eval/one-pass/hr_kept"] == pytest.approx(
+        change.mean / comparison.scores[TWO_PASS, "adversarial"].hr_change.mean  # type: ignore[union-attr]
+    )
     assert all(np.isfinite(value) for value in values.values())
 
 

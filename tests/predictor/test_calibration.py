@@ -9,31 +9,34 @@ import torch
 from predictor.calibration import (
     Calibration,
     ConfidenceRows,
+    calibrate,
     calibration_summary,
     confidence_rows,
     expected_calibration_error,
     fit_calibration,
     fit_drift,
+    fit_temperature,
     reliability_bins,
     risk_coverage,
 )
 from predictor.metrics import recall_at_k
-from scr_runtime.network import PredictorConfig, SourcePredictor
+from scr_runtime.network import PredictorConfig, SourcePredictor, raw_confidence
 from scr_runtime.redistribute import eligible_patches
+
+SPREAD = 0.05  # of the scores' errors: far sharper than a temperature of 1 takes them for
 
 
 def _rows(count: int = 1000, seed: int = 0) -> ConfidenceRows:
-    """Raw confidences that rank the rows but lie far below the recall, as a softmax mass does."""
+    """Patches whose chance to be a true source is a squared logistic function of their gap: no temperature fits."""
     generator = np.random.default_rng(seed)
-    share = generator.beta(6, 2, count)
-    recall = generator.binomial(8, share) / 8
-    return ConfidenceRows(0.1 + 0.4 * share**2, recall)
+    gaps = generator.gamma(1.0, 2 * SPREAD, (count, 8)) * generator.uniform(0, 2, (count, 1))
+    hits = generator.random((count, 8)) < 1 / (1 + np.exp(-gaps / SPREAD)) ** 2
+    return ConfidenceRows(gaps, hits.astype(float))
 
 
 @pytest.fixture(scope="module")
 def calibration() -> Calibration:
-    rows = _rows()
-    return fit_calibration(rows.raw, rows.recall, target_fallback=0.2)
+    return calibrate(_rows(), target_fallback=0.2)
 
 
 def test_is_monotone_with_few_knots(calibration: Calibration) -> None:
@@ -45,7 +48,7 @@ def test_is_monotone_with_few_knots(calibration: Calibration) -> None:
 
 def test_ece_on_new_rows_is_far_below_the_raw_one(calibration: Calibration) -> None:
     summary = calibration_summary(calibration, _rows(4000, seed=1))
-    assert summary["ece"] < 0.05 < 0.3 < summary["ece_raw"]
+    assert summary["ece"] < 0.02 < summary["ece_temperature"] < 0.15 < summary["ece_raw"]
     assert summary["recall_kept"] > summary["recall_fallback"]
     assert summary["aurc"] < summary["aurc_random"]
     assert summary["fallback"] == pytest.approx(0.2, abs=0.05)
@@ -54,26 +57,58 @@ def test_ece_on_new_rows_is_far_below_the_raw_one(calibration: Calibration) -> N
 @pytest.mark.parametrize("target", [0.0, 0.01, 0.2, 0.5, 0.99, 1.0])
 def test_threshold_gives_the_wanted_fallback(target: float) -> None:
     rows = _rows()
-    calibration = fit_calibration(rows.raw, rows.recall, target_fallback=target)
-    assert (calibration(rows.raw) < calibration.threshold).mean() == pytest.approx(target, abs=0.005)
+    calibration = calibrate(rows, target_fallback=target)
+    confidence = calibration(rows.raw(calibration.temperature))
+    assert (confidence < calibration.threshold).mean() == pytest.approx(target, abs=0.005)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.7, 0.8, 1.0])
+def test_threshold_keeps_the_rows_of_the_wanted_fidelity(target: float) -> None:
+    rows = _rows(4000)
+    calibration = calibrate(rows, target_fallback=None, target_fidelity=target)
+    confidence = calibration(rows.raw(calibration.temperature))
+    kept = confidence >= calibration.threshold
+    if target == 0:
+        assert kept.all()
+    elif target == 1:
+        assert not kept.any()
+    else:
+        assert rows.recall.mean() < target <= confidence[kept].mean() == pytest.approx(target, abs=0.005)
+        assert _rows(4000, seed=1).recall.mean() < target
+        assert rows.recall[kept].mean() == pytest.approx(target, abs=0.02)
+
+
+def test_the_temperature_is_the_spread_of_the_errors() -> None:
+    generator = np.random.default_rng(0)
+    gaps = generator.gamma(1.0, 2 * SPREAD, (2000, 8))
+    hits = (generator.random(gaps.shape) < 1 / (1 + np.exp(-gaps / SPREAD))).astype(float)
+    assert fit_temperature(ConfidenceRows(gaps, hits)) == pytest.approx(SPREAD, rel=0.1)
+    ragged = ConfidenceRows(
+        np.pad(gaps, ((0, 0), (0, 2)), constant_values=np.nan), np.pad(hits, ((0, 0), (0, 2)), constant_values=np.nan)
+    )
+    assert fit_temperature(ragged) == fit_temperature(ConfidenceRows(gaps, hits))
+    np.testing.assert_allclose(ragged.recall, hits.mean(1))
+    with pytest.raises(ValueError, match="diverged"):
+        fit_temperature(ConfidenceRows(np.full((2, 2), np.inf), np.ones((2, 2))))
 
 
 @pytest.mark.parametrize("max_knots", [4, 5, 8, 32])
 def test_knots_are_thinned(max_knots: int) -> None:
     rows = _rows(3000)
-    calibration = fit_calibration(rows.raw, rows.recall, max_knots=max_knots)
+    calibration = fit_calibration(rows.raw(SPREAD), rows.recall, max_knots=max_knots)
     assert 2 <= len(calibration.raw) <= max_knots
-    assert expected_calibration_error(calibration(rows.raw), rows.recall) < 0.05
+    assert expected_calibration_error(calibration(rows.raw(SPREAD)), rows.recall) < 0.05
 
 
 def test_predictor_takes_it_and_maps_alike(calibration: Calibration) -> None:
     predictor = SourcePredictor(PredictorConfig(hidden_size=8))
     raw, expected = torch.tensor(calibration.raw), torch.tensor(calibration.expected)
-    predictor.set_calibration(raw, expected, calibration.threshold)
+    predictor.set_calibration(raw, expected, calibration.threshold, calibration.temperature)
     raw = torch.linspace(0, 1, 101)
     np.testing.assert_allclose(predictor.calibrate(raw).numpy(), calibration(raw.numpy()), atol=1e-5)
-    kept = calibration(_rows().raw) >= calibration.threshold
-    at_runtime = predictor.calibrate(torch.tensor(_rows().raw, dtype=torch.float32)) >= predictor.threshold
+    found = _rows().raw(calibration.temperature)
+    kept = calibration(found) >= calibration.threshold
+    at_runtime = predictor.calibrate(torch.tensor(found, dtype=torch.float32)) >= predictor.threshold
     assert (at_runtime.numpy() == kept).mean() > 0.998
 
 
@@ -105,6 +140,9 @@ def test_degenerate_rows_give_a_constant(raw: list[float], recall: list[float]) 
         ([0.1, 0.2], [0.1], {}, "shape"),
         ([0.1, np.nan], [0.1, 0.2], {}, "diverged"),
         ([0.1], [0.1], {"target_fallback": 1.2}, "target_fallback is 1.2"),
+        ([0.1], [0.1], {"target_fallback": None, "target_fidelity": -1}, "target_fidelity is -1"),
+        ([0.1], [0.1], {"target_fidelity": 0.9}, "give one of the two"),
+        ([0.1], [0.1], {"target_fallback": None}, "give one of the two"),
         ([0.1], [0.1], {"max_knots": 3}, "max_knots is 3"),
     ],
 )
@@ -134,13 +172,14 @@ def test_confidence_rows_of_a_loader(make_loader: Callable[..., Any]) -> None:
     loader = make_loader(images=10, batch_size=8)
     rows = confidence_rows(lambda batch: batch["attention"].log(), loader, num_sources=6)
     np.testing.assert_allclose(rows.recall, 1.0)
-    attention = torch.cat([batch["attention"] for batch in loader])[:, eligible_patches((8, 8), True)]
-    wanted = attention.sort(dim=-1, descending=True).values[:, :6].sum(dim=-1) / attention.sum(dim=-1)
-    np.testing.assert_allclose(rows.raw, wanted.numpy(), rtol=1e-5)
+    attention = torch.cat([batch["attention"] for batch in loader])
+    for temperature in (1.0, 0.2):
+        wanted = raw_confidence(attention.log(), eligible_patches((8, 8), True), 6, temperature)
+        np.testing.assert_allclose(rows.raw(temperature), wanted.numpy(), rtol=1e-5)
 
     flipped = confidence_rows(lambda batch: -batch["attention"], loader, num_sources=6)
     batch = next(iter(loader))
-    wanted = recall_at_k(-batch["attention"], batch["attention"], eligible_patches((8, 8), True), 6)
+    wanted = recall_at_k(-batch["attention"], batch["attention"], eligible_patches((8, 8), True), 6, (8, 8))
     np.testing.assert_allclose(flipped.recall[:8], wanted.numpy())
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from predictor.calibration import ConfidenceRows, calibrate
 from predictor.figures import map_example, reliability_figure, source_maps_figure
 
 QUESTION = "Is there a $5 note in the image? It costs $5."
@@ -65,9 +66,10 @@ def test_source_maps_need_an_example() -> None:
 
 def test_reliability() -> None:
     generator = np.random.default_rng(0)
-    confidence = generator.random(200)
-    recall = (confidence > generator.random(200)).astype(float)
-    figure = reliability_figure(confidence / 2, confidence, recall, 0.3)
+    gaps = generator.gamma(1.0, 0.2, (200, 8))
+    hits = (generator.random((200, 8)) < 1 / (1 + np.exp(-10 * gaps))).astype(float)
+    rows = ConfidenceRows(gaps, hits)
+    figure = reliability_figure(calibrate(rows), rows)
     assert _png(figure).startswith(b"\x89PNG")
     assert len(figure.axes) == 2
 
@@ -78,7 +80,9 @@ import sys
 import numpy as np
 import predictor.baselines, predictor.module
 from predictor.figures import reliability_figure
-reliability_figure(np.linspace(0, 1, 9), np.linspace(0, 1, 9), np.linspace(0, 1, 9), 0.5)
+from predictor.calibration import ConfidenceRows, calibrate
+rows = ConfidenceRows(np.random.rand(40, 8), np.random.rand(40, 8).round())
+reliability_figure(calibrate(rows), rows)
 from matplotlib import pyplot
 print(pyplot.get_fignums(), "mlflow" in sys.modules)
 """

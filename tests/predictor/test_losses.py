@@ -38,10 +38,25 @@ def _naive_mse_log(scores: list[float], share: list[float], k: int) -> float:
     return sum((s - math.log(max(p, 1e-6))) ** 2 for s, p in zip(scores, share, strict=True)) / len(scores)
 
 
+def _naive_lambdarank(scores: list[float], share: list[float], k: int) -> float:
+    patches = range(len(share))
+    order = sorted(patches, key=lambda i: (-scores[i], i))
+    discount = {patch: 1 / math.log2(place + 2) for place, patch in enumerate(order)}
+    ideal = sum(p / math.log2(place + 2) for place, p in enumerate(sorted(share, reverse=True)))
+    total = 0.0
+    for i in sorted(patches, key=lambda i: (-share[i], i))[:k]:
+        for j in patches:
+            if share[j] < share[i]:
+                weight = (share[i] - share[j]) * abs(discount[i] - discount[j]) / ideal
+                total += weight * math.log1p(math.exp(scores[j] - scores[i]))
+    return total
+
+
 NAIVE: dict[str, Callable[[list[float], list[float], int], float]] = {
     "kl": _naive_kl,
     "bce": _naive_bce,
     "mse_log": _naive_mse_log,
+    "lambdarank": _naive_lambdarank,
 }
 
 

@@ -18,6 +18,7 @@ from predictor.metrics import (
 )
 
 K = 5
+GRID = (5, 6)
 
 
 def _rows(rows: int = 7, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,10 +39,10 @@ def test_recall_and_mass_equal_a_loop() -> None:
         chosen = sorted(kept, key=lambda i: -float(scores[row, i]))[:K]
         best = sorted(kept, key=lambda i: -float(attention[row, i]))[:K]
         mass = sum(float(attention[row, i]) for i in chosen) / sum(float(attention[row, i]) for i in best)
-        assert float(recall_at_k(scores, attention, eligible, K)[row]) == pytest.approx(
+        assert float(recall_at_k(scores, attention, eligible, K, GRID)[row]) == pytest.approx(
             len(set(chosen) & set(best)) / K
         )
-        assert float(mass_at_k(scores, attention, eligible, K)[row]) == pytest.approx(mass, rel=1e-5)
+        assert float(mass_at_k(scores, attention, eligible, K, GRID)[row]) == pytest.approx(mass, rel=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 5, 25])
@@ -49,7 +50,7 @@ def test_ndcg_equals_torchmetrics(k: int) -> None:
     scores, attention, eligible = _rows()
     rows = zip(scores[:, eligible], attention[:, eligible], strict=True)
     wanted = torch.stack([retrieval_normalized_dcg(s, a, top_k=k) for s, a in rows])
-    torch.testing.assert_close(ndcg_at_k(scores, attention, eligible, k), wanted)
+    torch.testing.assert_close(ndcg_at_k(scores, attention, eligible, k, GRID), wanted)
 
 
 def test_spearman_equals_scipy_with_ties() -> None:
@@ -59,23 +60,23 @@ def test_spearman_equals_scipy_with_ties() -> None:
         np.corrcoef(rankdata(s[eligible].numpy()), rankdata(a[eligible].numpy()))[0, 1]
         for s, a in zip(scores, attention, strict=True)
     ]
-    np.testing.assert_allclose(spearman(scores, attention, eligible, K).numpy(), wanted, atol=1e-5)
+    np.testing.assert_allclose(spearman(scores, attention, eligible, K, GRID).numpy(), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", METRICS)
 def test_bounds(name: str) -> None:
     scores, attention, eligible = _rows()
     metric = METRICS[name]
-    torch.testing.assert_close(metric(attention * 3, attention, eligible, K), torch.ones(7))
-    assert (metric(scores, attention, eligible, K) < 1).all()
-    worst = metric(-attention, attention, eligible, K)
-    assert (worst < metric(scores, attention, eligible, K)).all() or name == "recall"
-    assert not metric(scores, torch.zeros_like(attention), eligible, K).any() or name == "recall"
+    torch.testing.assert_close(metric(attention * 3, attention, eligible, K, GRID), torch.ones(7))
+    assert (metric(scores, attention, eligible, K, GRID) < 1).all()
+    worst = metric(-attention, attention, eligible, K, GRID)
+    assert (worst < metric(scores, attention, eligible, K, GRID)).all() or name == "recall"
+    assert not metric(scores, torch.zeros_like(attention), eligible, K, GRID).any() or name == "recall"
 
 
 def test_random_scores_recall_k_of_n() -> None:
     scores, attention, eligible = _rows(rows=2000)
-    recall = recall_at_k(scores, attention, eligible, K).mean()
+    recall = recall_at_k(scores, attention, eligible, K, GRID).mean()
     assert float(recall) == pytest.approx(K / int(eligible.sum()), abs=0.02)
 
 
@@ -84,10 +85,10 @@ def test_class_is_the_mean_of_rows_over_uneven_batches() -> None:
     keys = [f"{i // 2:012d}" for i in range(10)]
     metrics = SourceMetrics(keep_rows=True)
     for part in (slice(0, 6), slice(6, 7), slice(7, 10)):
-        metrics.update(scores[part], attention[part], eligible, K, keys[part])
+        metrics.update(scores[part], attention[part], eligible, K, GRID, keys[part])
     values, rows = metrics.compute(), metrics.rows()
     for name, metric in METRICS.items():
-        wanted = metric(scores, attention, eligible, K)
+        wanted = metric(scores, attention, eligible, K, GRID)
         torch.testing.assert_close(values[name], wanted.mean())
         np.testing.assert_array_equal(rows[name], wanted.numpy())
     assert len(set(rows["group"].tolist())) == 5
@@ -98,7 +99,7 @@ def test_class_is_the_mean_of_rows_over_uneven_batches() -> None:
 def test_class_refuses_rows_without_keys() -> None:
     scores, attention, eligible = _rows()
     with pytest.raises(ValueError, match="key"):
-        SourceMetrics(keep_rows=True).update(scores, attention, eligible, K)
+        SourceMetrics(keep_rows=True).update(scores, attention, eligible, K, GRID)
     with pytest.raises(ValueError, match="keep_rows=True"):
         SourceMetrics().rows()
 
@@ -140,7 +141,7 @@ def test_bootstrap_refuses_bad_rows(values: list[float], groups: list[int]) -> N
 def test_summary_has_every_metric() -> None:
     scores, attention, eligible = _rows()
     metrics = SourceMetrics(keep_rows=True)
-    metrics.update(scores, attention, eligible, K, [str(i) for i in range(7)])
+    metrics.update(scores, attention, eligible, K, GRID, [str(i) for i in range(7)])
     summary = summarise_rows(metrics.rows(), repeats=50)
     assert set(summary) == set(METRICS)
     assert all(low <= mean <= high for mean, low, high in summary.values())

@@ -82,7 +82,9 @@ def test_other_losses_learn_too(make_loader: MakeLoader, loss: str) -> None:
 
 
 def test_a_predictor_that_reads_nothing_but_states_fits(make_loader: MakeLoader) -> None:
-    module, trainer = _fit(make_loader, epochs=1, images=40, position=False, question=False, context=False)
+    module, trainer = _fit(
+        make_loader, epochs=1, images=40, position="none", question="none", context="none", components=1
+    )
     assert module.predictor.gate is None
     assert math.isfinite(trainer.logged_metrics["val/mass"])
 
