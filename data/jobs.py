@@ -453,19 +453,20 @@ def finish(job: Job) -> dict[str, Any] | None:
     hashes = {name: sidecars[name]["sha256"] for name in names}
     here = _index_here(job, hashes) if all_here else None
     there = _index_there(store, hashes) if store else None
-    if here or there:
-        manifest, index = here or there or (b"", {})
-    else:
-        splits: dict[str, list[str]] = {}
-        for plan in job.plans:
-            splits.setdefault(plan.split, []).append(plan.name)
-        manifest, index = shards.build_index(sidecars, splits, job.settings, job.provenance, {"tuning": job.tuning})
+    manifest, index = here or there or _new_index(job, sidecars)
     if all_here and not here:
         shards.write_index_files(job.directory, manifest, index)
     if store and not there:
         store.write(shards.MANIFEST, manifest)
         store.write(shards.INDEX, shards.index_bytes(index))
     return index
+
+
+def _new_index(job: Job, sidecars: Mapping[str, Mapping[str, Any]]) -> tuple[bytes, dict[str, Any]]:
+    splits: dict[str, list[str]] = {}
+    for plan in job.plans:
+        splits.setdefault(plan.split, []).append(plan.name)
+    return shards.build_index(sidecars, splits, job.settings, job.provenance, {"tuning": job.tuning})
 
 
 def _index_here(job: Job, hashes: Mapping[str, str]) -> tuple[bytes, dict[str, Any]] | None:

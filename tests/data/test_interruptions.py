@@ -65,6 +65,15 @@ def test_killed_while_renaming(tmp_path: Path, many: CocoImages):
     assert_exactly_what_was_planned(tmp_path / "killed", many)
 
 
+@pytest.mark.slow
+def test_killed_together_with_the_disk(tmp_path: Path, many: CocoImages):
+    result = drive("vanishing", many, tmp_path / "last")
+    assert result["kills"] >= 6 and result["progress"] == sorted(result["progress"]), result
+    assert result["progress"][-1] > 0 and len(set(result["progress"])) > 3, result  # each goes on from the one before
+    assert_exactly_what_was_planned(tmp_path / "last", many)
+    assert contents(tmp_path / "bucket") == contents(tmp_path / "last")
+
+
 # ---- a small disk
 
 

@@ -158,6 +158,27 @@ def while_renaming(coco: Path, target: Path) -> dict[str, Any]:
     return {"kills": kills}
 
 
+def on_machines_that_vanish(coco: Path, target: Path, seed: int) -> dict[str, Any]:
+    """Kills a harvest eight times, each time with its disk: all that is left is what stood at the URL."""
+    moments = random.Random(seed)
+    bucket = target.with_name("bucket")
+    kills, progress = 0, []
+    for number in range(8):
+        machine = target.with_name(f"machine{number}")
+        child = fork(lambda: harvest(**arguments(coco, machine), output=f"file://{bucket}"))  # noqa: B023
+        there = len(list(bucket.glob("*.json"))) + moments.randrange(4)
+        end = time.monotonic() + 20
+        while len(list(bucket.glob("*.json"))) < there and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        kills += killed(child)
+        shutil.rmtree(machine, ignore_errors=True)
+        progress.append(len(list(bucket.glob("*.json"))))
+    assert not killed(fork(lambda: harvest(**arguments(coco, target), output=f"file://{bucket}")))
+    return {"kills": kills, "progress": progress}
+
+
 def main() -> None:
     mode, coco, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     if mode == "ray":
@@ -168,8 +189,12 @@ def main() -> None:
         return
     llava()
     assert not killed(fork(lambda: harvest(**arguments(coco, target.with_name("undisturbed"), seconds=0))))
-    result = at_random_moments(coco, target, 4) if mode == "random" else while_renaming(coco, target)
-    print(json.dumps(result))
+    ways = {
+        "random": lambda: at_random_moments(coco, target, 4),
+        "renaming": lambda: while_renaming(coco, target),
+        "vanishing": lambda: on_machines_that_vanish(coco, target, 5),
+    }
+    print(json.dumps(ways[mode]()))
 
 
 if __name__ == "__main__":
