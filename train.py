@@ -55,6 +55,8 @@ from scr_runtime import SCRConfig, describe_model
 from scr_runtime.errors import SCRError
 
 _FIGURE_IMAGES = 4
+_SELECTED_BY = "val/best_mass"
+_PLACES = ("runs_dir", "variant", "harvest.name", "tracking.")
 _EXPECTED = (DataError, SCRError, FileNotFoundError, ValueError)
 """Errors whose message tells a user enough."""
 
@@ -166,26 +168,27 @@ def run_sweep(sweep: Sweep, client: MlflowClient) -> int:
     """
     failed, numbers = 0, itertools.count(1)
     for children in _grouped(sweep.children, lambda config: [config.experiment, config.model.name]):
-        parent, trials = open_parent(children, sweep, client), list[Trial]()
+        parent = open_parent(children, sweep, client)
+        trials = {child.label: Trial(child.choices, "not run", {}) for child in children}
         try:
             for sharing in _grouped(children, _shared):
-                for trial in run_children(sharing, parent, client, numbers, len(sweep.children)):
-                    trials.append(trial)
+                for child, trial in run_children(sharing, parent, client, numbers, len(sweep.children)):
+                    trials[child.label] = trial
         finally:
-            trials += [Trial(child.choices, "not run", {}) for child in children[len(trials) :]]
-            failed += close_parent(children, trials, parent, client)
+            failed += close_parent(children, list(trials.values()), parent, client)
     return failed
 
 
 def run_children(
     children: Sequence[Child], parent: Run, client: MlflowClient, numbers: Iterator[int], total: int
-) -> Iterator[Trial]:
+) -> Iterator[tuple[Child, Trial]]:
     """Runs children that share model and harvest; one that fails is told, and the next one starts."""
     try:
         work = prepare(children[0].config)
     except Exception as error:
         _tell_error(error)
-        yield from (Trial(child.choices, "not run", {}) for child, _ in zip(children, numbers, strict=False))
+        for _ in children:
+            next(numbers)
         return
     for child, number in zip(children, numbers, strict=False):
         same = _fingerprint(child.config, work)  # whatever command it was that finished it
@@ -199,12 +202,12 @@ def run_children(
                     chain(child.config, work, tracker)
             except Exception as error:
                 _tell_error(error)
-                yield Trial(child.choices, "FAILED", {}, run_id)
+                yield child, Trial(child.choices, "FAILED", {}, run_id)
                 continue
             run = client.get_run(run_id)
         metrics = {name: value for name, value in run.data.metrics.items() if not name.startswith("system/")}
         print(sweep_report.headline(metrics))
-        yield Trial(child.choices, "FINISHED", metrics, run.info.run_id)
+        yield child, Trial(child.choices, "FINISHED", metrics, run.info.run_id)
 
 
 def open_parent(children: Sequence[Child], sweep: Sweep, client: MlflowClient) -> Run:
@@ -242,7 +245,7 @@ def close_parent(children: Sequence[Child], trials: Sequence[Trial], parent: Run
             label = " ".join(f"{key}={value}" for key, value in trial.choices.items())
             print(f"without a result: {label} ({trial.status}" + (f", run {trial.run_id})" if trial.run_id else ")"))
     if not missing:
-        register(client, config, max(trials, key=lambda trial: trial.metrics["val/best_mass"]).run_id)
+        register(client, config, max(trials, key=lambda trial: trial.metrics[_SELECTED_BY]).run_id)
     print(f"\nsummary: {folder}\nchildren: {config.paths.sweeps}")
     print(f"compare runs: {_ui(config)}  (experiment {config.experiment!r}, run {run})")
     client.set_terminated(run, "FAILED" if missing else "FINISHED")
@@ -288,9 +291,11 @@ def tracked(child: Child, client: MlflowClient, parent: Run | None = None) -> It
     name = child.short_label or f"{config.model.name}-{config.predictor.loss}-seed{config.seed}"
     tags = {"run.kind": "child", "sweep.choice": child.label} if parent else {"run.kind": "single"}
     run = registry.create_run(client, config.experiment, name, tags, parent.info.run_id if parent else None)
+    client.log_metric(run.info.run_id, _SELECTED_BY, 0.0, step=0)  # MLflow's comparison starts with the first metric
     with registry.recorded(client, run.info.run_id, config.tracking_uri):
         tracker = MLFlowLogger(config.experiment, tracking_uri=config.tracking_uri, run_id=run.info.run_id)
-        tracker.log_hyperparams({**child.groups, **_flat(dataclasses.asdict(config))})
+        settings = _flat(dataclasses.asdict(config))  # all but places, which would only tell apart what is alike
+        tracker.log_hyperparams({**child.groups, **{k: v for k, v in settings.items() if not k.startswith(_PLACES)}})
         client.log_artifact(run.info.run_id, str(paths.config))
         yield tracker
 
@@ -351,7 +356,7 @@ def fit_predictor(config: TrainConfig, scr: SCRConfig, data: ShardDataModule, tr
     )
     loop.fit(module, datamodule=data)
     score = float(best.best_model_score or 0)
-    tracker.log_metrics({"val/best_mass": score})
+    tracker.log_metrics({_SELECTED_BY: score}, step=loop.current_epoch)
     print(f"best epoch: val/mass {score:.4f} after {loop.current_epoch} epochs")
     module = SourceModule.load_from_checkpoint(best.best_model_path, map_location="cpu").eval()
     test = data.test_dataloader()
@@ -480,8 +485,10 @@ def maps_figure(config: TrainConfig, processor: Any, module: SourceModule, scr: 
 
 
 def _ui(config: TrainConfig) -> str:
-    plain = config.tracking.uri is None and config.runs_dir == "runs"
-    return "make ui" if plain else f"mlflow ui: {config.tracking_uri}"
+    """What to type, or to open, for MLflow's pages."""
+    if config.tracking_uri == "sqlite:///runs/mlflow.db":
+        return "make ui"
+    return f"make ui URI={config.tracking_uri}" if "sql" in config.tracking_uri else config.tracking_uri
 
 
 def step(number: int, text: str) -> None:

@@ -140,12 +140,13 @@ def _list_keys() -> list[str]:
 
 
 def _named(config: TrainConfig, choices: Mapping[str, str]) -> TrainConfig:
-    """Give a child its own folder: what was chosen, and a checksum of all settings.
+    """Give a child its own folder: what was chosen, and a checksum of what decides its result.
 
-    The checksum keeps apart the children of two sweeps over the same keys that differ in what they hold fixed.
+    The checksum keeps apart the children of two sweeps over the same keys that differ in what they hold fixed. Devices,
+    caches and the like do not count: with others of these the same sweep goes on.
     """
-    plain = dataclasses.asdict(config)
-    own = fingerprint({key: value for key, value in plain.items() if key not in ("runs_dir", "tracking")})[:6]
+    model, data = config.model, {**dataclasses.asdict(config.data), "root": None}
+    own = fingerprint(config.deciding, config.harvest, data, [model.hub_id, model.revision, model.dtype])[:6]
     config = dataclasses.replace(config, variant=f"{_slug(choices)}-{own}")
     changed = {key: value for key, value in choices.items() if _decides_harvest(key)}
     if changed and config.harvest.name is None:

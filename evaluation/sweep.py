@@ -151,7 +151,7 @@ def summary_metrics(trials: Sequence[Trial], names: Mapping[str, str]) -> dict[s
         suffix = "/" + "".join(c if c.isalnum() or c in "-_. " else "-" for c in place) if place else ""
         for name, mean in cell.means.items():
             values[f"mean/{name}{suffix}"] = mean.value
-            if not math.isnan(mean.half):
+            if not math.isnan(mean.half) and HEADLINES[name][1]:  # counts have no interval
                 values[f"mean/{name}_low{suffix}"] = mean.value - mean.half
                 values[f"mean/{name}_high{suffix}"] = mean.value + mean.half
     return values
@@ -199,7 +199,8 @@ def figure(trials: Sequence[Trial], names: Mapping[str, str]) -> Figure | None:
                 shift = 0.0 if numeric or len(lines) == 1 else 0.5 * (number / (len(lines) - 1) - 0.5)
                 at = [places[cell.choices[axis] if axis else ticks[0]] + shift for cell in members]
                 label = " ".join(f"{names[key]}={value}" for key, value in zip(rest, line, strict=True))
-                _draw(axes, at, [cell.means[name] for cell in members], _COLOURS[number % 8], label, numeric)
+                beside = 0.0 if numeric else -0.06
+                _draw(axes, at, [cell.means[name] for cell in members], _COLOURS[number % 8], label, numeric, beside)
             if numeric:
                 if min(places.values()) > 0 and max(places.values()) / min(places.values()) >= 20:
                     axes.set_xscale("log")
@@ -275,10 +276,12 @@ def _places(ticks: Sequence[str]) -> tuple[dict[str, float], bool]:
     return dict(zip(ticks, numbers, strict=True)), True
 
 
-def _draw(axes: Axes, at: Sequence[float], means: Sequence[Mean], colour: str, label: str, joined: bool) -> None:
+def _draw(
+    axes: Axes, at: Sequence[float], means: Sequence[Mean], colour: str, label: str, joined: bool, beside: float
+) -> None:
     for place, mean in zip(at, means, strict=True):
         if len(mean.values) > 1:
-            axes.plot([place] * len(mean.values), mean.values, "o", color=colour, markersize=3.5, alpha=0.4)
+            axes.plot([place + beside] * len(mean.values), mean.values, "o", color=colour, markersize=3.5, alpha=0.4)
     axes.errorbar(
         at,
         [mean.value for mean in means],

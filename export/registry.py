@@ -192,9 +192,9 @@ def logged_model(client: MlflowClient, run_id: str) -> str | None:
 
 
 def register(client: MlflowClient, model_id: str, name: str, run_id: str) -> str:
-    """Makes a version of a registered model from a LoggedModel, and moves the alias to it.
+    """Makes a version of a registered model from the LoggedModel of a run, and moves the alias to it.
 
-    A LoggedModel that is a version already is not registered twice.
+    A run whose model is a version already does not get a second one.
 
     Returns:
         The number of the version; ``models:/<name>@latest-fit`` is its address.
@@ -204,13 +204,24 @@ def register(client: MlflowClient, model_id: str, name: str, run_id: str) -> str
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    known = [v for v in client.search_model_versions(f"name='{name}'") if v.model_id == model_id]
+    known = [v for v in client.search_model_versions(f"name='{name}'") if v.run_id == run_id]
     if known:
         version = known[0].version
     else:
         version = client.create_model_version(name, f"models:/{model_id}", run_id, model_id=model_id).version
     client.set_registered_model_alias(name, ALIAS, str(version))
     return str(version)
+
+
+@contextlib.contextmanager
+def _tracking_at(uri: str) -> Iterator[None]:
+    """MLflow resolves the address of a LoggedModel at its global URI, whatever URI it is called with."""
+    former = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(former)
 
 
 def download(uri: str, folder: str | Path, tracking_uri: str) -> Path:
@@ -234,7 +245,8 @@ def download(uri: str, folder: str | Path, tracking_uri: str) -> Path:
         raise FileExistsError(f"{folder} exists: choose another folder, or remove it first")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as staged:
-        came = Path(download_artifacts(artifact_uri=uri, dst_path=staged, tracking_uri=tracking_uri))
+        with _tracking_at(tracking_uri):
+            came = Path(download_artifacts(artifact_uri=uri, dst_path=staged, tracking_uri=tracking_uri))
         load_predictor(came)
         shutil.copytree(came, folder)
     return folder
