@@ -142,8 +142,8 @@ def _list_keys() -> list[str]:
 def _named(config: TrainConfig, choices: Mapping[str, str]) -> TrainConfig:
     """Give a child its own folder: what was chosen, and a checksum of what decides its result.
 
-    The checksum keeps apart the children of two sweeps over the same keys that differ in what they hold fixed. Devices,
-    caches and the like do not count: with others of these the same sweep goes on.
+    The checksum keeps apart the children of two sweeps over the same keys that differ in what they hold fixed.
+    Devices, caches and the like do not count: with others of these the same sweep goes on.
     """
     model, data = config.model, {**dataclasses.asdict(config.data), "root": None}
     own = fingerprint(config.deciding, config.harvest, data, [model.hub_id, model.revision, model.dtype])[:6]

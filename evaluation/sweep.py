@@ -201,23 +201,13 @@ def figure(trials: Sequence[Trial], names: Mapping[str, str]) -> Figure | None:
                 label = " ".join(f"{names[key]}={value}" for key, value in zip(rest, line, strict=True))
                 beside = 0.0 if numeric else -0.06
                 _draw(axes, at, [cell.means[name] for cell in members], _COLOURS[number % 8], label, numeric, beside)
-            if numeric:
-                if min(places.values()) > 0 and max(places.values()) / min(places.values()) >= 20:
-                    axes.set_xscale("log")
-                axes.set_xticks(list(places.values()), ticks)
-                axes.minorticks_off()
-            else:
-                axes.set_xticks(range(len(ticks)), ticks)
-                axes.set_xlim(-0.6, len(ticks) - 0.4)
+            _mark(axes, places, numeric)
             if row == len(drawn) - 1:
                 axes.set_xlabel(names[axis] if axis else "")
             if row == 0 and facet:
                 axes.set_title(f"{names[facet]}={option}", loc="left", fontsize=10)
             if column == 0:
                 axes.set_ylabel(HEADLINES[name][0])
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-            axes.set_axisbelow(True)
     if len(lines) > 1:
         handles, labels = grid[0][0].get_legend_handles_labels()
         result.legend(handles, labels, loc="outside lower center", ncols=min(len(lines), 4), frameon=False, fontsize=9)
@@ -274,6 +264,19 @@ def _places(ticks: Sequence[str]) -> tuple[dict[str, float], bool]:
     if len(numbers) < 2 or not np.isfinite(numbers).all():
         return {tick: float(place) for place, tick in enumerate(ticks)}, False
     return dict(zip(ticks, numbers, strict=True)), True
+
+
+def _mark(axes: Axes, places: Mapping[str, float], numeric: bool) -> None:
+    """Ticks where the values are, and nothing that is not needed."""
+    if numeric and min(places.values()) > 0 and max(places.values()) / min(places.values()) >= 20:
+        axes.set_xscale("log")
+    axes.set_xticks(list(places.values()), list(places))
+    axes.minorticks_off()
+    if not numeric:
+        axes.set_xlim(-0.6, len(places) - 0.4)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
 
 
 def _draw(
