@@ -57,6 +57,8 @@ from scr_runtime.errors import SCRError
 _FIGURE_IMAGES = 4
 _SELECTED_BY = "val/best_mass"
 _PLACES = ("runs_dir", "variant", "harvest.name", "tracking.")
+_STOPS = (KeyboardInterrupt, SystemExit)
+"""What ends a sweep, not one child alone."""
 _EXPECTED = (DataError, SCRError, FileNotFoundError, ValueError)
 """Errors whose message tells a user enough."""
 
@@ -200,6 +202,8 @@ def run_children(
                 with tracked(child, client, parent) as tracker:
                     run_id = str(tracker.run_id)
                     chain(child.config, work, tracker)
+            except _STOPS:
+                raise
             except Exception as error:
                 _tell_error(error)
                 yield child, Trial(child.choices, "FAILED", {}, run_id)
@@ -292,7 +296,7 @@ def tracked(child: Child, client: MlflowClient, parent: Run | None = None) -> It
     tags = {"run.kind": "child", "sweep.choice": child.label} if parent else {"run.kind": "single"}
     run = registry.create_run(client, config.experiment, name, tags, parent.info.run_id if parent else None)
     client.log_metric(run.info.run_id, _SELECTED_BY, 0.0, step=0)  # MLflow's comparison starts with the first metric
-    with registry.recorded(client, run.info.run_id, config.tracking_uri):
+    with registry.recorded(client, run.info.run_id, config.tracking_uri, _STOPS):
         tracker = MLFlowLogger(config.experiment, tracking_uri=config.tracking_uri, run_id=run.info.run_id)
         settings = _flat(dataclasses.asdict(config))  # all but places, which would only tell apart what is alike
         tracker.log_hyperparams({**child.groups, **{k: v for k, v in settings.items() if not k.startswith(_PLACES)}})

@@ -98,19 +98,31 @@ def create_run(
 
 
 @contextlib.contextmanager
-def recorded(client: MlflowClient, run_id: str, uri: str) -> Iterator[None]:
-    """Logs system metrics inside the block, and gives the run the status and the error that the block ends with."""
+def recorded(
+    client: MlflowClient,
+    run_id: str,
+    uri: str,
+    stops: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit),
+) -> Iterator[None]:
+    """Logs system metrics inside the block, and gives the run the status and the error that the block ends with.
+
+    Args:
+        client: Of the tracking store.
+        run_id: The run.
+        uri: Of the tracking store.
+        stops: What ends a run as KILLED instead of FAILED.
+    """
     monitor = SystemMetricsMonitor(run_id, SYSTEM_METRICS_SECONDS, tracking_uri=uri)
     status = "FAILED"
     try:
         monitor.start()
         yield
         status = "FINISHED"
+    except stops:
+        status = "KILLED"
+        raise
     except Exception as error:
         client.set_tag(run_id, "error", f"{type(error).__name__}: {error}"[:500])
-        raise
-    except BaseException:
-        status = "KILLED"
         raise
     finally:
         monitor.finish()

@@ -104,13 +104,13 @@ def test_what_can_not_be_fetched_leaves_nothing_behind(
 def test_a_run_ends_with_the_status_and_error_of_its_block(store: tuple[MlflowClient, str]) -> None:
     client, uri = store
     seen = {}
-    for error in (None, ValueError("too small"), KeyboardInterrupt()):
+    for error in (None, ValueError("too small"), KeyboardInterrupt(), StopAsyncIteration()):
         run = registry.create_run(client, "fits", "x", {"run.kind": "single"}).info.run_id
         try:
-            with registry.recorded(client, run, uri):
+            with registry.recorded(client, run, uri, (KeyboardInterrupt, StopAsyncIteration)):
                 if error:
                     raise error
-        except (ValueError, KeyboardInterrupt):
+        except (ValueError, KeyboardInterrupt, StopAsyncIteration):
             pass
         found = client.get_run(run)
         seen[found.info.status] = found.data.tags.get("error")
