@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+URI ?= sqlite:///runs/mlflow.db
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -14,7 +15,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 help:
 	@echo "make train     harvest, fit, export, compare; ARGS='key=value ...' changes settings, ARGS=--help lists them"
 	@echo "make test      every check: ruff, pyright, import-linter, pytest"
-	@echo "make ui        open the runs in MLflow"
+	@echo "make ui        open the runs in MLflow; URI=sqlite:///FILE for another store, ARGS='--port 5001' for MLflow's options"
 	@echo "make format    format the code, fix what ruff can fix"
 	@echo "make wheel     build dist/scr_runtime-*.whl"
 	@echo "make lock      write constraints.txt anew, from the newest versions that fit together"
@@ -31,7 +32,8 @@ test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(ARGS)
 
 ui: $(VENV)/train.stamp
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
+	@echo "http://127.0.0.1:5000 in some seconds: choose Model training, then an experiment (docs/mlflow.md)"
+	$(BIN)/mlflow ui --backend-store-uri $(URI) $(ARGS)
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .

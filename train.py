@@ -2,18 +2,22 @@
 
 python train.py                                    the embedded world, in minutes
 python train.py model=llava-1.5-7b data=coco2014 data.root=/path/to/coco2014
+python train.py predictor.loss=kl,bce seed=0,1,2   a sweep: six children of one MLflow run
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import logging
 import os
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads made a shared machine 8 times slower
@@ -21,24 +25,29 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on huge pages: batch
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # not a page of database migrations at the first run
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from mlflow.entities import Dataset, DatasetInput
+from mlflow import MlflowClient
+from mlflow.entities import Run
 from pytorch_lightning.loggers import MLFlowLogger
 
-from configs.load import parse_cli, save_config
+from configs.load import fingerprint, save_config
 from configs.schema import TrainConfig
+from configs.sweep import Child, Sweep, parse_sweep, short_names
 from data.datamodule import ShardDataModule
 from data.errors import DataError
 from data.harvest import harvest_from_config, held_out_images, training_images
 from data.shards import ShardReader
 from data.vlm import library_versions, load_vlm, unprocessed
+from evaluation import fit as fit_report
 from evaluation import report
-from evaluation.compare import Comparison, compare
+from evaluation import sweep as sweep_report
+from evaluation.compare import Comparison, Reference, compare, measure_reference
+from evaluation.sweep import Trial
+from export import registry
 from export.package import Exported, export_predictor
 from predictor import baselines
-from predictor.calibration import calibration_summary, confidence_rows
+from predictor.calibration import ConfidenceRows, calibration_summary, confidence_rows
 from predictor.figures import map_example, reliability_figure, source_maps_figure
 from predictor.fit import Preempted, fit
 from predictor.metrics import Interval, summarise_rows
@@ -47,6 +56,26 @@ from scr_runtime import SCRConfig, describe_model
 from scr_runtime.errors import SCRError
 
 _FIGURE_IMAGES = 4
+_SELECTED_BY = "val/best_mass"
+_PLACES = ("runs_dir", "variant", "harvest.name", "tracking.")
+_STOPS = (KeyboardInterrupt, SystemExit, Preempted)
+"""What ends a sweep, not one child alone."""
+_EXPECTED = (DataError, SCRError, FileNotFoundError, ValueError)
+"""Errors whose message tells a user enough."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all fits on one harvest share."""
+
+    model: Any
+    processor: Any
+    harvested: Mapping[str, Any]
+    data: ShardDataModule
+    references: dict[str, Reference] = field(default_factory=dict)
+    """Answers that need no predictor, by the settings that they follow from."""
+    others: dict[str, dict[str, dict[str, Interval]]] = field(default_factory=dict)
+    """Floors and ceiling on the test split, by the same."""
 
 
 @dataclass(frozen=True)
@@ -58,46 +87,64 @@ class Fit:
     floors: dict[str, dict[str, Interval]]
 
 
+@dataclass(frozen=True)
+class Result:
+    """What a run found out; `comparison` is None where no answers were compared."""
+
+    fit: Fit
+    exported: Exported
+    rows: ConfidenceRows
+    confidence: dict[str, float]
+    comparison: Comparison | None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the chain; returns the exit code."""
-    config = parse_cli(TrainConfig, argv=argv, description="Harvest, fit, export and compare a one-pass predictor.")
+    """Runs the chain, or a sweep of chains; returns the exit code."""
+    sweep = parse_sweep(argv, "python train.py", "Harvest, fit, export and compare a one-pass predictor.")
     _quieten()
     started = time.perf_counter()
+    config = sweep.children[0].config
     try:
-        tracker = start_run(config)
+        experiments = list(dict.fromkeys(child.config.experiment for child in sweep.children))
+        client = registry.connect(config.tracking_uri, experiments, config.paths.mlflow_artifacts)
     except Exception as error:  # MLflow wraps every store's own errors; before any work, all mean the same
         print(f"error: MLflow at {config.tracking_uri} cannot be used: {error}\nSee tracking.uri.", file=sys.stderr)
         return 1
-    status = "FAILED"
     try:
-        chain(config, tracker)
-        status = "FINISHED"
-    except (DataError, SCRError, FileNotFoundError, ValueError) as error:
+        failed = run_sweep(sweep, client) if sweep.keys else run_once(sweep.children[0], client)
+    except _EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Preempted as stop:
-        status = "KILLED"
         print(f"\n{stop}\nThe same command again goes on from there.", file=sys.stderr)
         return 143  # 128 + SIGTERM: what a shell reports of a process that the signal ended
     except KeyboardInterrupt:
-        status = "KILLED"
-        print("\nstopped; finished shards and epochs are kept, and the next run goes on from them", file=sys.stderr)
+        print("\nstopped; what is finished is kept, and the same command goes on from there", file=sys.stderr)
         return 130
-    finally:
-        tracker.experiment.set_terminated(tracker.run_id, status)
+    if failed:
+        print(f"error: {failed} of {len(sweep.children)} children have no result", file=sys.stderr)
+        return 1
     print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
     return 0
 
 
-def chain(config: TrainConfig, tracker: MLFlowLogger) -> None:
-    """Harvest, fit, export, compare, tell."""
-    scr = SCRConfig(**dataclasses.asdict(config.model.scr))
+def run_once(child: Child, client: MlflowClient) -> int:
+    """One configuration, one run; nothing has failed where this returns."""
+    config = child.config
+    with tracked(child, client) as tracker:
+        work = prepare(config)
+        result = chain(config, work, tracker)
+    tell(config, SCRConfig(**dataclasses.asdict(config.model.scr)), result, str(tracker.run_id))
+    register(client, config, str(tracker.run_id))
+    return 0
+
+
+def prepare(config: TrainConfig) -> Work:
+    """Loads the model, and harvests what is missing."""
     step(1, f"model {config.model.name} and images of {config.data.name}")
     model, processor = load_vlm(**config.model.loading)
     step(2, "harvest: attention maps and block-0 states of the training images")
     harvested = harvest_from_config(config, model, processor, overwrite=True)
-    log_data(tracker, config, harvested)
-    step(3, "fit: the predictor learns the maps")
     data = ShardDataModule(
         config.paths.harvest,
         config.trainer.batch_size,
@@ -106,50 +153,182 @@ def chain(config: TrainConfig, tracker: MLFlowLogger) -> None:
         cache=config.trainer.cache,
         stream_from=config.trainer.stream_from,
     )
-    fit = fit_predictor(config, scr, data, tracker)
+    return Work(model, processor, harvested, data)
+
+
+def chain(config: TrainConfig, work: Work, tracker: MLFlowLogger) -> Result:
+    """Fit, export, compare; all of it goes to MLflow."""
+    scr = SCRConfig(**dataclasses.asdict(config.model.scr))
+    work.data.seed, work.data.batch_size = config.seed, config.trainer.batch_size  # children share its shards
+    log_data(config, work, tracker)
+    step(3, "fit: the predictor learns the maps")
+    fit = fit_predictor(config, scr, work, tracker)
     step(4, "export: the predictor folder, calibrated, reloaded and compared")
-    exported = export(config, scr, fit, data, describe_model(model, processor), harvested, tracker)
-    step(5, "compare: two-pass, one-pass, auto and the controls on held-out images")
-    settings = dataclasses.asdict(config.evaluation)
-    comparison = compare(
-        model, processor, exported.folder, scr, held_out_images(config), num_images=settings.pop("images"), **settings
-    )
-    tell(config, scr, processor, data, fit, exported, comparison, tracker)
+    exported = export(config, scr, fit, work, tracker)
+    rows = confidence_rows(fit.module.score, work.data.test_dataloader(), scr.num_sources, scr.exclude_border)
+    confidence = calibration_summary(exported.calibration, rows)
+    result = Result(fit, exported, rows, confidence, compare_answers(config, scr, work, exported))
+    log_result(config, scr, work, result, tracker)
+    return result
+
+
+# -- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def run_sweep(sweep: Sweep, client: MlflowClient) -> int:
+    """Runs every child, those of a model under one parent run; returns how many have no result.
+
+    What children share is made once for all that share it; what an earlier command finished is not run again.
+    """
+    failed, numbers = 0, itertools.count(1)
+    for children in _grouped(sweep.children, lambda config: [config.experiment, config.model.name]):
+        parent = open_parent(children, sweep, client)
+        trials = {child.label: Trial(child.choices, "not run", {}) for child in children}
+        try:
+            for sharing in _grouped(children, _shared):
+                for child, trial in run_children(sharing, parent, client, numbers, len(sweep.children)):
+                    trials[child.label] = trial
+        finally:
+            failed += close_parent(children, list(trials.values()), parent, client)
+    return failed
+
+
+def run_children(
+    children: Sequence[Child], parent: Run, client: MlflowClient, numbers: Iterator[int], total: int
+) -> Iterator[tuple[Child, Trial]]:
+    """Runs children that share model and harvest; one that fails is told, and the next one starts."""
+    try:
+        work = prepare(children[0].config)
+    except Exception as error:
+        _tell_error(error)
+        for _ in children:
+            next(numbers)
+        return
+    for child, number in zip(children, numbers, strict=False):
+        same = _fingerprint(child.config, work)  # whatever command it was that finished it
+        run = registry.find_run(client, child.config.experiment, "config.fingerprint", same, "FINISHED")
+        print(f"\n[child {number}/{total}] {child.label}" + (" (finished before)" if run else ""), flush=True)
+        if run is None:
+            run_id = ""
+            try:
+                with tracked(child, client, parent) as tracker:
+                    run_id = str(tracker.run_id)
+                    chain(child.config, work, tracker)
+            except _STOPS:
+                raise
+            except Exception as error:
+                _tell_error(error)
+                yield child, Trial(child.choices, "FAILED", {}, run_id)
+                continue
+            run = client.get_run(run_id)
+        metrics = {name: value for name, value in run.data.metrics.items() if not name.startswith("system/")}
+        print(sweep_report.headline(metrics))
+        yield child, Trial(child.choices, "FINISHED", metrics, run.info.run_id)
+
+
+def open_parent(children: Sequence[Child], sweep: Sweep, client: MlflowClient) -> Run:
+    """Takes up the parent run that an earlier command left for this very grid, or opens one."""
+    experiment = children[0].config.experiment
+    grid = fingerprint(sorted(str(child.config.variant) for child in children))
+    if found := registry.find_run(client, experiment, "sweep.fingerprint", grid):
+        client.update_run(found.info.run_id, status="RUNNING")
+        return found
+    name = f"sweep: {' x '.join(short_names(sweep.keys).values())} ({len(children)})"
+    tags = {"run.kind": "sweep", "sweep.keys": " ".join(sweep.keys), "sweep.fingerprint": grid}
+    parent = registry.create_run(client, experiment, name, tags)
+    swept = {key: list(dict.fromkeys(child.choices[key] for child in children)) for key in sweep.keys}
+    for key, values in swept.items():
+        client.log_param(parent.info.run_id, key, ",".join(values)[:250])
+    client.log_dict(parent.info.run_id, {"keys": list(swept), "values": swept}, "sweep/sweep.yaml")
+    return parent
+
+
+def close_parent(children: Sequence[Child], trials: Sequence[Trial], parent: Run, client: MlflowClient) -> int:
+    """Tells the sweep of one model in the terminal and on the parent run; returns how many children have no result."""
+    config, run, names = children[0].config, parent.info.run_id, short_names(children[0].choices)
+    missing = sum(trial.status != "FINISHED" for trial in trials)
+    folder = config.paths.sweeps / f"summary-{parent.data.tags['sweep.fingerprint'][:8]}"
+    title = f"{config.model.name}: {parent.info.run_name}"
+    files = sweep_report.write(folder, trials, names, title)
+    for file in files:
+        client.log_artifact(run, str(file), "sweep")
+    report.log(run, config.tracking_uri, sweep_report.summary_metrics(trials, names), [])
+    print(f"\n{title}\n\n{report.table(sweep_report.summary_rows(trials, names))}")
+    if any(len(cell.means) and cell.finished > 1 for cell in sweep_report.cells(trials)):
+        print(sweep_report.NOTE)
+    for trial in trials:
+        if trial.status != "FINISHED":
+            label = " ".join(f"{key}={value}" for key, value in trial.choices.items())
+            print(f"without a result: {label} ({trial.status}" + (f", run {trial.run_id})" if trial.run_id else ")"))
+    if not missing:
+        register(client, config, max(trials, key=lambda trial: trial.metrics[_SELECTED_BY]).run_id)
+    print(f"\nsummary: {folder}\nchildren: {config.paths.sweeps}")
+    print(f"compare runs: {_ui(config)}  (experiment {config.experiment!r}, run {run})")
+    client.set_terminated(run, "FAILED" if missing else "FINISHED")
+    return missing
+
+
+def _grouped(children: Sequence[Child], key: Callable[[TrainConfig], Any]) -> list[list[Child]]:
+    groups: dict[str, list[Child]] = {}
+    for child in children:
+        groups.setdefault(fingerprint(key(child.config)), []).append(child)
+    return list(groups.values())
+
+
+def _shared(config: TrainConfig) -> list[Any]:
+    """What `prepare` looks at, but for seed and batch size, which `chain` sets."""
+    model, trainer = config.model, config.trainer
+    reading = [trainer.num_workers, trainer.cache]
+    return [
+        model.loading,
+        model.scr.attention_layers,
+        dataclasses.asdict(config.data),
+        dataclasses.asdict(config.harvest),
+        reading,
+    ]
+
+
+def _tell_error(error: Exception) -> None:
+    if isinstance(error, _EXPECTED):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
 
 
 # -- MLflow ----------------------------------------------------------------------------------------------------------
 
 
-def start_run(config: TrainConfig) -> MLFlowLogger:
-    """Opens the MLflow run with the resolved configuration, before any work, so that a wrong URI fails at once."""
-    paths = config.paths
+@contextlib.contextmanager
+def tracked(child: Child, client: MlflowClient, parent: Run | None = None) -> Iterator[MLFlowLogger]:
+    """A run with the resolved configuration; its status tells how the block ended."""
+    config, paths = child.config, child.config.paths
     paths.reports.mkdir(parents=True, exist_ok=True)
     save_config(config, paths.config)
-    local = config.tracking.uri is None
-    tracker = MLFlowLogger(
-        experiment_name=config.experiment,
-        tracking_uri=config.tracking_uri,
-        artifact_location=paths.mlflow_artifacts.absolute().as_uri() if local else None,
-        run_name=f"{config.model.name}-{config.predictor.loss}-seed{config.seed}",
-    )
-    tracker.log_hyperparams(_flat(dataclasses.asdict(config)))
-    tracker.experiment.log_artifact(tracker.run_id, str(paths.config))
-    return tracker
+    name = child.short_label or f"{config.model.name}-{config.predictor.loss}-seed{config.seed}"
+    tags = {"run.kind": "child", "sweep.choice": child.label} if parent else {"run.kind": "single"}
+    run = registry.create_run(client, config.experiment, name, tags, parent.info.run_id if parent else None)
+    client.log_metric(run.info.run_id, _SELECTED_BY, 0.0, step=0)  # MLflow's comparison starts with the first metric
+    with registry.recorded(client, run.info.run_id, config.tracking_uri, _STOPS):
+        tracker = MLFlowLogger(config.experiment, tracking_uri=config.tracking_uri, run_id=run.info.run_id)
+        settings = _flat(dataclasses.asdict(config))  # all but places, which would only tell apart what is alike
+        tracker.log_hyperparams({**child.groups, **{k: v for k, v in settings.items() if not k.startswith(_PLACES)}})
+        client.log_artifact(run.info.run_id, str(paths.config))
+        yield tracker
 
 
-def log_data(tracker: MLFlowLogger, config: TrainConfig, harvested: Mapping[str, Any]) -> None:
-    """Records which maps the fit saw, as an MLflow dataset input."""
-    client, run = tracker.experiment, tracker.run_id
+def log_data(config: TrainConfig, work: Work, tracker: MLFlowLogger) -> None:
+    """Records which maps the fit saw, and what makes this run the same as another."""
+    client, run, harvested = tracker.experiment, str(tracker.run_id), work.harvested
     client.set_tag(run, "data.fingerprint", harvested["fingerprint"])
+    client.set_tag(run, "config.fingerprint", _fingerprint(config, work))
     for key in ("images", "samples", "skipped", "bytes"):
         client.log_metric(run, f"harvest/{key}", harvested[key])
-    dataset = Dataset(
-        name=f"{config.model.name}-{config.data.name}",
-        digest=str(harvested["fingerprint"])[:36],
-        source_type="local",
-        source=str(harvested["directory"]),
-    )
-    client.log_inputs(run, [DatasetInput(dataset)])
+    name = f"{config.model.name}-{config.data.name}"
+    registry.log_dataset(client, run, name, str(harvested["fingerprint"]), str(harvested["directory"]))
+
+
+def _fingerprint(config: TrainConfig, work: Work) -> str:
+    return fingerprint(config.deciding, str(work.harvested["fingerprint"]))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -163,10 +342,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # -- fit and export --------------------------------------------------------------------------------------------------
 
 
-def fit_predictor(config: TrainConfig, scr: SCRConfig, data: ShardDataModule, tracker: MLFlowLogger) -> Fit:
+def fit_predictor(config: TrainConfig, scr: SCRConfig, work: Work, tracker: MLFlowLogger) -> Fit:
     """Fits with Lightning, takes the epoch of best validation mass, and measures it beside floors and ceiling."""
     pl.seed_everything(config.seed, verbose=False)
-    trainer = config.trainer
+    trainer, data = config.trainer, work.data
     module = SourceModule(data.hidden_size, **config.fitting)
     count = module.predictor.count_parameters()
     print(f"{count:,} parameters, rank {module.predictor.config.rank}; {data.count('train'):,} training maps")
@@ -185,46 +364,45 @@ def fit_predictor(config: TrainConfig, scr: SCRConfig, data: ShardDataModule, tr
         precision=trainer.precision,
         resume=trainer.resume,
     )
+    tracker.log_metrics({_SELECTED_BY: fitted.score}, step=fitted.epochs)
     print(f"best epoch: val/mass {fitted.score:.4f} after {fitted.epochs} epochs")
     module = fitted.module
-    test = data.test_dataloader()
-    k, border = scr.num_sources, scr.exclude_border
-    others = baselines.floors(data.train_dataloader(), border, config.seed)
-    if config.harvest.prompts_per_image > 1:
-        others["other prompts (ceiling)"] = baselines.OtherPrompts.fit(data.test_dataloader(), border)
-    repeats, seed = config.evaluation.bootstrap, config.evaluation.seed
-    return Fit(
-        module,
-        summarise_rows(baselines.evaluate(module.score, test, k, border), repeats, seed),
-        {
-            name: summarise_rows(baselines.evaluate(rule, test, k, border), repeats, seed)
-            for name, rule in others.items()
-        },
-    )
+    return Fit(module, measure(config, scr, work, module.score), measure_others(config, scr, work))
 
 
-def export(
-    config: TrainConfig,
-    scr: SCRConfig,
-    fit: Fit,
-    data: ShardDataModule,
-    model: Mapping[str, Any],
-    harvested: Mapping[str, Any],
-    tracker: MLFlowLogger,
-) -> Exported:
-    """Packs the best checkpoint with its metrics and origin, and logs how its confidence holds on the test split."""
+def measure(config: TrainConfig, scr: SCRConfig, work: Work, score: baselines.Score) -> dict[str, Interval]:
+    """Metrics of a predictor, or of a rule, on the test split."""
+    rows = baselines.evaluate(score, work.data.test_dataloader(), scr.num_sources, scr.exclude_border)
+    return summarise_rows(rows, config.evaluation.bootstrap, config.evaluation.seed)
+
+
+def measure_others(config: TrainConfig, scr: SCRConfig, work: Work) -> dict[str, dict[str, Interval]]:
+    """Metrics of the floors and of the ceiling, once for all fits that share them."""
+    key = fingerprint(scr.to_dict(), config.evaluation.bootstrap, config.evaluation.seed)
+    if key not in work.others:
+        rules = baselines.floors(work.data.train_dataloader(), scr.exclude_border, config.evaluation.seed)
+        if config.harvest.prompts_per_image > 1:
+            rules["other prompts (ceiling)"] = baselines.OtherPrompts.fit(
+                work.data.test_dataloader(), scr.exclude_border
+            )
+        work.others[key] = {name: measure(config, scr, work, rule) for name, rule in rules.items()}
+    return work.others[key]
+
+
+def export(config: TrainConfig, scr: SCRConfig, fit: Fit, work: Work, tracker: MLFlowLogger) -> Exported:
+    """Packs the best checkpoint with its metrics and origin."""
     exported = export_predictor(
         config.paths.checkpoints / "best.ckpt",
         config.paths.predictor,
         scr=scr,
-        model=model,
-        validation=data.val_dataloader(),
+        model=describe_model(work.model, work.processor),
+        validation=work.data.val_dataloader(),
         target_fallback=config.predictor.target_fallback,
         target_fidelity=config.predictor.target_fidelity,
         metrics={f"test/{name}": interval.mean for name, interval in fit.metrics.items()},
         provenance={
             "mlflow_run_id": tracker.run_id,
-            "data_fingerprint": harvested["fingerprint"],
+            "data_fingerprint": work.harvested["fingerprint"],
             "loss": config.predictor.loss,
             "seed": config.seed,
             "libraries": library_versions(),
@@ -234,74 +412,77 @@ def export(
     return exported
 
 
+def compare_answers(config: TrainConfig, scr: SCRConfig, work: Work, exported: Exported) -> Comparison | None:
+    """Asks the model under every mode; None if no answers are to be compared."""
+    settings = config.evaluation
+    if not settings.images:
+        return None
+    step(5, "compare: two-pass, one-pass, auto and the controls on held-out images")
+    asked = {
+        "num_images": settings.images,
+        "questions_per_image": settings.questions_per_image,
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+    }
+    key = fingerprint(scr.to_dict(), asked)
+    if key not in work.references:
+        images = held_out_images(config)
+        work.references[key] = measure_reference(work.model, work.processor, scr, images, **asked)
+    repeats = {"bootstrap": settings.bootstrap, "latency_repeats": settings.latency_repeats}
+    return compare(work.references[key], exported.folder, **repeats)
+
+
 # -- the result ------------------------------------------------------------------------------------------------------
 
 
-def tell(
-    config: TrainConfig,
-    scr: SCRConfig,
-    processor: Any,
-    data: ShardDataModule,
-    fit: Fit,
-    exported: Exported,
-    comparison: Comparison,
-    tracker: MLFlowLogger,
-) -> None:
-    """Prints the tables and where everything is; logs metrics, figures and the predictor to MLflow."""
-    client, run = tracker.experiment, str(tracker.run_id)
-    embedded = config.data.world is not None
-    rows = confidence_rows(fit.module.score, data.test_dataloader(), scr.num_sources, scr.exclude_border)
-    confidence = calibration_summary(exported.calibration, rows)
+def log_result(config: TrainConfig, scr: SCRConfig, work: Work, result: Result, tracker: MLFlowLogger) -> str:
+    """Logs the predictor, every number, figures and reports to MLflow; returns the id of the LoggedModel."""
+    client, run, folder = tracker.experiment, str(tracker.run_id), config.paths.reports
+    shown = {"loss": config.predictor.loss, "seed": config.seed, "data": work.harvested["fingerprint"]}
+    model_id = registry.log_predictor(client, run, result.exported.folder, shown)
     figures = {
-        "maps.png": maps_figure(config, processor, fit.module, scr),
-        "reliability.png": reliability_figure(exported.calibration, rows),
+        "maps.png": maps_figure(config, work.processor, result.fit.module, scr),
+        "reliability.png": reliability_figure(result.exported.calibration, result.rows),
     }
     for name, figure in figures.items():
-        figure.savefig(config.paths.reports / name, dpi=130)
-        client.log_artifact(run, str(config.paths.reports / name), "figures")
-    values = report.metrics(comparison)
-    for name, interval in fit.metrics.items():
-        values |= {
-            f"test/{name}": interval.mean,
-            f"test/{name}_low": interval.low,
-            f"test/{name}_high": interval.high,
-        }
-    for baseline, metrics in fit.floors.items():
-        label = baseline.split(" (")[0].replace(" ", "_")
-        values |= {f"test/{label}/{name}": interval.mean for name, interval in metrics.items()}
-    values |= {f"test/confidence/{name}": value for name, value in confidence.items() if np.isfinite(value)}
-    files = report.write(config.paths.reports, comparison, embedded=embedded)
-    report.log(run, config.tracking_uri, values, list(files.values()))
-    client.log_artifacts(run, str(exported.folder), "predictor")
+        figure.savefig(folder / name, dpi=130)
+        client.log_artifact(run, str(folder / name), "figures")
+    values, files = fit_report.metrics(result.fit.metrics, result.fit.floors, result.confidence), []
+    if result.comparison is not None:
+        values |= report.metrics(result.comparison)
+        files = list(report.write(folder, result.comparison, embedded=config.data.world is not None).values())
+    report.log(run, config.tracking_uri, values, files, model_id)
+    return model_id
 
+
+def tell(config: TrainConfig, scr: SCRConfig, result: Result, run: str) -> None:
+    """Prints the tables and where everything is."""
     title = f"The predictor on {config.harvest.test} test images, K = {scr.num_sources}"
     print(f"\n{title} (95 % intervals over images; mass: attention recovered, of the best K's)\n")
-    print(report.table(source_rows(fit, scr)))
+    print(report.table(fit_report.source_rows(result.fit.metrics, result.fit.floors, scr.num_sources)))
+    confidence = result.confidence
     print(
-        f"\nconfidence on the test split: expected calibration error {confidence['ece']:.3f} "
-        f"(raw {confidence['ece_raw']:.3f}), {confidence['fallback']:.0%} of the maps under auto's threshold"
+        f"\nconfidence on the test split: expected calibration error {confidence['ece']:.3f} isotonic, "
+        f"{confidence['ece_temperature']:.3f} by temperature alone, {confidence['ece_raw']:.3f} raw; "
+        f"{confidence['fallback']:.0%} of the maps under auto's threshold"
     )
-    print(f"\nAnswers on {comparison.images} held-out images\n")
-    print(report.table(report.answer_rows(comparison)))
-    print("\n" + report.bullets(report.reading(comparison, embedded=embedded)))
-    folder = exported.folder
-    ui = (
-        "make ui" if config.tracking.uri is None and config.runs_dir == "runs" else f"mlflow ui: {config.tracking_uri}"
-    )
+    if (comparison := result.comparison) is not None:
+        print(f"\nAnswers on {comparison.images} held-out images\n")
+        print(report.table(report.answer_rows(comparison)))
+        print("\n" + report.bullets(report.reading(comparison, embedded=config.data.world is not None)))
+    folder = result.exported.folder
     print(f"\nreport and figures: {config.paths.reports}")
-    print(f"predictor: {folder}  ({exported.predictor.count_parameters():,} parameters)")
-    print(f"compare runs: {ui}  (experiment {config.experiment!r}, run {run})")
+    print(f"predictor: {folder}  ({result.exported.predictor.count_parameters():,} parameters)")
+    print(f"compare runs: {_ui(config)}  (experiment {config.experiment!r}, run {run})")
     print(f'use it: with SCR(model, predictor="{folder}", mode="auto"): model.generate(**inputs)')
 
 
-def source_rows(fit: Fit, scr: SCRConfig) -> list[list[str]]:
-    """Table of the predictor between its floors and its ceiling."""
-    names = ("recall", "ndcg", "mass")
-    rows = [["scores from", *(f"{name}@{scr.num_sources}" for name in names)]]
-    for label, metrics in {**fit.floors, "predictor": fit.metrics}.items():
-        cells = [f"{metrics[n].mean:.3f} [{metrics[n].low:.3f}, {metrics[n].high:.3f}]" for n in names]
-        rows.append([label, *cells])
-    return rows
+def register(client: MlflowClient, config: TrainConfig, run: str) -> None:
+    """Registers the predictor of a run, if a name for it is set."""
+    name, model_id = config.tracking.register, registry.logged_model(client, run)
+    if name is not None and model_id is not None:
+        version = registry.register(client, model_id, name, run)
+        print(f"registered: models:/{name}@{registry.ALIAS} is version {version}, of run {run}")
 
 
 def maps_figure(config: TrainConfig, processor: Any, module: SourceModule, scr: SCRConfig) -> Any:
@@ -325,6 +506,13 @@ def maps_figure(config: TrainConfig, processor: Any, module: SourceModule, scr: 
             )
         )
     return source_maps_figure(examples)
+
+
+def _ui(config: TrainConfig) -> str:
+    """What to type, or to open, for MLflow's pages."""
+    if config.tracking_uri == "sqlite:///runs/mlflow.db":
+        return "make ui"
+    return f"make ui URI={config.tracking_uri}" if "sql" in config.tracking_uri else config.tracking_uri
 
 
 def step(number: int, text: str) -> None:

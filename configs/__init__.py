@@ -1,6 +1,7 @@
 """Settings of the project: dataclasses (schema.py), their values (YAML), how the two are joined (load.py).
 
-Only entry points import this package; every class behind them takes plain values. Nothing here imports torch.
+Grids of settings are sweep.py's. Only entry points import this package; every class behind them takes plain values.
+Nothing here imports torch.
 """
 
 from configs.load import ConfigError, fingerprint, help_text, load_config, parse_cli, read_config, save_config
@@ -18,8 +19,10 @@ from configs.schema import (
     TrainerConfig,
     WorldConfig,
 )
+from configs.sweep import Child, Sweep, load_sweep, parse_sweep
 
 __all__ = [
+    "Child",
     "ConfigError",
     "DataConfig",
     "EvaluationConfig",
@@ -29,6 +32,7 @@ __all__ = [
     "PredictorSection",
     "Problem",
     "SCRSection",
+    "Sweep",
     "TrackingConfig",
     "TrainConfig",
     "TrainerConfig",
@@ -36,7 +40,9 @@ __all__ = [
     "fingerprint",
     "help_text",
     "load_config",
+    "load_sweep",
     "parse_cli",
+    "parse_sweep",
     "read_config",
     "save_config",
 ]

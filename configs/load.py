@@ -4,7 +4,7 @@
 configs/model/scene-llava.yaml) and sets further keys. The command line comes last: ``model=llava-1.5-7b``
 chooses a file, ``trainer.max_epochs=3`` sets a key. A group's file may set keys of other sections under
 ``elsewhere`` (a data set knows how many images its harvest takes). Whatever is wrong is collected and told at
-once, in one `ConfigError`.
+once, in one `ConfigError`. Several values for a key (``seed=0,1,2``) are a sweep: configs/sweep.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +37,7 @@ COMMAND_LINE = "command line"
 TERMINAL_COLUMNS = 110
 
 Config = TypeVar("Config")
+Loaded = TypeVar("Loaded")
 
 
 class ConfigError(ValueError):
@@ -82,10 +83,29 @@ def load_config(
         A checked instance of `cls`.
 
     Raises:
-        ConfigError: With every problem found.
+        ConfigError: With every problem found; several values for one key are one.
     """
+    return compose(cls, defaults, overrides, folder)[0]
+
+
+def compose(
+    cls: type[Config], defaults: str = "train", overrides: Sequence[str] = (), folder: Path = CONFIGS
+) -> tuple[Config, dict[str, str]]:
+    """Do what `load_config` does, and tell which option each group took."""
     build = _Build(cls)
     top = build.read(folder / f"{defaults}.yaml")
+    several = [text for text in overrides if len(split_values(text.partition("=")[2])) > 1]
+    for text in several:
+        key, _, value = text.partition("=")
+        build.fail(
+            key,
+            value,
+            "holds several values, and only `python train.py` runs a sweep over them",
+            legal="one value",
+            hint=f"A comma that belongs to the value needs quotes: {key}='\"{value}\"'.",
+            where=COMMAND_LINE,
+        )
+    overrides = [text for text in overrides if text not in several]
     groups = build.choose(top.pop("groups", {}), overrides, folder)
     for group, option in groups.items():
         path = folder / group / f"{option}.yaml"
@@ -94,7 +114,30 @@ def load_config(
         build.assign({group: content, **elsewhere}, path)
     build.assign(top, folder / f"{defaults}.yaml")
     build.override([text for text in overrides if "=" not in text or text.partition("=")[0] not in groups])
-    return build.finish()
+    return build.finish(), groups
+
+
+def split_values(text: str) -> list[str]:
+    """Split at the commas that stand outside of brackets, braces and quotes.
+
+    ``a,b`` has two values, ``[a,b]`` and ``"a,b"`` have one. Whatever is not closed is one value: reading it as
+    YAML will tell.
+    """
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'" and (depth or not parts[-1].strip()):  # elsewhere an apostrophe is a letter
+            quote = letter
+        elif letter in "[{":
+            depth += 1
+        elif letter in "]}":
+            depth = max(0, depth - 1)
+        if letter == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [text] if depth or quote else [part.strip() for part in parts] if len(parts) > 1 else parts
 
 
 def read_config(cls: type[Config], path: Path) -> Config:
@@ -147,15 +190,27 @@ def parse_cli(
         prog: How the program is called.
         description: What it does, for the help.
     """
+    return run_cli(lambda overrides: load_config(cls, defaults, overrides), cls, defaults, argv, prog, [description])
+
+
+def run_cli(
+    load: Callable[[Sequence[str]], Loaded],
+    cls: type,
+    defaults: str,
+    argv: Sequence[str] | None,
+    prog: str,
+    about: Sequence[str],
+) -> Loaded:
+    """Load from the command line, or leave the process with the help (status 0) or with all problems (status 2)."""
     argv = sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:
         print(f"usage: {prog} [group=option ...] [section.key=value ...]\n")
-        if description:
-            print(_fill(description, 0), end="\n\n")
+        for paragraph in filter(None, about):
+            print(_fill(paragraph, 0), end="\n\n")
         print(help_text(cls, defaults))
         raise SystemExit(0)
     try:
-        return load_config(cls, defaults, argv)
+        return load(argv)
     except ConfigError as error:
         print(f"{error}\n`{prog} --help` lists every key.", file=sys.stderr)
         raise SystemExit(2) from None

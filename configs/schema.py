@@ -273,9 +273,14 @@ class HarvestConfig:
     """GPUs that each Ray actor reserves; null takes 1 where the cluster has any, else 0. Only with engine=ray."""
     max_retries: int = _key(2, low=0)
     """How often a shard is tried again after its Ray actor died or failed, before it is given up."""
+    name: str | None = None
+    """Name of the folder under runs_dir/harvest; null means <model.name>-<data.name>. A sweep over settings of the
+    harvest names one for each."""
 
     def check(self) -> Iterator[Problem]:
         """Workers are Ray's; prompts are of known kinds, and a caption is asked for once per image."""
+        if self.name is not None:
+            yield from _check_name(self.name)
         for key, plain in (("workers", 1), ("gpus_per_worker", None)):
             if self.engine == "local" and getattr(self, key) != plain:
                 hint = "Add harvest.engine=ray, or start several processes with torchrun or Slurm (docs/harvest.md)."
@@ -390,8 +395,8 @@ class TrainerConfig:
 class EvaluationConfig:
     """Comparing the modes of SCR on held-out images."""
 
-    images: int = _count(300)
-    """Images asked about."""
+    images: int = _key(300, low=0)
+    """Images asked about; 0 compares no answers: train.py then ends with the fit's own metrics."""
     questions_per_image: int = _key(6, low=2)
     """Questions per image and strategy, half about present, half about absent objects, as POPE asks."""
     batch_size: int = _count(32)
@@ -415,9 +420,31 @@ class TrackingConfig:
     """Where MLflow keeps its records."""
 
     uri: str | None = None
-    """Tracking URI; null means sqlite:///<runs_dir>/mlflow.db."""
+    """Tracking URI: sqlite:///FILE, http(s)://HOST:PORT, databricks or databricks://PROFILE; null means
+    sqlite:///<runs_dir>/mlflow.db."""
     experiment: str | None = None
-    """Name of the experiment; null takes model.name."""
+    """Name of the experiment; null takes model.name. Databricks wants a path: '/Shared/scr/${model.name}'."""
+    register: str | None = None
+    """Registers the exported predictor under this name, as the version with alias latest-fit; of a sweep, the child
+    with the best validation score. null registers nothing."""
+
+    def check(self) -> Iterator[Problem]:
+        """A URI has a scheme and a place; Databricks files experiments under paths."""
+        uri = self.uri
+        databricks = uri is not None and (uri == "databricks" or uri.startswith("databricks://"))
+        if uri is not None and not databricks and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s]+", uri):
+            legal = "sqlite:///FILE | http://HOST:PORT | https://HOST | databricks | databricks://PROFILE | null"
+            hint = ""
+            if re.fullmatch(r"[\w.-]+:\d+/?", uri):
+                hint = f"Did you mean http://{uri}?"
+            elif re.fullmatch(r"[\w./~-]+\.db", uri):
+                hint = f"Did you mean sqlite:///{uri}?"
+            yield Problem("uri", uri, "is no tracking URI", legal, hint)
+        if databricks and not (self.experiment or "").startswith("/"):
+            hint = "Add tracking.experiment='/Shared/scr/${model.name}', or a folder under /Users/<you>."
+            yield Problem("experiment", self.experiment, "Databricks files experiments under paths", "/PATH", hint)
+        if self.register is not None and not re.fullmatch(r"[^/:\s][^/:]*", self.register):
+            yield Problem("register", self.register, "can't name a model", "text without / and :")
 
 
 @dataclass(frozen=True)
@@ -433,15 +460,17 @@ class Paths:
     harvest: Path
     """Shards: runs/harvest/<model>-<data>, and -block<n> behind it where model.scr.state_layer is not 0."""
     checkpoints: Path
-    """Lightning checkpoints: runs/checkpoints/<model>."""
+    """Lightning checkpoints: runs/checkpoints/<model>; of a variant runs/sweeps/<model>/<variant>/checkpoints."""
     predictor: Path
-    """The exported predictor: runs/predictors/<model>."""
+    """The exported predictor: runs/predictors/<model>; of a variant runs/sweeps/<model>/<variant>/predictor."""
     cache: Path
     """What is derived from inputs and can be made again: runs/cache."""
+    sweeps: Path
+    """Children of sweeps, and the summaries: runs/sweeps/<model>."""
     reports: Path
-    """Tables, figures and the resolved config: runs/reports/<model>."""
+    """Tables and figures: runs/reports/<model>; of a variant runs/sweeps/<model>/<variant>/reports."""
     config: Path
-    """The resolved config of the last run: runs/reports/<model>/config.yaml."""
+    """The resolved config of the last run: config.yaml in `reports`."""
     mlflow_db: Path
     """runs/mlflow.db."""
     mlflow_artifacts: Path
@@ -456,6 +485,9 @@ class TrainConfig:
     """Folder of everything that is generated."""
     seed: int = _key(0, low=0)
     """Seed of the fit: initial weights and order of the batches."""
+    variant: str | None = None
+    """Name of a fit that lies beside others of its model, under runs_dir/sweeps/<model.name>; null is the model's own
+    place. A sweep names its children; with that name, export and evaluation find a child."""
     model: ModelConfig
     data: DataConfig
     harvest: HarvestConfig = field(default_factory=HarvestConfig)
@@ -465,7 +497,9 @@ class TrainConfig:
     tracking: TrackingConfig
 
     def check(self) -> Iterator[Problem]:
-        """The rendered world has to hold the images that harvest and evaluation ask for."""
+        """Names become folders; the rendered world has to hold the images that harvest and evaluation ask for."""
+        if self.variant is not None:
+            yield from _check_name(self.variant, "variant")
         if not self.runs_dir.strip():
             yield Problem("runs_dir", self.runs_dir, "is empty", "a folder")
         world, harvest, evaluation = self.data.world, self.harvest, self.evaluation
@@ -499,7 +533,9 @@ class TrainConfig:
         """Every place of this configuration; all that is generated lies under `runs_dir`."""
         runs = Path(self.runs_dir).expanduser()
         data = Path(self.data.root).expanduser() if self.data.root else runs / "data" / self.data.name
-        reports = runs / "reports" / self.model.name
+        sweeps = runs / "sweeps" / self.model.name
+        own = sweeps / self.variant if self.variant else None
+        reports = own / "reports" if own else runs / "reports" / self.model.name
         layer = self.model.scr.state_layer
         harvest = f"{self.model.name}-{self.data.name}" + (f"-block{layer}" if layer else "")
         return Paths(
@@ -508,10 +544,11 @@ class TrainConfig:
             train_annotations=data / self.data.train_annotations,
             eval_images=data / self.data.eval_images,
             eval_annotations=data / self.data.eval_annotations,
-            harvest=runs / "harvest" / harvest,
-            checkpoints=runs / "checkpoints" / self.model.name,
-            predictor=runs / "predictors" / self.model.name,
+            harvest=runs / "harvest" / (self.harvest.name or harvest),
+            checkpoints=own / "checkpoints" if own else runs / "checkpoints" / self.model.name,
+            predictor=own / "predictor" if own else runs / "predictors" / self.model.name,
             cache=runs / "cache",
+            sweeps=sweeps,
             reports=reports,
             config=reports / "config.yaml",
             mlflow_db=runs / "mlflow.db",
@@ -541,12 +578,31 @@ class TrainConfig:
         }
 
     @property
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide what a fit and its comparison give on a finished harvest.
+
+        Places, names, devices and the ways of reading do not; model and harvest are told by the harvest's own
+        fingerprint. A key that is new counts until it is named here.
+        """
+        plain = dataclasses.asdict(self)
+        for key in ("runs_dir", "variant", "tracking", "harvest"):
+            del plain[key]
+        plain["model"] = plain["model"]["scr"]
+        del plain["data"]["root"]
+        for key in ("num_workers", "cache", "stream_from", "accelerator", "devices", "resume"):
+            del plain["trainer"][key]
+        if not self.evaluation.images:  # no answers are compared
+            del plain["data"]
+            plain["evaluation"] = {key: plain["evaluation"][key] for key in ("images", "bootstrap", "seed")}
+        return plain
+
+    @property
     def experiment(self) -> str:
         """`tracking.experiment`, or the model's name."""
         return self.tracking.experiment or self.model.name
 
 
-def _check_name(name: str) -> Iterator[Problem]:
+def _check_name(name: str, key: str = "name") -> Iterator[Problem]:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         legal = "letters, digits, dots, hyphens and underscores, starting with a letter or a digit"
-        yield Problem("name", name, "can't be the name of a folder", legal)
+        yield Problem(key, name, "can't be the name of a folder", legal)

@@ -23,6 +23,9 @@ from scr_runtime.errors import SCRError
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the comparison and prints its table; returns the exit code."""
     config = parse_cli(TrainConfig, argv=argv, prog="python -m evaluation", description=__doc__ or "")
+    if not config.evaluation.images:
+        print("error: evaluation.images=0 compares no answers: give it a number of images", file=sys.stderr)
+        return 2
     paths = config.paths
     try:
         model, processor = load_vlm(**config.model.loading)

@@ -252,10 +252,13 @@ def write(folder: Path, comparison: Comparison, *, embedded: bool) -> dict[str, 
     return paths
 
 
-def log(run_id: str, tracking_uri: str, values: Mapping[str, float], files: Sequence[Path]) -> None:
-    """Logs metrics and files of a report to an MLflow run."""
+def log(
+    run_id: str, tracking_uri: str, values: Mapping[str, float], files: Sequence[Path], model_id: str | None = None
+) -> None:
+    """Logs metrics and files of a report to an MLflow run, the metrics to its LoggedModel too if there is one."""
     client = MlflowClient(tracking_uri)
-    entities = [Metric(key, value, int(1000 * time.time()), 0) for key, value in values.items()]
+    now = int(1000 * time.time())
+    entities = [Metric(key, value, now, 0, model_id=model_id) for key, value in values.items()]
     for start in range(0, len(entities), 500):
         client.log_batch(run_id, metrics=entities[start : start + 500])
     for file in files:

@@ -8,11 +8,22 @@ import re
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
 
+from export import registry
 from scr_runtime import load_predictor
+
+# MLflow's own: its use of SQLAlchemy, and connections that its pool leaves to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning"),
+]
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -32,6 +43,7 @@ SMALL = [
 def run(*arguments: str, cwd: Path = ROOT, program: str = "train.py") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *(["-m", program] if not program.endswith(".py") else [str(ROOT / program)])]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.3"}
     return subprocess.run(
         [*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
@@ -80,9 +92,133 @@ def test_mlflow_has_settings_data_metrics_figures_and_the_predictor(
     written = json.loads((folder / "runs/reports/scene-llava/evaluation.json").read_text())
     assert latest["eval/two-pass/adversarial/hr"] == written["eval/two-pass/adversarial/hr"]
     assert {"test/mass", "test/mass_low", "test/position/mass", "train/loss", "predictor/parameters"} <= set(latest)
+    assert latest["val/best_mass"] > 0 and "system/cpu_utilization_percentage" in latest
+    assert params["predictor"] == "default"  # the option of the group
+    assert not {"runs_dir", "variant", "tracking.uri"} & set(params)  # places, which tell nothing apart
     assert (steps, datasets, status) == (2, [("scene-llava-scenes",)], [("FINISHED",)])
     names = {path.name for path in (folder / "runs/mlflow").rglob("*") if path.is_file()}
     assert {"maps.png", "reliability.png", "evaluation.png", "config.yaml", "model.safetensors"} <= names
+
+
+def runs_of(folder: Path, kind: str) -> list[Run]:
+    """Runs of one kind, oldest first."""
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("scene-llava")
+    assert experiment is not None
+    wanted = f"tags.`run.kind` = '{kind}'"
+    return client.search_runs([experiment.experiment_id], wanted, order_by=["attributes.start_time ASC"])
+
+
+@pytest.mark.slow
+def test_a_run_tells_its_origin_its_data_and_its_model(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = finished
+    (single,) = runs_of(folder, "single")
+    tags = single.data.tags
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert tags["mlflow.source.git.commit"] == commit.strip() and tags["git.dirty"] in ("true", "false")
+    assert "evaluation.images=4" in tags["command"]
+    assert single.inputs is not None
+    (data,) = single.inputs.dataset_inputs
+    assert [(tag.key, tag.value) for tag in data.tags] == [("mlflow.data.context", "training")]
+    assert data.dataset.digest == tags["data.fingerprint"][:36]
+    uri = f"sqlite:///{folder}/runs/mlflow.db"
+    model_id = registry.logged_model(MlflowClient(uri), single.info.run_id)
+    model = MlflowClient(uri).get_logged_model(str(model_id))
+    found = {metric.key: metric.value for metric in model.metrics or []}
+    assert found["test/mass"] == single.data.metrics["test/mass"]
+    fetched = registry.download(f"models:/{model_id}", folder / "runs" / "fetched", uri)
+    assert (fetched / "model.safetensors").read_bytes() == (
+        folder / "runs/predictors/scene-llava/model.safetensors"
+    ).read_bytes()
+
+
+FITS = [text for text in SMALL if not text.startswith(("evaluation.images=", "trainer.max_epochs="))]
+FITS += ["evaluation.images=0", "trainer.max_epochs=1"]
+SWEEP = [*FITS, "predictor.loss=kl,bce", "seed=0,1"]
+
+
+@pytest.fixture(scope="module")
+def swept(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> tuple[Path, subprocess.CompletedProcess[str], dict[str, Any]]:
+    """The folder of `finished` after a sweep in it, what the sweep printed, and the plain run's files before it."""
+    folder, _ = finished
+    before = {path: path.read_bytes() for path in (folder / "runs/predictors/scene-llava").iterdir()}
+    result = run(*SWEEP, "tracking.register=tiny", cwd=folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder, result, {"before": before}
+
+
+@pytest.mark.slow
+def test_a_sweep_is_nested_runs_under_a_parent_that_sums_them_up(
+    swept: tuple[Path, subprocess.CompletedProcess[str], dict[str, Any]],
+) -> None:
+    folder, result, kept = swept
+    (parent,) = runs_of(folder, "sweep")
+    children = runs_of(folder, "child")
+    names = [child.info.run_name for child in children]
+    assert names == ["loss=kl seed=0", "loss=kl seed=1", "loss=bce seed=0", "loss=bce seed=1"]
+    assert {child.data.tags["mlflow.parentRunId"] for child in children} == {parent.info.run_id}
+    assert {child.info.status for child in [parent, *children]} == {"FINISHED"}
+    assert parent.info.run_name == "sweep: loss x seed (4)"
+    assert parent.data.params == {"predictor.loss": "kl,bce", "seed": "0,1"}
+    assert {child.data.params["predictor.loss"] for child in children} == {"kl", "bce"}
+    mean = sum(child.data.metrics["test/mass"] for child in children[:2]) / 2
+    assert parent.data.metrics["mean/test/mass/loss-kl"] == pytest.approx(mean)
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    files = {Path(item.path).name for item in client.list_artifacts(parent.info.run_id, "sweep")}
+    assert files == {"sweep.yaml", "summary.md", "summary.csv", "children.csv", "summary.png"}
+    for text in ("[child 3/4] predictor.loss=bce seed=0", f"{mean:.3f} ± ", "compare runs: make ui"):
+        assert text in result.stdout
+    assert result.stdout.count("[1/5]") == 1 and result.stdout.count("[5/5]") == 0  # one model, no answers
+    # every child has files of its own, and the plain run's are as they were
+    assert len(list((folder / "runs/sweeps/scene-llava").glob("*/predictor/model.safetensors"))) == 4
+    assert {path: path.read_bytes() for path in kept["before"]} == kept["before"]
+    best = max(children, key=lambda child: child.data.metrics["val/best_mass"])
+    assert client.get_model_version_by_alias("tiny", registry.ALIAS).run_id == best.info.run_id
+
+
+@pytest.mark.slow
+def test_the_same_sweep_goes_on_where_it_was_interrupted(
+    swept: tuple[Path, subprocess.CompletedProcess[str], dict[str, Any]],
+) -> None:
+    folder, _, _ = swept
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    (parent,), children = runs_of(folder, "sweep"), runs_of(folder, "child")
+    lost = children[1].info.run_id
+    client.set_terminated(lost, "KILLED")
+    client.update_run(parent.info.run_id, status="FAILED")
+    again = run(*SWEEP, "tracking.register=tiny", "trainer.cache=none", cwd=folder)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert again.stdout.count("(finished before)") == 3
+    assert "[child 2/4] predictor.loss=kl seed=1\n" in again.stdout
+    ((same,), after) = runs_of(folder, "sweep"), runs_of(folder, "child")
+    assert (same.info.run_id, same.info.status) == (parent.info.run_id, "FINISHED")
+    assert len(after) == 5 and after[-1].info.run_name == "loss=kl seed=1"
+    assert after[-1].data.metrics["test/mass"] == children[1].data.metrics["test/mass"]  # the same fit, bit for bit
+    table = (folder / "runs/sweeps/scene-llava").glob("summary-*/children.csv")
+    (text,) = [path.read_text() for path in table]
+    assert after[-1].info.run_id in text and lost not in text
+
+
+@pytest.mark.slow
+def test_a_child_that_fails_does_not_take_the_others_with_it(
+    swept: tuple[Path, subprocess.CompletedProcess[str], dict[str, Any]],
+) -> None:
+    folder, _, _ = swept
+    result = run(*FITS, "predictor.width=32", "trainer.accelerator=mps,cpu", cwd=folder)
+    assert result.returncode == 1
+    assert "error: 1 of 2 children have no result" in result.stderr and "MPSAccelerator" in result.stderr
+    assert "[child 2/2] trainer.accelerator=cpu\n" in result.stdout
+    assert re.search(r"^mps +-.*\ncpu +0\.\d{3} ", result.stdout, re.MULTILINE)
+    assert re.search(r"without a result: trainer.accelerator=mps \(FAILED, run \w{32}\)", result.stdout)
+    parent = runs_of(folder, "sweep")[-1]
+    assert parent.info.status == "FAILED"
+    failed, finished = runs_of(folder, "child")[-2:]
+    assert failed.info.status == "FAILED" and "MPSAccelerator" in failed.data.tags["error"]
+    assert finished.info.status == "FINISHED" and finished.data.params["trainer.accelerator"] == "cpu"
 
 
 @pytest.mark.slow
@@ -153,4 +289,16 @@ def test_a_wrong_setting_and_a_wrong_tracking_uri_fail_before_any_work(tmp_path:
     unreachable = run(*SMALL, "tracking.uri=nonsense://nowhere", cwd=tmp_path)
     assert unreachable.returncode == 1
     assert "nonsense://nowhere cannot be used" in unreachable.stderr
+    assert not (tmp_path / "runs/data").exists()
+
+
+def test_a_sweep_with_a_wrong_value_or_without_its_server_fails_before_any_work(tmp_path: Path) -> None:
+    wrong = run("predictor.loss=kl,bcee", "seed=0,1,1", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("2 problems") and "Did you mean predictor.loss=bce?" in wrong.stderr
+    assert list(tmp_path.iterdir()) == []
+    started = time.monotonic()
+    unreachable = run(*SMALL, "seed=0,1", "tracking.uri=http://127.0.0.1:9", cwd=tmp_path)  # nobody listens there
+    assert unreachable.returncode == 1 and time.monotonic() - started < 60  # MLflow's own patience is minutes
+    assert "http://127.0.0.1:9 cannot be used" in unreachable.stderr and "See tracking.uri." in unreachable.stderr
     assert not (tmp_path / "runs/data").exists()

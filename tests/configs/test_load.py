@@ -115,7 +115,8 @@ def test_other_models_have_the_fractions_of_qwen2_vl(name: str, depth: int):
 
 def test_paper_predictor_sees_states_only():
     predictor = load_config(TrainConfig, overrides=["predictor=paper"]).predictor
-    assert not (predictor.position or predictor.question or predictor.context)
+    assert {predictor.position, predictor.question, predictor.context} == {"none"}
+    assert predictor.components == 1
 
 
 # ---- overrides ----
@@ -141,7 +142,7 @@ def test_overrides_come_last_whatever_their_order():
         ("trainer.learning_rate=1e-3", "trainer", "learning_rate", 0.001),
         ("trainer.gradient_clip=null", "trainer", "gradient_clip", None),
         ("predictor.rank=16", "predictor", "rank", 16),
-        ("predictor.question=no", "predictor", "question", False),
+        ("harvest.engine=ray", "harvest", "engine", "ray"),
         ("data.root=/path/with=sign", "data", "root", "/path/with=sign"),
         ("data.root=${runs_dir}/mine", "data", "root", "runs/mine"),
         ("tracking.experiment=7", "tracking", "experiment", "7"),
@@ -189,7 +190,10 @@ def test_section_takes_a_mapping():
         ("trainer.max_epochs=2.5", "trainer.max_epochs", "wrong type", ""),
         ("trainer.max_epochs=true", "trainer.max_epochs", "wrong type", ""),
         ("trainer.max_epochs=", "trainer.max_epochs", "can't be null", ""),
-        ("predictor.question=perhaps", "predictor.question", "wrong type", ""),
+        ("predictor.question=perhaps", "predictor.question", "none of the choices", ""),
+        ("model.scr.exclude_border=perhaps", "model.scr.exclude_border", "wrong type", ""),
+        ("predictor.target_fidelity=0.9", "predictor.target_fidelity", "two targets", "target_fallback=null"),
+        ("predictor.target_fallback=null", "predictor.target_fidelity", "no target", "Set it"),
         ("model.scr.edit_layers=3", "model.scr.edit_layers", "wrong type", ""),
         ("model.scr.edit_layers=[a,b]", "model.scr.edit_layers", "wrong type", ""),
         ("model.scr.edit_layers=[0,", "model.scr.edit_layers", "not a YAML value", ""),
@@ -265,7 +269,7 @@ def test_message_names_value_legal_values_and_way_out():
     assert str(caught.value).splitlines() == [
         "1 problem in the configuration",
         "  predictor.loss=kll (command line): is none of the choices",
-        "      legal: kl | bce | mse_log",
+        "      legal: kl | bce | mse_log | lambdarank",
         "      Did you mean predictor.loss=kl?",
     ]
 

@@ -22,6 +22,7 @@ def checkpoint(tmp_path: Path) -> Path:
     module.predictor.set_statistics(torch.randn(16), torch.rand(16) + 1, torch.randn(16), torch.rand(16) + 1)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
     trainer.strategy.connect(module)
+    module.trainer = trainer
     trainer.save_checkpoint(tmp_path / "best.ckpt")
     return tmp_path / "best.ckpt"
 

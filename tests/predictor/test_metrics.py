@@ -10,12 +10,14 @@ from predictor.metrics import (
     SourceMetrics,
     bootstrap_interval,
     group_ids,
+    iou,
     mass_at_k,
     ndcg_at_k,
     recall_at_k,
     spearman,
     summarise_rows,
 )
+from scr_runtime.redistribute import claim_neighbours, eligible_patches, select_sources
 
 K = 5
 GRID = (5, 6)
@@ -70,8 +72,24 @@ def test_bounds(name: str) -> None:
     torch.testing.assert_close(metric(attention * 3, attention, eligible, K, GRID), torch.ones(7))
     assert (metric(scores, attention, eligible, K, GRID) < 1).all()
     worst = metric(-attention, attention, eligible, K, GRID)
-    assert (worst < metric(scores, attention, eligible, K, GRID)).all() or name == "recall"
-    assert not metric(scores, torch.zeros_like(attention), eligible, K, GRID).any() or name == "recall"
+    among_all = name in ("recall", "iou")  # of a map without attention they take the first patches for true
+    assert (worst < metric(scores, attention, eligible, K, GRID)).all() or among_all
+    assert not metric(scores, torch.zeros_like(attention), eligible, K, GRID).any() or among_all
+
+
+@pytest.mark.parametrize("exclude_border", [False, True])
+def test_iou_is_that_of_what_the_runtime_edits(exclude_border: bool) -> None:
+    scores, attention, _ = _rows()
+    eligible = eligible_patches(GRID, exclude_border)
+    edited: list[list[set[int]]] = []
+    for values in (scores, attention):
+        patches, owned = claim_neighbours(select_sources(values, eligible, K), GRID, 8)
+        rows = zip(patches.transpose(0, 1), owned.transpose(0, 1), strict=True)
+        edited.append(
+            [{int(p) % 30 for p in row[:1].flatten()} | {int(p) % 30 for p in row[own]} for row, own in rows]
+        )
+    wanted = [len(a & b) / len(a | b) for a, b in zip(*edited, strict=True)]
+    assert iou(scores, attention, eligible, K, GRID).tolist() == pytest.approx(wanted)
 
 
 def test_random_scores_recall_k_of_n() -> None:

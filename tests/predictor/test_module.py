@@ -219,7 +219,7 @@ def test_rate_rises_and_falls() -> None:
 
 
 def test_bad_settings_name_the_legal_ones() -> None:
-    with pytest.raises(ValueError, match=r"'mse'; legal: kl, bce, mse_log\. Did you mean 'mse_log'"):
+    with pytest.raises(ValueError, match=r"'mse'; legal: kl, bce, mse_log, lambdarank\. Did you mean 'mse_log'"):
         _module(loss="mse")
     with pytest.raises(ValueError, match=r"warmup_fraction is 1\.0"):
         _module(warmup_fraction=1.0)

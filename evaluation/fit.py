@@ -1,0 +1,45 @@
+"""Tells a fit: its table between floors and ceiling, and its numbers under stable names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from predictor.metrics import Interval
+
+_SHOWN = ("recall", "ndcg", "mass")
+
+
+def source_rows(
+    fitted: Mapping[str, Interval], others: Mapping[str, Mapping[str, Interval]], k: int
+) -> list[list[str]]:
+    """Table of the predictor between its floors and its ceiling.
+
+    Args:
+        fitted: Metric -> interval, of the predictor on the test split.
+        others: Floor or ceiling -> the same.
+        k: Sources per image.
+    """
+    rows = [["scores from", *(f"{name}@{k}" for name in _SHOWN)]]
+    for label, metrics in {**others, "predictor": fitted}.items():
+        cells = [f"{metrics[n].mean:.3f} [{metrics[n].low:.3f}, {metrics[n].high:.3f}]" for n in _SHOWN]
+        rows.append([label, *cells])
+    return rows
+
+
+def metrics(
+    fitted: Mapping[str, Interval], others: Mapping[str, Mapping[str, Interval]], confidence: Mapping[str, float]
+) -> dict[str, float]:
+    """Every number under its name in MLflow: ``test/mass``, ``test/mass_low``, ``test/position/mass``, ..."""
+    values: dict[str, float] = {}
+    for name, interval in fitted.items():
+        values |= {
+            f"test/{name}": interval.mean,
+            f"test/{name}_low": interval.low,
+            f"test/{name}_high": interval.high,
+        }
+    for other, intervals in others.items():
+        label = other.split(" (")[0].replace(" ", "_")
+        values |= {f"test/{label}/{name}": interval.mean for name, interval in intervals.items()}
+    return values | {f"test/confidence/{name}": value for name, value in confidence.items() if np.isfinite(value)}
