@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import signal
 import threading
@@ -35,6 +36,7 @@ from predictor.module import SourceModule
 
 MONITOR = "val/mass"
 PRECISIONS = ("32-true", "bf16-mixed")
+_LOG = logging.getLogger("pytorch_lightning")
 
 
 class Preempted(Exception):  # noqa: N818 - like KeyboardInterrupt, it is no error
@@ -160,6 +162,12 @@ class _Keeper(Checkpoint):
         self._folder = folder
         self._stopping = stopping
         self._asked = False
+        self._quiet = _LOG.getEffectiveLevel(), list(warnings.filters)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.world_size > 1:  # a spawned process, which is to be as quiet as the one that started it
+            level, warnings.filters = self._quiet
+            _LOG.setLevel(level)
 
     def ask(self) -> None:
         """Lets the fit end after the step (or the validation) that is running."""
