@@ -212,7 +212,6 @@ def test_two_processes_give_what_one_gives(harvested: Path, undisturbed: Path, t
     two = command(harvested, tmp_path / "two", "devices=2")
     out, err = two.communicate(timeout=200)
     assert two.returncode == 0, err
-    assert "is deprecated" not in err  # the processes ignore what the one that started them ignores
     found, wanted = (json.loads(text.splitlines()[-1]) for text in (out, alone))
     # validation and test metrics of one fit's weights, found by two processes and by one
     module = SourceModule.load_from_checkpoint(tmp_path / "two" / "best.ckpt", weights_only=True)
