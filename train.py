@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads made a shared machine 8 times slower
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on huge pages: batches of hundreds of MB cost 5 times less
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # not a page of database migrations at the first run
 

@@ -84,6 +84,7 @@ def main() -> None:
             "plain webdataset, streamed": lambda: plain_webdataset(tars, options.batch),
             "cache=none: memory maps": module(half, "none"),
             "cache=memory": module(half, "memory"),
+            "cache=stream": module(half, "stream"),
             "int8, cache=none, to float32": module(small, "none"),
         }
         rates: dict[str, list[float]] = {name: [] for name in ways}

@@ -25,31 +25,29 @@ from data.harvest import harvest, training_images
 from data.vlm import load_vlm
 from evaluation.report import table
 from predictor import baselines
+from predictor.fit import fit
 from predictor.metrics import METRICS, bootstrap_interval
 from predictor.module import SourceModule
 from scr_runtime import SCRConfig
 
 
-def fit(config: TrainConfig, scr: SCRConfig, folder: Path, epochs: int) -> Any:
+def rows_of_fit(config: TrainConfig, scr: SCRConfig, folder: Path, epochs: int) -> Any:
     """Fits like train.py, without tracking; returns the test split's rows."""
     data = ShardDataModule(folder, config.trainer.batch_size, seed=config.seed)
-    trainer = config.trainer
     pl.seed_everything(config.seed, verbose=False)
     module = SourceModule(data.hidden_size, **config.fitting)
     module.compute_statistics(data.train_dataloader())
-    loop = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=epochs,
-        gradient_clip_val=trainer.gradient_clip,
+    fitted = fit(
+        module,
+        data,
+        folder.with_name(f"{folder.name}-checkpoints"),
         logger=False,
-        enable_checkpointing=False,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        enable_progress_bar=False,
+        max_epochs=epochs,
+        patience=config.trainer.patience,
+        gradient_clip=config.trainer.gradient_clip,
+        accelerator="cpu",
     )
-    loop.fit(module, datamodule=data)
-    return baselines.evaluate(module.eval().score, data.test_dataloader(), scr.num_sources, scr.exclude_border)
+    return baselines.evaluate(fitted.module.score, data.test_dataloader(), scr.num_sources, scr.exclude_border)
 
 
 def main() -> None:
@@ -82,7 +80,7 @@ def main() -> None:
             overwrite=True,
         )
         sizes[dtype] = summary["bytes"]
-        rows[dtype] = fit(config, scr, folder, options.epochs)
+        rows[dtype] = rows_of_fit(config, scr, folder, options.epochs)
     print(f"\n{options.train} images, 2 prompts each, {options.epochs} epochs; K = {scr.num_sources}")
     lines = [["states", "MB", *METRICS]]
     for dtype, found in rows.items():

@@ -12,7 +12,7 @@ up. Seconds are of wall time; those of the processor are told beside them, for m
 On a GPU: the states lie on the device as the data module's device cache holds them, drawn there at random. Needs
 torch, scr_runtime and predictor/losses.py alone, so that it runs where webdataset and Lightning are not installed.
 
-torch gets huge pages here, as in train.py, which the plain loop gains by too: THP_MEM_ALLOC_ENABLE=0 takes them away.
+The data module's ways run as in a fit, in memory that malloc keeps; the plain loop in that of any process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 from torch import Tensor
@@ -91,6 +90,7 @@ def on_cpu(options: argparse.Namespace) -> None:
     from benchmarks.reading import write_shards
     from data.datamodule import ShardDataModule
     from evaluation.report import table
+    from predictor.fit import keep_freed_memory
 
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -112,6 +112,7 @@ def on_cpu(options: argparse.Namespace) -> None:
         busy: dict[str, list[float]] = {way: [] for way in walls}
         for turn in range(1 + options.rounds):
             for way in walls:
+                keep_freed_memory(way != first)
                 wall, cpu = time.perf_counter(), time.process_time()
                 if way in ways:
                     rows = fits[way].epoch(ways[way][1]())
@@ -168,8 +169,7 @@ def on_device(options: argparse.Namespace) -> None:
 
 
 def _setting() -> str:
-    pages = "huge pages" if os.environ["THP_MEM_ALLOC_ENABLE"] == "1" else "plain pages"
-    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {pages}"
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:

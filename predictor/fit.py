@@ -11,8 +11,10 @@ docs/fit.md is the guide.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
+import logging
 import os
 import signal
 import threading
@@ -35,6 +37,8 @@ from predictor.module import SourceModule
 
 MONITOR = "val/mass"
 PRECISIONS = ("32-true", "bf16-mixed")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_LOG = logging.getLogger("pytorch_lightning")
 
 
 class Preempted(Exception):  # noqa: N818 - like KeyboardInterrupt, it is no error
@@ -125,7 +129,7 @@ def fit(
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
-    with _sigterm(keeper.ask, trainer), warnings.catch_warnings():
+    with _sigterm(keeper.ask, trainer), _memory_kept(), warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", ".*your dataloader is not resumable.*"
         )  # the data module says where to go on
@@ -160,6 +164,13 @@ class _Keeper(Checkpoint):
         self._folder = folder
         self._stopping = stopping
         self._asked = False
+        self._quiet = _LOG.getEffectiveLevel(), list(warnings.filters)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.world_size > 1:  # a spawned process, which is to be as quiet as the one that started it
+            level, warnings.filters = self._quiet
+            _LOG.setLevel(level)
+            keep_freed_memory(True)
 
     def ask(self) -> None:
         """Lets the fit end after the step (or the validation) that is running."""
@@ -293,6 +304,32 @@ def _sigterm(ask: Callable[[], None], trainer: pl.Trainer) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Says whether glibc's malloc keeps what is freed for the next request, however large, or hands it back.
+
+    A step on the CPU frees some hundred MB and asks for them again. Handed back, their pages have to be made anew each
+    time, which takes longer than what is calculated in them (docs/fit.md). Nothing happens with another malloc.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
+    except (OSError, TypeError, AttributeError):
+        return
+    mallopt(_M_MMAP_MAX, 0 if keep else 65_536)
+    mallopt(_M_TRIM_THRESHOLD, -1 if keep else 128 * 1024)
+    if not keep:
+        malloc_trim(0)
+
+
+@contextlib.contextmanager
+def _memory_kept() -> Iterator[None]:
+    keep_freed_memory(True)
+    try:
+        yield
+    finally:
+        keep_freed_memory(False)
 
 
 def _in_main_thread() -> bool:

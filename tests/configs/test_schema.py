@@ -77,3 +77,17 @@ def test_workers_are_rays():
     assert "needs harvest.engine=ray" in str(caught.value) and "torchrun" in str(caught.value)
     config = load_config(TrainConfig, overrides=["harvest.engine=ray", "harvest.workers=8"])
     assert (config.harvest.workers, config.harvest.gpus_per_worker, config.harvest.max_retries) == (8, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (["trainer.stream_from=https://host/{shard}.tar"], "needs trainer.cache=stream"),
+        (["trainer.cache=stream", "trainer.stream_from=https://host/"], "does not say where the shard's name goes"),
+    ],
+)
+def test_a_source_belongs_to_a_stream_and_names_its_shards(settings: list[str], reason: str):
+    with pytest.raises(ConfigError, match=f"trainer.stream_from.*{reason}"):
+        load_config(TrainConfig, overrides=settings)
+    fine = load_config(TrainConfig, overrides=["trainer.cache=stream", "trainer.stream_from=https://host/{shard}.tar"])
+    assert fine.trainer.stream_from == "https://host/{shard}.tar"

@@ -15,7 +15,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from predictor.fit import Fitted, Preempted, fit
+from predictor.fit import Fitted, Preempted, fit, keep_freed_memory
 from predictor.module import SourceModule
 from tests.predictor.fitting import EPOCHS, data_of, measure, module_of, write_harvest
 
@@ -241,3 +241,15 @@ def test_sigterm_reaches_both_processes_and_one_process_can_go_on(
     wait_for_epochs(tmp_path, epochs + 1, resumed)
     resumed.send_signal(signal.SIGTERM)
     assert "goes on from" in resumed.communicate(timeout=60)[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_freed_memory_is_kept_during_a_fit_and_handed_back_after_it() -> None:
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    before = resident()
+    for keep, most, least in ((True, 400, 150), (False, 100, -100)):
+        keep_freed_memory(keep)
+        torch.ones(50_000_000)  # 200 MB, freed at once
+        assert least < resident() - before < most
