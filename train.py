@@ -151,14 +151,20 @@ def prepare(config: TrainConfig) -> Work:
         seed=config.seed,
         cache=config.trainer.cache,
         stream_from=config.trainer.stream_from,
+        **_chosen(config),
     )
     return Work(model, processor, harvested, data)
+
+
+def _chosen(config: TrainConfig) -> dict[str, Any]:
+    return {"train_images": config.trainer.train_images, "mean_maps": config.predictor.target == "mean"}
 
 
 def chain(config: TrainConfig, work: Work, tracker: MLFlowLogger) -> Result:
     """Fit, export, compare; all of it goes to MLflow."""
     scr = SCRConfig(**dataclasses.asdict(config.model.scr))
     work.data.seed, work.data.batch_size = config.seed, config.trainer.batch_size  # children share its shards
+    work.data.choose(**_chosen(config))
     log_data(config, work, tracker)
     step(3, "fit: the predictor learns the maps")
     fit = fit_predictor(config, scr, work, tracker)
@@ -377,7 +383,8 @@ def measure(config: TrainConfig, scr: SCRConfig, work: Work, score: baselines.Sc
 
 def measure_others(config: TrainConfig, scr: SCRConfig, work: Work) -> dict[str, dict[str, Interval]]:
     """Metrics of the floors and of the ceiling, once for all fits that share them."""
-    key = fingerprint(scr.to_dict(), config.evaluation.bootstrap, config.evaluation.seed)
+    evaluation = config.evaluation
+    key = fingerprint(scr.to_dict(), evaluation.bootstrap, evaluation.seed, _chosen(config))
     if key not in work.others:
         rules = baselines.floors(work.data.train_dataloader(), scr.exclude_border, config.evaluation.seed)
         if config.harvest.prompts_per_image > 1:

@@ -27,13 +27,14 @@ PROMPT_KINDS = ("present", "random", "popular", "adversarial", "caption")
 CACHES = ("auto", "device", "memory", "none", "stream")
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 CONNECTIVITIES = (4, 8)
+TARGETS = ("prompt", "mean")
 LOSSES = ("kl", "bce", "mse_log", "lambdarank")
 POSITIONS = ("none", "linear", "fourier")
 QUESTIONS = ("none", "concat", "bilinear")
 CONTEXTS = ("none", "mean", "neighbourhood", "both")
 ENGINES = ("local", "ray")
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
-PRECISIONS = ("32-true", "bf16-mixed")
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
 
 @dataclass(frozen=True)
@@ -324,6 +325,9 @@ class PredictorSection:
     """What is told of the other patches: none, the mean of the image, that of the 3 x 3 neighbourhood, or both."""
     components: int = _count()
     """Softmaxes whose mixture is the predicted map, as a real one is a mean over layers and heads; 1: a plain one."""
+    target: str = _key(choices=TARGETS)
+    """What is fitted to: prompt, the map of the row's own prompt; mean, the mean over the prompts of its image.
+    Validation and test are always against the own map."""
     loss: str = _key(choices=LOSSES)
     """Objective: kl to the attention map (listwise), bce on top-K membership, mse_log on its logarithm, lambdarank
     on the order of its top K."""
@@ -349,6 +353,8 @@ class TrainerConfig:
 
     max_epochs: int = _count()
     """Passes over the harvest at most."""
+    train_images: int | None = _key(None, low=1)
+    """Images of the harvest to fit to, the first of its seeded order; null takes all. For learning curves."""
     batch_size: int = _count()
     """Attention maps per step."""
     learning_rate: float = _key(above=0, high=1)
@@ -374,8 +380,9 @@ class TrainerConfig:
     """Where the fit runs, in Lightning's words."""
     devices: int = _count(1)
     """Processes of the fit, each with a device of its own; they share each batch, so that results stay the same."""
-    precision: str = _key("32-true", choices=PRECISIONS)
-    """Number format of the fit: float32, or bfloat16 where torch's autocast allows it."""
+    precision: str = _key("auto", choices=PRECISIONS)
+    """Number format of the fit: 32-true, float32; bf16-mixed, bfloat16 where torch's autocast allows it; auto takes
+    bf16-mixed where the processor multiplies bfloat16 by itself, and says so."""
     resume: bool = True
     """Go on with an interrupted fit of the same settings, data and seed; false starts it anew. A fit that came to its
     end is always fitted anew."""
@@ -386,6 +393,8 @@ class TrainerConfig:
             yield Problem(
                 "stream_from", self.stream_from, "needs trainer.cache=stream", hint="Add trainer.cache=stream."
             )
+        elif self.cache == "stream" and self.train_images is not None:
+            yield Problem("train_images", self.train_images, "a stream takes all images", hint="Choose another cache.")
         elif self.stream_from is not None and "{shard}" not in self.stream_from:
             legal = "for instance https://host/folder/{shard}.tar"
             yield Problem("stream_from", self.stream_from, "does not say where the shard's name goes", legal)
@@ -502,6 +511,9 @@ class TrainConfig:
             yield from _check_name(self.variant, "variant")
         if not self.runs_dir.strip():
             yield Problem("runs_dir", self.runs_dir, "is empty", "a folder")
+        if self.predictor.target == "mean" and self.trainer.cache == "stream":
+            reason = "a stream has the map of each prompt alone"
+            yield Problem("predictor.target", "mean", reason, "prompt", "Or choose another trainer.cache.")
         world, harvest, evaluation = self.data.world, self.harvest, self.evaluation
         if world is None:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ class ShardRows(Dataset[Batch]):
             gathered; None reads each batch through the memory maps.
 
     Attributes:
-        grids: patch grid per row.
+        grids: patch grid per row, image after image.
     """
 
     def __init__(self, reader: ShardReader, device: torch.device | None) -> None:
@@ -66,6 +67,17 @@ class ShardRows(Dataset[Batch]):
         self._rows = [(sample, prompt) for sample, count in enumerate(reader.prompts) for prompt in range(count)]
         self.grids = [reader.grids[sample] for sample, _ in self._rows]
         self._held = None if device is None else _Held(reader, device)
+        self._means: dict[int, Tensor] | None = None
+
+    def with_mean_maps(self) -> ShardRows:
+        """The same rows, each with the mean of its image's maps for a map, [N], every one summing to 1 before."""
+        rows = copy.copy(self)
+        rows._means = {}
+        return rows
+
+    def of_images(self, images: int) -> int:
+        """Rows of the first so many images, which come before all others."""
+        return sum(self._reader.prompts[:images])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -81,7 +93,17 @@ class ShardRows(Dataset[Batch]):
         else:
             samples = {sample: self._reader.stored(sample) for sample, _ in rows}
             tensors = stack_rows([(samples[sample], prompt) for sample, prompt in rows])
+        if self._means is not None:
+            tensors["attention"] = torch.stack([self._mean(sample) for sample, _ in rows]).to(tensors["states"].device)
         return as_batch(tensors, grid, [self._keys[sample] for sample, _ in rows], part.weight)
+
+    def _mean(self, sample: int) -> Tensor:
+        assert self._means is not None
+        if sample not in self._means:
+            maps = self._reader.stored(sample).attention  # [P, N]
+            total = maps.sum(dim=-1, keepdim=True)
+            self._means[sample] = (maps / total.where(total > 0, 1.0)).mean(dim=0)
+        return self._means[sample]
 
 
 def stack_rows(rows: Sequence[tuple[Sample, int]]) -> dict[str, Tensor]:
@@ -266,10 +288,13 @@ class ShardDataModule(pl.LightningDataModule):
         memory_limit: bytes of shards that auto may keep in memory; by default a quarter of this machine's.
         stream_from: where the train tars of a stream are, with `{shard}` for a shard's name: a path, an http(s)
             URL, or `pipe:` and a command that writes the tar to its output; None: the directory.
+        train_images: images of the train split to take, the first of its seeded order; None: all.
+        mean_maps: fit to the mean map of an image's prompts; validation and test keep the map of each prompt.
 
     Raises:
         UnfinishedHarvestError: the folder has no index.
-        ValueError: an unknown cache, or a source that is not one.
+        ValueError: an unknown cache, a source that is not one, more images than there are, or a choice of images or
+            maps for a stream.
     """
 
     def __init__(
@@ -281,6 +306,8 @@ class ShardDataModule(pl.LightningDataModule):
         cache: str = "auto",
         memory_limit: int | None = None,
         stream_from: str | None = None,
+        train_images: int | None = None,
+        mean_maps: bool = False,
     ) -> None:
         super().__init__()
         if cache not in CACHES:
@@ -290,6 +317,7 @@ class ShardDataModule(pl.LightningDataModule):
         self.seed = seed
         self.index = read_index(self.directory)
         self.streams = cache == "stream"
+        self.choose(train_images, mean_maps)
         if stream_from is not None and not (self.streams and "{shard}" in stream_from):
             raise ValueError(
                 f"trainer.stream_from={stream_from!r}: it needs trainer.cache=stream, and {{shard}} in it"
@@ -312,6 +340,18 @@ class ShardDataModule(pl.LightningDataModule):
             _say(f"trainer.cache=stream: the train split is read from {stream_from or self.directory} shard by shard")
         _say(f"{size} in {self.directory}, {way}: {why if cache in ('auto', 'stream') else f'trainer.cache={cache}'}")
 
+    def choose(self, train_images: int | None, mean_maps: bool) -> None:
+        """Takes other images or maps to fit to; see the arguments of the same names."""
+        images = sum(shard["samples"] for shard in self.index["shards"] if shard["split"] == "train")
+        if train_images is not None and not 1 <= train_images <= images:
+            raise ValueError(
+                f"trainer.train_images={train_images}: {self.directory} has {images} images to fit to; lower it, or "
+                "raise harvest.samples"
+            )
+        if self.streams and (train_images is not None or mean_maps):
+            raise ValueError("trainer.cache=stream takes all images and the map of each prompt: choose another cache")
+        self.train_images, self.mean_maps = train_images, mean_maps
+
     @property
     def fingerprint(self) -> str:
         """Checksum of the data, for tracking."""
@@ -321,7 +361,8 @@ class ShardDataModule(pl.LightningDataModule):
     def identity(self) -> dict[str, Any]:
         """What determines the batches and their order; caches, workers and processes do not."""
         identity = {"fingerprint": self.fingerprint, "batch_size": self.batch_size, "seed": self.seed}
-        return identity | ({"stream": True} if self.streams else {})
+        chosen = {"stream": self.streams, "train_images": self.train_images, "mean_maps": self.mean_maps}
+        return identity | {name: value for name, value in chosen.items() if value}
 
     @property
     def hidden_size(self) -> int:
@@ -330,6 +371,8 @@ class ShardDataModule(pl.LightningDataModule):
 
     def count(self, split: str) -> int:
         """Rows (maps) of a split."""
+        if split == "train" and self.train_images is not None:
+            return self.rows(split).of_images(self.train_images)
         return sum(shard["rows"] for shard in self.index["shards"] if shard["split"] == split)
 
     def state_dict(self) -> dict[str, Any]:
@@ -427,9 +470,14 @@ class ShardDataModule(pl.LightningDataModule):
                 )
             )
         rows = self.rows(split, self._device)
+        grids = rows.grids
+        if split == "train" and self.train_images is not None:
+            grids = grids[: rows.of_images(self.train_images)]
+        if split == "train" and self.mean_maps:
+            rows = rows.with_mean_maps()
         return DataLoader(
             rows,
-            sampler=GridBatches(rows.grids, self.batch_size, shuffle, self.seed, rank, ranks, start),  # type: ignore[arg-type]
+            sampler=GridBatches(grids, self.batch_size, shuffle, self.seed, rank, ranks, start),  # type: ignore[arg-type]
             batch_size=None,  # the sampler already yields batches of rows
             collate_fn=_as_it_is,  # type: ignore[arg-type]
             num_workers=0 if self._device else self.num_workers,

@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from predictor.module import SourceModule
 
 MONITOR = "val/mass"
-PRECISIONS = ("32-true", "bf16-mixed")
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _LOG = logging.getLogger("pytorch_lightning")
 
@@ -95,7 +95,8 @@ def fit(
         accelerator: in Lightning's words: auto, cpu, gpu or mps.
         devices: processes, each with a device of its own. Batches are split among them, so that they change the speed
             alone.
-        precision: "32-true", or "bf16-mixed": bfloat16 where torch's autocast allows it.
+        precision: "32-true"; "bf16-mixed": bfloat16 where torch's autocast allows it; "auto": the latter where the
+            processor multiplies bfloat16 by itself.
         resume: go on from `last.ckpt`, if an earlier fit in the folder did not come to its end and had the same
             settings, data and initial weights; otherwise say why not, and start anew.
         callbacks: further Lightning callbacks.
@@ -108,6 +109,7 @@ def fit(
     if precision not in PRECISIONS:
         raise ValueError(f"trainer.precision={precision!r}: use {' or '.join(PRECISIONS)}")
     started = time.perf_counter()
+    precision = choose_precision(accelerator) if precision == "auto" else precision
     record = _Record(folder, _identity(module, data, max_epochs, patience, gradient_clip, precision))
     last = record.begin(resume, logger)
     stopping = EarlyStopping(MONITOR, mode="max", patience=patience)
@@ -150,6 +152,18 @@ def fit(
     record.end()
     fitted = type(module).load_from_checkpoint(best, map_location="cpu", weights_only=True).eval()
     return Fitted(fitted, best, kept["score"], kept["epochs"], time.perf_counter() - started)
+
+
+def choose_precision(accelerator: str) -> str:
+    """Takes bf16-mixed where a fit would run on a processor with products of bfloat16, else 32-true; says which."""
+    if accelerator in ("auto", "gpu") and torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        abilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
+        native = accelerator != "mps" and any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    precision = "bf16-mixed" if native else "32-true"
+    _say(f"trainer.precision=auto: {precision}, products of bfloat16 are {'native' if native else 'not known'} here")
+    return precision
 
 
 class _Keeper(Checkpoint):

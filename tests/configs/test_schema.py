@@ -50,7 +50,7 @@ def test_scr_settings_are_those_of_the_runtime(model: str):
 def test_predictor_settings_are_those_of_the_runtime():
     known = {field.name for field in dataclasses.fields(PredictorConfig)}
     section = {field.name for field in dataclasses.fields(schema.PredictorSection)}
-    assert section - known == {"loss", "target_fallback", "target_fidelity"}
+    assert section - known == {"loss", "target", "target_fallback", "target_fidelity"}
     assert known - section == {"hidden_size"}
 
 
