@@ -30,7 +30,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from pytorch_lightning.loggers import MLFlowLogger
 
-from configs.load import fingerprint, save_config
+from configs.load import ConfigError, fingerprint, read_config, save_config
 from configs.schema import TrainConfig
 from configs.sweep import Child, Sweep, parse_sweep, short_names
 from data.datamodule import ShardDataModule
@@ -48,7 +48,7 @@ from export.package import Exported, export_predictor
 from predictor import baselines
 from predictor.calibration import ConfidenceRows, calibration_summary, confidence_rows
 from predictor.figures import map_example, reliability_figure, source_maps_figure
-from predictor.fit import Preempted, fit
+from predictor.fit import Preempted, fit, interrupted_run
 from predictor.metrics import Interval, summarise_rows
 from predictor.module import SourceModule
 from scr_runtime import SCRConfig, describe_model
@@ -305,20 +305,34 @@ def _tell_error(error: Exception) -> None:
 
 @contextlib.contextmanager
 def tracked(child: Child, client: MlflowClient, parent: Run | None = None) -> Iterator[MLFlowLogger]:
-    """A run with the resolved configuration; its status tells how the block ended."""
+    """A run with the resolved configuration; its status tells how the block ended.
+
+    It is the run of an interrupted fit of the same configuration, if that fit is to be gone on with.
+    """
     config, paths = child.config, child.config.paths
+    earlier = interrupted_run(paths.checkpoints) if config.trainer.resume and paths.config.exists() else None
+    goes_on = earlier is not None and _same_as_saved(config)
     paths.reports.mkdir(parents=True, exist_ok=True)
     save_config(config, paths.config)
     name = child.short_label or f"{config.model.name}-{config.predictor.loss}-seed{config.seed}"
     tags = {"run.kind": "child", "sweep.choice": child.label} if parent else {"run.kind": "single"}
-    run = registry.create_run(client, config.experiment, name, tags, parent.info.run_id if parent else None)
-    client.log_metric(run.info.run_id, _SELECTED_BY, 0.0, step=0)  # MLflow's comparison starts with the first metric
+    run = registry.reopen_run(client, earlier) if goes_on and earlier else None
+    if run is None:
+        run = registry.create_run(client, config.experiment, name, tags, parent.info.run_id if parent else None)
+        client.log_metric(run.info.run_id, _SELECTED_BY, 0.0, step=0)  # MLflow's comparison starts with the first one
     with registry.recorded(client, run.info.run_id, config.tracking_uri, _STOPS):
         tracker = MLFlowLogger(config.experiment, tracking_uri=config.tracking_uri, run_id=run.info.run_id)
         settings = _flat(dataclasses.asdict(config))  # all but places, which would only tell apart what is alike
         tracker.log_hyperparams({**child.groups, **{k: v for k, v in settings.items() if not k.startswith(_PLACES)}})
         client.log_artifact(run.info.run_id, str(paths.config))
         yield tracker
+
+
+def _same_as_saved(config: TrainConfig) -> bool:
+    try:
+        return read_config(TrainConfig, config.paths.config) == config
+    except ConfigError:  # of another version of the project
+        return False
 
 
 def log_data(config: TrainConfig, work: Work, tracker: MLFlowLogger) -> None:

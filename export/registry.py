@@ -97,6 +97,18 @@ def create_run(
     return client.create_run(_experiment_id(client, experiment), run_name=name, tags=tags)
 
 
+def reopen_run(client: MlflowClient, run_id: str) -> Run | None:
+    """Takes up a run that ended before its work did; None if the store no longer has it."""
+    try:
+        run = client.get_run(run_id)
+    except MlflowException:
+        return None
+    if run.info.lifecycle_stage != "active" or run.info.status == "FINISHED":
+        return None
+    client.update_run(run_id, status="RUNNING")
+    return run
+
+
 @contextlib.contextmanager
 def recorded(
     client: MlflowClient,

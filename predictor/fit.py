@@ -154,6 +154,12 @@ def fit(
     return Fitted(fitted, best, kept["score"], kept["epochs"], time.perf_counter() - started)
 
 
+def interrupted_run(folder: Path) -> str | None:
+    """The logger's version (MLflow's run id) of the fit in a folder that did not come to its end, if it can go on."""
+    record = _read_record(folder / "fit.json")
+    return record["run"] if record and not record["finished"] and (folder / "last.ckpt").exists() else None
+
+
 def choose_precision(accelerator: str) -> str:
     """Takes bf16-mixed where a fit would run on a processor with products of bfloat16, else 32-true; says which."""
     if accelerator in ("auto", "gpu") and torch.cuda.is_available():
@@ -243,7 +249,7 @@ class _Record:
 
     def begin(self, resume: bool, logger: Any) -> Path | None:
         """Clears the folder, or returns the checkpoint to go on from."""
-        earlier = self._read()
+        earlier = _read_record(self._file)
         last = self._folder / "last.ckpt"
         if earlier and not earlier["finished"] and resume and last.exists():
             then = earlier["fit"]
@@ -261,19 +267,20 @@ class _Record:
 
     def end(self) -> None:
         """Marks the fit as finished."""
-        self._write(finished=True, run=(self._read() or {}).get("run"))
-
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            record = json.loads(self._file.read_text())
-            return record if {"fit", "finished"} <= set(record) else None
-        except (FileNotFoundError, ValueError):
-            return None
+        self._write(finished=True, run=(_read_record(self._file) or {}).get("run"))
 
     def _write(self, finished: bool, run: Any) -> None:
         beside = self._file.with_name("fit.json.tmp")
         beside.write_text(json.dumps({"finished": finished, "run": run, "fit": self._now}, indent=1, default=str))
         _rename_synced(beside, self._file)
+
+
+def _read_record(file: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(file.read_text())
+        return record if {"fit", "finished", "run"} <= set(record) else None
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _identity(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -234,6 +235,42 @@ def test_a_second_run_reuses_what_is_finished_and_other_settings_do_not(
     other = run(*SMALL, "model.scr.attention_layers=[2,3]", cwd=folder, program="data.harvest")
     assert other.returncode != 0
     assert "attention_layers" in other.stdout + other.stderr
+
+
+@pytest.mark.slow
+def test_a_fit_that_was_told_to_end_goes_on_in_its_own_run(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = finished
+    settings = [*SMALL, "evaluation.images=0", "tracking.experiment=preempted", "trainer.max_epochs=400"]
+    command = [sys.executable, str(ROOT / "train.py"), *settings, "trainer.patience=400"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    place = folder / "runs/checkpoints/scene-llava"
+    (place / "last.ckpt").unlink()
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as fit:
+        while fit.poll() is None and not (place / "last.ckpt").exists():
+            time.sleep(0.05)
+        fit.send_signal(signal.SIGTERM)
+        assert fit.stderr is not None
+        said = fit.stderr.read().decode()
+    assert fit.returncode == 143, said[-3000:]
+    assert "The same command again goes on from there." in said
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("preempted")
+    assert experiment is not None
+    (stopped,) = client.search_runs([experiment.experiment_id])
+    assert stopped.info.status == "KILLED"
+    before = len(client.get_metric_history(stopped.info.run_id, "val/mass"))
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL) as fit:
+        time.sleep(1)
+        while fit.poll() is None and len(client.get_metric_history(stopped.info.run_id, "val/mass")) < before + 2:
+            time.sleep(0.2)
+        fit.send_signal(signal.SIGTERM)
+    (same,) = client.search_runs([experiment.experiment_id])  # no second run
+    epochs = [metric.step for metric in client.get_metric_history(same.info.run_id, "val/mass")]
+    assert len(epochs) >= before + 2 and epochs == sorted(set(epochs))  # none twice
 
 
 @pytest.mark.slow

@@ -193,6 +193,7 @@ def test_section_takes_a_mapping():
         ("predictor.question=perhaps", "predictor.question", "none of the choices", ""),
         ("model.scr.exclude_border=perhaps", "model.scr.exclude_border", "wrong type", ""),
         ("predictor.target_fidelity=0.9", "predictor.target_fidelity", "two targets", "target_fallback=null"),
+        ("trainer.train_images=0", "trainer.train_images", "out of range", ""),
         ("predictor.target_fallback=null", "predictor.target_fidelity", "no target", "Set it"),
         ("model.scr.edit_layers=3", "model.scr.edit_layers", "wrong type", ""),
         ("model.scr.edit_layers=[a,b]", "model.scr.edit_layers", "wrong type", ""),

@@ -201,6 +201,46 @@ def test_batches_never_mix_grids():
     assert sorted(row for batch in batches for row in batch) == list(range(20)) and len(batches) == len(sampler)
 
 
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_a_fit_may_see_the_first_images_only(harvested: Path, cache: str):
+    module = ShardDataModule(harvested, batch_size=4, cache=cache, train_images=3)
+    keys = ShardReader(harvested, "train").keys
+    assert module.count("train") == 6 and module.count("test") == 2 * len(ShardReader(harvested, "test"))
+    assert {key for batch in module.train_dataloader() for key in batch["key"]} == set(keys[:3])
+    assert len(module.test_dataloader()) == len(ShardDataModule(harvested, batch_size=4).test_dataloader())
+    assert module.identity != ShardDataModule(harvested, batch_size=4).identity
+    module.choose(None, False)
+    assert {key for batch in module.train_dataloader() for key in batch["key"]} == set(keys)
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_a_fit_may_see_mean_maps_but_is_judged_by_each_prompts_own(harvested: Path, cache: str):
+    module = ShardDataModule(harvested, batch_size=4, cache=cache, mean_maps=True)
+    maps = {sample.key: sample.attention for sample in ShardReader(harvested, "train")}
+    for batch in module.train_dataloader():
+        for key, seen in zip(batch["key"], batch["attention"], strict=True):
+            wanted = (maps[key][0] / maps[key][0].sum() + maps[key][1] / maps[key][1].sum()) / 2
+            torch.testing.assert_close(seen, wanted)
+    plain = ShardDataModule(harvested, batch_size=4)
+    for one, other in zip(module.val_dataloader(), plain.val_dataloader(), strict=True):
+        assert torch.equal(one["attention"], other["attention"])
+    assert module.identity != plain.identity
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train_images": 0}, r"trainer\.train_images=0: .* has \d+ images"),
+        ({"train_images": 10**6}, "raise harvest.samples"),
+        ({"train_images": 2, "cache": "stream"}, "another cache"),
+        ({"mean_maps": True, "cache": "stream"}, "another cache"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_refused(harvested: Path, settings: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        ShardDataModule(harvested, **settings)
+
+
 def test_a_batch_of_two_grids_is_refused(tmp_path: Path):
     with ShardWriter(tmp_path, "train-00000", "settings") as writer:
         first = make_sample(1)

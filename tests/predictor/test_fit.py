@@ -15,7 +15,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from predictor.fit import Fitted, Preempted, fit, keep_freed_memory
+from predictor.fit import Fitted, Preempted, choose_precision, fit, keep_freed_memory
 from predictor.module import SourceModule
 from tests.predictor.fitting import EPOCHS, data_of, measure, module_of, write_harvest
 
@@ -155,8 +155,27 @@ def test_only_an_interrupted_fit_is_gone_on_with_and_only_on_request(
     same(last(undisturbed), last(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("accelerator", "cuda", "abilities", "chosen"),
+    [
+        ("cpu", True, {"avx512_bf16": True}, "bf16-mixed"),
+        ("auto", False, {"amx_bf16": True}, "bf16-mixed"),
+        ("auto", False, {"avx512_bf16": False}, "32-true"),
+        ("auto", True, {}, "bf16-mixed"),
+        ("mps", False, {"avx512_bf16": True}, "32-true"),
+    ],
+)
+def test_auto_takes_the_precision_of_the_processor(
+    monkeypatch: pytest.MonkeyPatch, accelerator: str, cuda: bool, abilities: dict[str, bool], chosen: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cuda)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities, raising=False)
+    assert choose_precision(accelerator) == chosen
+
+
 def test_precision_is_checked_and_used(harvested: Path, undisturbed: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"trainer\.precision='16': use 32-true or bf16-mixed"):
+    with pytest.raises(ValueError, match=r"trainer\.precision='16': use auto or 32-true or bf16-mixed"):
         run(harvested, tmp_path, precision="16")
     fitted = run(harvested, tmp_path, precision="bf16-mixed", max_epochs=1)
     whole = run(harvested, tmp_path / "whole", max_epochs=1)
