@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the chain, or a sweep of chains; returns the exit code."""
     sweep = parse_sweep(argv, "python train.py", "Harvest, fit, export and compare a one-pass predictor.")
     _quieten()
+    signal.signal(signal.SIGTERM, _end)  # a fit has a handler of its own
     started = time.perf_counter()
     config = sweep.children[0].config
     try:
@@ -125,6 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
     return 0
+
+
+def _end(*_: object) -> None:
+    raise Preempted("SIGTERM: what is finished is kept.")
 
 
 def run_once(child: Child, client: MlflowClient) -> int:
@@ -174,6 +180,7 @@ def chain(config: TrainConfig, work: Work, tracker: MLFlowLogger) -> Result:
     confidence = calibration_summary(exported.calibration, rows)
     result = Result(fit, exported, rows, confidence, compare_answers(config, scr, work, exported))
     log_result(config, scr, work, result, tracker)
+    tracker.experiment.set_tag(tracker.run_id, "config.fingerprint", _fingerprint(config, work))  # it is complete
     return result
 
 
@@ -336,10 +343,9 @@ def _same_as_saved(config: TrainConfig) -> bool:
 
 
 def log_data(config: TrainConfig, work: Work, tracker: MLFlowLogger) -> None:
-    """Records which maps the fit saw, and what makes this run the same as another."""
+    """Records which maps the fit saw."""
     client, run, harvested = tracker.experiment, str(tracker.run_id), work.harvested
     client.set_tag(run, "data.fingerprint", harvested["fingerprint"])
-    client.set_tag(run, "config.fingerprint", _fingerprint(config, work))
     for key in ("images", "samples", "skipped", "bytes"):
         client.log_metric(run, f"harvest/{key}", harvested[key])
     name = f"{config.model.name}-{config.data.name}"
@@ -383,6 +389,7 @@ def fit_predictor(config: TrainConfig, scr: SCRConfig, work: Work, tracker: MLFl
         precision=trainer.precision,
         resume=trainer.resume,
     )
+    tracker.experiment.update_run(tracker.run_id, status="RUNNING")  # Lightning's logger takes it for finished
     tracker.log_metrics({_SELECTED_BY: fitted.score}, step=fitted.epochs)
     print(f"best epoch: val/mass {fitted.score:.4f} after {fitted.epochs} epochs")
     module = fitted.module

@@ -26,10 +26,12 @@ HEADLINES = {
     "test/ndcg": ("NDCG@K", 3),
     "test/mass": ("mass@K", 3),
     "test/spearman": ("Spearman", 3),
+    "test/iou": ("IoU", 3),
     "test/confidence/ece": ("ECE", 3),
     "eval/one-pass/shift_correlation": ("one-pass shift r", 3),
     "eval/auto/shift_correlation": ("auto shift r", 3),
     "eval/auto/fallback": ("fallback", 3),
+    "eval/auto_30/shift_correlation": ("r at 30 % fallback", 3),
     "predictor/parameters": ("parameters", 0),
 }
 NOTE = "Means over seeds, ± half of the 95 % interval (Student's t)."

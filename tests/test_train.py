@@ -190,18 +190,20 @@ def test_the_same_sweep_goes_on_where_it_was_interrupted(
     (parent,), children = runs_of(folder, "sweep"), runs_of(folder, "child")
     lost = children[1].info.run_id
     client.set_terminated(lost, "KILLED")
+    client.delete_tag(children[2].info.run_id, "config.fingerprint")  # killed behind the fit
     client.update_run(parent.info.run_id, status="FAILED")
     again = run(*SWEEP, "tracking.register=tiny", "trainer.cache=none", cwd=folder)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert again.stdout.count("(finished before)") == 3
+    assert again.stdout.count("(finished before)") == 2
     assert "[child 2/4] predictor.loss=kl seed=1\n" in again.stdout
     ((same,), after) = runs_of(folder, "sweep"), runs_of(folder, "child")
     assert (same.info.run_id, same.info.status) == (parent.info.run_id, "FINISHED")
-    assert len(after) == 5 and after[-1].info.run_name == "loss=kl seed=1"
-    assert after[-1].data.metrics["test/mass"] == children[1].data.metrics["test/mass"]  # the same fit, bit for bit
+    assert [run.info.run_name for run in after[4:]] == ["loss=kl seed=1", children[2].info.run_name]
+    for one, other in zip(after[4:], children[1:], strict=False):
+        assert one.data.metrics["test/mass"] == other.data.metrics["test/mass"]  # the same fit, bit for bit
     table = (folder / "runs/sweeps/scene-llava").glob("summary-*/children.csv")
     (text,) = [path.read_text() for path in table]
-    assert after[-1].info.run_id in text and lost not in text
+    assert after[-1].info.run_id in text and after[-2].info.run_id in text and lost not in text
 
 
 @pytest.mark.slow
@@ -271,6 +273,32 @@ def test_a_fit_that_was_told_to_end_goes_on_in_its_own_run(
     (same,) = client.search_runs([experiment.experiment_id])  # no second run
     epochs = [metric.step for metric in client.get_metric_history(same.info.run_id, "val/mass")]
     assert len(epochs) >= before + 2 and epochs == sorted(set(epochs))  # none twice
+
+
+@pytest.mark.slow
+def test_sigterm_behind_the_fit_leaves_a_run_that_is_not_finished(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = finished
+    command = [
+        sys.executable,
+        "-u",
+        str(ROOT / "train.py"),
+        *SMALL,
+        "tracking.experiment=ended",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as chain:
+        assert chain.stdout is not None
+        for line in chain.stdout:
+            if line.startswith("[5/5]"):
+                chain.send_signal(signal.SIGTERM)
+    assert chain.returncode == 143
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("ended")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "KILLED" and "config.fingerprint" not in run.data.tags
 
 
 @pytest.mark.slow
