@@ -380,7 +380,9 @@ class SourcePredictor(nn.Module):
         return self._positions[key]
 
 
-def raw_confidence(scores: Tensor, eligible: Tensor, k: int, temperature: Tensor | float = 1.0) -> Tensor:
+def raw_confidence(
+    scores: Tensor, eligible: Tensor, k: int, temperature: Tensor | float = 1.0, claims: Tensor | None = None
+) -> Tensor:
     """How far the chosen patches stand out from the first that was not chosen.
 
     A patch whose score is near the cut might as well be on its other side; ``sigmoid((score - cut) / temperature)`` is
@@ -392,10 +394,12 @@ def raw_confidence(scores: Tensor, eligible: Tensor, k: int, temperature: Tensor
         eligible: [N] or [I, N] bool, patches that can be sources, more than k of them.
         k: Number of sources.
         temperature: Spread of the scores' errors, fitted on validation rows.
+        claims: See ``rank_patches``; the first that was not chosen is then the one that would come next.
 
     Returns:
-        [I] float32 in [0.5, 1]: mean of that chance over the k patches of highest score.
+        [I] float32 in [0.5, 1]: mean of that chance over the k chosen patches. Under 0.5 is possible with ``claims``
+        alone, where claimed patches had to be chosen.
     """
-    ranked = rank_patches(scores, eligible)[0]
+    ranked = rank_patches(scores, eligible, k + 1, claims)[0]
     cut = ranked[:, k - 1 : k + 1].mean(-1, keepdim=True)
     return torch.sigmoid((ranked[:, :k] - cut) / temperature).mean(-1)

@@ -16,6 +16,7 @@ from scr_runtime.redistribute import (
     effective_num_sources,
     eligible_patches,
     plan_edit,
+    rank_patches,
     select_sources,
 )
 
@@ -60,6 +61,7 @@ def test_claims_and_edit_follow_the_sequential_rule(
     eligible = eligible_patches(grid, border)
     count = effective_num_sources(grid, config)
     sources = select_sources(scores, eligible, count)
+    ranked = rank_patches(scores, eligible)[1]
 
     hidden = torch.randn(1, 2 * rows * columns + 3, 4, generator=generator, dtype=torch.float64)
     positions = torch.randperm(hidden.shape[1], generator=generator)[: 2 * rows * columns].view(2, -1)
@@ -74,7 +76,7 @@ def test_claims_and_edit_follow_the_sequential_rule(
             expected[0, positions[image, patch]] += (strength - 1) * hidden[0, positions[image, source]]
         for source in chosen:
             expected[0, positions[image, source]] = hidden[0, positions[image, source]] / strength
-        patches, owned = claim_neighbours(sources, grid, connectivity)
+        patches, owned = claim_neighbours(ranked, count, grid, connectivity)
         assert (patches[0, image] - image * rows * columns).tolist() == chosen
         pairs = {
             (int(patch) - image * rows * columns, chosen[rank])
@@ -83,7 +85,7 @@ def test_claims_and_edit_follow_the_sequential_rule(
             if mine
         }
         assert pairs == set(owner.items())
-    apply_edit(hidden, plan_edit(sources, grid, config, positions))
+    apply_edit(hidden, plan_edit(ranked, grid, config, positions))
     assert torch.allclose(hidden, expected, atol=1e-6)
 
 
@@ -109,8 +111,8 @@ def test_16_bit_activations_are_edited_to_16_bit_accuracy(dtype: torch.dtype) ->
     config = SCRConfig(num_sources=6, strength=1.1)
     hidden = (torch.randn(1, 64, 32) * 3000).to(dtype)  # near the top of float16 after squaring, not after the edit
     exact = hidden.double()
-    sources = select_sources(torch.rand(1, 64), eligible_patches((8, 8), True), 6)
-    plan = plan_edit(sources, (8, 8), config, torch.arange(64)[None])
+    ranked = rank_patches(torch.rand(1, 64), eligible_patches((8, 8), True))[1]
+    plan = plan_edit(ranked, (8, 8), config, torch.arange(64)[None])
     apply_edit(hidden, plan)
     apply_edit(exact, plan)
     assert hidden.isfinite().all()
