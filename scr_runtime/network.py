@@ -255,7 +255,8 @@ class SourcePredictor(nn.Module):
         out = self.score(functional.gelu(self.hidden(features))).float()  # [B, N, M]
         if weights is None:
             return out.squeeze(-1)
-        return (out.log_softmax(1) + weights.float()[:, None]).logsumexp(-1)
+        logs = out.log_softmax(1) + weights.float()[:, None]
+        return logs[..., 0] - logs.log_softmax(-1)[..., 0]  # logsumexp over M, which is nine kernels on a GPU
 
     def _fold(self) -> _Fold:
         """Standardising folded into the projections: V ((h - mean) / std) = (V / std) h - (V / std) mean.

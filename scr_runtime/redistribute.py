@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from scr_runtime.config import SCRConfig
 from scr_runtime.errors import PrefillError
@@ -135,15 +134,15 @@ def select_sources(scores: Tensor, eligible: Tensor, k: int, claims: Tensor | No
     return rank_patches(scores, eligible, k, claims)[1][:, :k]
 
 
-def claim_neighbours(ranked: Tensor, k: int, grid: Grid, connectivity: int) -> tuple[Tensor, Tensor]:
+def claim_neighbours(sources: Tensor, grid: Grid, connectivity: int) -> tuple[Tensor, Tensor]:
     """Gives each patch next to a source to its adjacent source of best rank.
 
     The sequential rule of the paper (sources in descending attention, each claims what is left) and this
-    parallel one agree: whichever adjacent source comes first has the best rank.
+    parallel one agree: whichever adjacent source comes first has the best rank. Every source bids its rank for its
+    neighbours, and more than any rank for itself; the highest bid owns a patch.
 
     Args:
-        ranked: [I, N] int64, every patch once, as ``rank_patches`` orders them: the first ``k`` are the sources.
-        k: K, sources per image.
+        sources: [I, K] int64 patch indices, best first.
         grid: Rows and columns of patches.
         connectivity: 4 or 8.
 
@@ -153,41 +152,31 @@ def claim_neighbours(ranked: Tensor, k: int, grid: Grid, connectivity: int) -> t
         neighbours the source may write to; never the source itself.
     """
     rows, columns = grid
-    images, sources = len(ranked), ranked[:, :k]
-    rank = _descending(k, rows * columns, ranked.device)  # [N]: K for the best source, 1 for the last, then 0
-    value = torch.empty(ranked.shape, device=ranked.device)  # [I, N], 0 where the patch is no source
-    value.scatter_(1, ranked, rank.expand(images, -1))  # the whole ranking, so that nothing has to be zeroed before
-    square = value.view(images, 1, rows, columns)
-    if connectivity == 8:
-        best = functional.max_pool2d(square, 3, stride=1, padding=1)
-    else:
-        best = torch.maximum(
-            functional.max_pool2d(square, (3, 1), stride=1, padding=(1, 0)),
-            functional.max_pool2d(square, (1, 3), stride=1, padding=(0, 1)),
-        )
-    # [I, N]: for a free patch the rank of its best adjacent source, for a source something negative.
-    owner = torch.sub(best.view(images, -1), value, alpha=k + 1)
-    patches = _neighbourhoods(grid, connectivity, ranked.device).index_select(1, sources.reshape(-1))
+    images, k = sources.shape
+    patches = _neighbourhoods(grid, connectivity, sources.device).index_select(1, sources.reshape(-1))
     patches = patches.view(-1, images, k)
     if images > 1:
-        patches = patches + _first_patches(images, rows * columns, ranked.device)
-    return patches, owner.view(-1)[patches] == rank[:k]
+        patches = patches + _first_patches(images, rows * columns, sources.device)
+    bids = _bids(len(patches), images, k, sources.device)  # [C + 1, I, K]
+    highest = torch.zeros(images * rows * columns, device=sources.device)
+    highest.scatter_reduce_(0, patches.view(-1), bids.view(-1), "amax")
+    return patches, highest[patches] == bids[1]
 
 
 def plan_edit(
-    ranked: Tensor, grid: Grid, config: SCRConfig, positions: Tensor, dtype: torch.dtype = torch.float32
+    sources: Tensor, grid: Grid, config: SCRConfig, positions: Tensor, dtype: torch.dtype = torch.float32
 ) -> EditPlan:
-    """Turns a ranking of patches into the fixed-shape plan that every edited block uses.
+    """Turns chosen sources into the fixed-shape plan that every edited block uses.
 
     Args:
-        ranked: [I, N] int64, every patch once, best first: see ``rank_patches``.
+        sources: [I, K] int64 patch indices, best first.
         grid: Rows and columns of patches.
-        config: K, strength and connectivity.
+        config: Strength and connectivity.
         positions: [I, N] int64, where each patch's token lies in ``hidden.view(-1, d)``.
         dtype: Of the coefficients: that of the states to edit, so that no block has to convert them.
     """
-    patches, owned = claim_neighbours(ranked, effective_num_sources(grid, config), grid, config.connectivity)
-    itself = _own_coefficients(len(patches), config.strength, dtype, ranked.device)  # [C + 1, 1, 1]
+    patches, owned = claim_neighbours(sources, grid, config.connectivity)
+    itself = _own_coefficients(len(patches), config.strength, dtype, sources.device)  # [C + 1, 1, 1]
     coefficients = torch.add(itself, owned, alpha=config.strength - 1.0)  # [C + 1, I, K]
     targets = positions.reshape(-1)[patches].view(len(patches), -1)
     return EditPlan(targets[0], targets, coefficients.view(len(patches), -1))
@@ -261,8 +250,11 @@ def _arange(start: int, end: int, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _descending(k: int, patches: int, device: torch.device) -> Tensor:
-    return torch.arange(k, k - patches, -1, dtype=torch.float32, device=device).clamp(min=0)  # [N]: K, ..., 1, 0, ...
+def _bids(rows: int, images: int, k: int, device: torch.device) -> Tensor:
+    """[C + 1, I, K]: K for the neighbours of the best source, 1 for those of the last; K more for itself."""
+    bids = torch.arange(k, 0, -1, dtype=torch.float32).repeat(rows, images, 1)
+    bids[0] += k
+    return bids.to(device)
 
 
 @functools.lru_cache(maxsize=16)

@@ -87,7 +87,7 @@ class ImageReport:
 class _Choice:
     """Sources of one prefill, kept so that a ``generate`` without a cache uses them again at every step."""
 
-    ranked: list[Tensor]  # per group [I, N] patches, best first: K of them are the sources
+    sources: list[Tensor]  # per group [I, K]
     scores: list[Scores]
     norms: list[Tensor]  # per group [I, N]
 
@@ -274,10 +274,9 @@ class SCR:
             return []
         choice, layers = self._last.choice, tuple(self._last.fired)
         reports: dict[int, ImageReport] = {}
-        for group, ranked, scores, norms in zip(
-            self._last.layout.groups, choice.ranked, choice.scores, choice.norms, strict=True
+        for group, chosen, scores, norms in zip(
+            self._last.layout.groups, choice.sources, choice.scores, choice.norms, strict=True
         ):
-            k = effective_num_sources(group.grid, self.config)
             entropies = credit_entropy(norms)
             normalised = entropies / torch.log(torch.tensor(float(norms.shape[-1])))
             sure = drift = None
@@ -289,7 +288,7 @@ class SCR:
                 reports[image] = ImageReport(
                     provider=scores.providers[index],
                     fallback_reason=None if fallback is None else fallback.reason,
-                    sources=ranked[index, :k].tolist(),
+                    sources=chosen[index].tolist(),
                     confidence=None if sure is None else float(sure[index]),
                     entropy=float(entropies[index]),
                     entropy_normalised=float(normalised[index]),
@@ -413,8 +412,8 @@ class SCR:
             if self._generate is not None:
                 self._generate.choice = run.choice
             plans = [
-                plan_edit(ranked, group.grid, self.config, group.positions, hidden.dtype)
-                for group, ranked in zip(run.layout.groups, run.choice.ranked, strict=True)
+                plan_edit(chosen, group.grid, self.config, group.positions, hidden.dtype)
+                for group, chosen in zip(run.layout.groups, run.choice.sources, strict=True)
             ]
             run.plan = merge_plans(plans)
         state = self.config.state_layer
@@ -434,15 +433,15 @@ class SCR:
             for group in prefill.layout.groups
         ]
         results = self._provide(prefill)
-        ranked: list[Tensor] = []
+        chosen: list[Tensor] = []
         for group, result in zip(prefill.layout.groups, results, strict=True):
             eligible = eligible_patches(group.grid, self.config.exclude_border, result.scores.device)
             k = effective_num_sources(group.grid, self.config)
             claims = claims_of(group.grid, self.config, result.scores.device)
             values, patches = rank_patches(result.scores, eligible, k, claims)
             self._require(values[:, :k], _all_finite, _not_finite)  # NaN ranks first, so the best K tell
-            ranked.append(patches)
-        return _Choice(ranked, results, norms)
+            chosen.append(patches[:, :k])
+        return _Choice(chosen, results, norms)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         run, self._run = self._run, None

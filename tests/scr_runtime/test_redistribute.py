@@ -63,7 +63,6 @@ def test_claims_and_edit_follow_the_sequential_rule(
     eligible = eligible_patches(grid, border)
     count = effective_num_sources(grid, config)
     sources = select_sources(scores, eligible, count)
-    ranked = rank_patches(scores, eligible)[1]
 
     hidden = torch.randn(1, 2 * rows * columns + 3, 4, generator=generator, dtype=torch.float64)
     positions = torch.randperm(hidden.shape[1], generator=generator)[: 2 * rows * columns].view(2, -1)
@@ -78,7 +77,7 @@ def test_claims_and_edit_follow_the_sequential_rule(
             expected[0, positions[image, patch]] += (strength - 1) * hidden[0, positions[image, source]]
         for source in chosen:
             expected[0, positions[image, source]] = hidden[0, positions[image, source]] / strength
-        patches, owned = claim_neighbours(ranked, count, grid, connectivity)
+        patches, owned = claim_neighbours(sources, grid, connectivity)
         assert (patches[0, image] - image * rows * columns).tolist() == chosen
         pairs = {
             (int(patch) - image * rows * columns, chosen[rank])
@@ -87,7 +86,7 @@ def test_claims_and_edit_follow_the_sequential_rule(
             if mine
         }
         assert pairs == set(owner.items())
-    apply_edit(hidden, plan_edit(ranked, grid, config, positions))
+    apply_edit(hidden, plan_edit(sources, grid, config, positions))
     assert torch.allclose(hidden, expected, atol=1e-6)
 
 
@@ -118,7 +117,7 @@ def test_sources_stay_apart_and_fill_up(
         expected = sources_apart([patch for _, patch in order], columns, connectivity)
         assert sources[image].tolist() == expected[:count]
         assert values[image, :count].tolist() == scores[image, sources[image]].tolist()
-        assert sorted(ranked[image].tolist()) == list(range(rows * columns))  # what plan_edit counts on
+        assert sorted(ranked[image].tolist()) == list(range(rows * columns))
     fewer = max(count // 2, 1)
     assert torch.equal(select_sources(scores, eligible, fewer, claims), sources[:, :fewer])
     rows_of_masks = select_sources(scores, eligible.expand(3, -1), count, claims)
@@ -159,8 +158,8 @@ def test_16_bit_activations_are_edited_to_16_bit_accuracy(dtype: torch.dtype) ->
     config = SCRConfig(num_sources=6, strength=1.1)
     hidden = (torch.randn(1, 64, 32) * 3000).to(dtype)  # near the top of float16 after squaring, not after the edit
     exact = hidden.double()
-    ranked = rank_patches(torch.rand(1, 64), eligible_patches((8, 8), True))[1]
-    plan = plan_edit(ranked, (8, 8), config, torch.arange(64)[None])
+    sources = select_sources(torch.rand(1, 64), eligible_patches((8, 8), True), 6)
+    plan = plan_edit(sources, (8, 8), config, torch.arange(64)[None])
     apply_edit(hidden, plan)
     apply_edit(exact, plan)
     assert hidden.isfinite().all()
