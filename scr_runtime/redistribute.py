@@ -102,7 +102,7 @@ def rank_patches(scores: Tensor, eligible: Tensor, k: int = 0, claims: Tensor | 
     """
     masked = torch.where(eligible, scores.float(), _minus_infinity(scores.device))
     ranked = masked.sort(dim=-1, descending=True, stable=True)
-    if claims is None:
+    if claims is None or k == 0:
         return ranked.values, ranked.indices
     patches = _keep_apart(ranked.indices, eligible, k, claims)
     return masked.gather(1, patches), patches
