@@ -123,6 +123,9 @@ class SCRSection:
     state_layer: int = _key(0, low=0)
     """The decoder block whose output the predictor reads; edits may start there, the map's blocks lie behind it.
     The paper's is 0. Other than 0, the folder of the harvest ends in -block<n>."""
+    suppress_claimed: bool = False
+    """A patch that a better source claims as its neighbour can't be a source any more; claimed ones fill up where no
+    other is left. An ablation of the rule "top K first, then claims"; the harvest is the same for both."""
 
     def check(self) -> Iterator[Problem]:
         """Both ranges are [first, last]; sources are chosen when the state layer is over."""

@@ -95,7 +95,7 @@ def load_predictor(folder: str | os.PathLike[str], device: str | torch.device | 
 
     Raises:
         PredictorNotFoundError: If the folder or its config.json is missing.
-        PredictorVersionError: If a newer scr_runtime wrote it.
+        PredictorVersionError: If another version of the format wrote it, newer or older.
         PredictorCorruptError: If a file is unreadable, the weights' sha256 differs, or a tensor is missing,
             unexpected or of another shape; the message lists every one.
     """

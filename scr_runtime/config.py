@@ -32,6 +32,9 @@ class SCRConfig:
         exclude_border: whether patches of the outer rows and columns (attention sinks) can't be sources.
         state_layer: the decoder block whose output the sources are chosen from: what the predictor reads, and where
             the diagnostic run starts. The paper's is 0; a later one knows more, at the same cost, and edits later.
+        suppress_claimed: whether a patch that a better source claims as its neighbour can't be a source any more: the
+            other reading of decision D7, an ablation. K stays what it is: where no unclaimed patch is left, the best
+            claimed ones fill up.
 
     Raises:
         ConfigurationError: If a value is out of range; the message names every such field.
@@ -45,6 +48,7 @@ class SCRConfig:
     exclude_border: bool = True
     source_fraction: float | None = None
     state_layer: int = 0
+    suppress_claimed: bool = False
 
     def __post_init__(self) -> None:
         problems: list[str] = []

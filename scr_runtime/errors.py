@@ -7,7 +7,7 @@ SCRError
 ├── PredictorError          something is wrong with a predictor
 │   ├── PredictorNotFoundError   there is no predictor folder at that place
 │   ├── PredictorCorruptError    the folder is there, but a file is missing, unreadable or changed
-│   ├── PredictorVersionError    the folder was written by a newer scr_runtime
+│   ├── PredictorVersionError    the folder was written in another version of its format
 │   └── PredictorMismatchError   the predictor was fitted for another model
 ├── PrefillError            the visual tokens of a prompt cannot be mapped to patch grids
 ├── SessionError            a question is not about the session's image, or the session is closed
@@ -45,7 +45,7 @@ class PredictorCorruptError(PredictorError):
 
 
 class PredictorVersionError(PredictorError):
-    """The predictor folder was written by a newer scr_runtime."""
+    """The predictor folder was written in another version of its format, newer or older."""
 
 
 class PredictorMismatchError(PredictorError):

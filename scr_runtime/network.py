@@ -1,4 +1,4 @@
-"""SourcePredictor: the 120K-parameter network that guesses SCR's sources from block-0 states.
+"""SourcePredictor: the network of 120K parameters that guesses SCR's sources from block-0 states.
 
 Training and deployment share this one definition.
 """
@@ -34,7 +34,8 @@ class PredictorConfig:
     Attributes:
         hidden_size: d, width of the VLM's residual stream.
         rank: r, width of the factorised first layer. ``None`` takes the rank whose parameter count is nearest to
-            ``budget`` (decision D3), which is within 3 % of it for every hidden size from 1,024 on.
+            ``budget`` (decision D3): at most half a rank's parameters off it, which is within 3 % for the hidden sizes
+            of released models, 1,024 to 8,192. A small model, whose rank is at most its hidden size, stays below.
         width: Hidden units, 256 in the paper.
         budget: Trainable parameters aimed at, 120,000 in the paper.
         position: What is told of a patch's place: ``"none"``; ``"linear"``: row, column and distance to the border;
@@ -230,33 +231,32 @@ class SourcePredictor(nn.Module):
         patch = functional.linear(states.float(), fold.patch, fold.patch_bias)  # [B, N, r]
         features = [patch]
         weights = None
-        rank = patch.shape[-1]
         if fold.question is not None:
             if question is None:
                 raise ValueError("this predictor reads the question: pass question=[B, d]")
             asked = functional.linear(question.float(), fold.question, fold.question_bias)  # [B, r or r + M]
-            first = asked[:, None, :rank]
+            first, weights = asked[:, None, : patch.shape[-1]], asked[:, patch.shape[-1] :]
             features.append(patch * first if self.gate is not None else first.expand_as(patch))
-            weights = asked[:, rank:] if self.weights is not None else None
-        if self.config.context in ("mean", "both") or (self.weights is not None and weights is None):
-            mean = patch.mean(1, keepdim=True)  # [B, 1, r]
-            if self.config.context in ("mean", "both"):
-                features.append(mean.expand_as(patch))
-            if self.weights is not None and weights is None:
-                weights = self.weights(mean[:, 0])
+        elif self.weights is not None:
+            weights = self.weights(patch.mean(1))
+        if self.config.context in ("mean", "both"):
+            features.append(patch.mean(1, keepdim=True).expand_as(patch))
         if self.config.context in ("neighbourhood", "both"):
             image = patch.view(batch, rows, columns, -1).permute(0, 3, 1, 2)  # [B, r, rows, columns], no copy
             around = functional.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
             features.append(around.permute(0, 2, 3, 1).flatten(1, 2))
         if self.config.position != "none":
             features.append(self._position_features(grid, states.device).expand(batch, -1, -1))
-        return (torch.cat(features, dim=-1) if len(features) > 1 else patch), weights
+        features = torch.cat(features, dim=-1) if len(features) > 1 else patch
+        return features, weights if self.weights is not None else None
 
     def _score(self, features: Tensor, weights: Tensor | None) -> Tensor:
+        """[B, N] float32 scores, also where autocast made the layers' outputs narrower."""
         out = self.score(functional.gelu(self.hidden(features))).float()  # [B, N, M]
         if weights is None:
             return out.squeeze(-1)
-        return (out.log_softmax(1) + weights.float()[:, None]).logsumexp(-1)
+        logs = out.log_softmax(1) + weights.float()[:, None]
+        return logs[..., 0] - logs.log_softmax(-1)[..., 0]  # logsumexp over M, which is nine kernels on a GPU
 
     def _fold(self) -> _Fold:
         """Standardising folded into the projections: V ((h - mean) / std) = (V / std) h - (V / std) mean.
@@ -381,7 +381,9 @@ class SourcePredictor(nn.Module):
         return self._positions[key]
 
 
-def raw_confidence(scores: Tensor, eligible: Tensor, k: int, temperature: Tensor | float = 1.0) -> Tensor:
+def raw_confidence(
+    scores: Tensor, eligible: Tensor, k: int, temperature: Tensor | float = 1.0, claims: Tensor | None = None
+) -> Tensor:
     """How far the chosen patches stand out from the first that was not chosen.
 
     A patch whose score is near the cut might as well be on its other side; ``sigmoid((score - cut) / temperature)`` is
@@ -393,10 +395,12 @@ def raw_confidence(scores: Tensor, eligible: Tensor, k: int, temperature: Tensor
         eligible: [N] or [I, N] bool, patches that can be sources, more than k of them.
         k: Number of sources.
         temperature: Spread of the scores' errors, fitted on validation rows.
+        claims: See ``rank_patches``; the first that was not chosen is then the one that would come next.
 
     Returns:
-        [I] float32 in [0.5, 1]: mean of that chance over the k patches of highest score.
+        [I] float32 in [0.5, 1]: mean of that chance over the k chosen patches. Under 0.5 is possible with ``claims``
+        alone, where claimed patches had to be chosen.
     """
-    ranked = rank_patches(scores, eligible)[0]
+    ranked = rank_patches(scores, eligible, k + 1, claims)[0]
     cut = ranked[:, k - 1 : k + 1].mean(-1, keepdim=True)
     return torch.sigmoid((ranked[:, :k] - cut) / temperature).mean(-1)

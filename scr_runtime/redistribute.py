@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from scr_runtime.config import SCRConfig
 from scr_runtime.errors import PrefillError
@@ -78,31 +77,69 @@ def effective_num_sources(grid: Grid, config: SCRConfig) -> int:
     return min(max(wanted, 1), max(eligible // 2, 1))
 
 
-def rank_patches(scores: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
+def claims_of(grid: Grid, config: SCRConfig, device: torch.device | None = None) -> Tensor | None:
+    """What ``suppress_claimed`` adds to the choice of sources, to be passed along with ``eligible_patches``.
+
+    Returns:
+        [C + 1, N] int64: each patch, then the neighbours that it claims as a source (itself in place of those outside
+        the grid). ``None`` if ``config`` does not set ``suppress_claimed``. Do not write to it: it is cached.
+    """
+    return _neighbourhoods(grid, config.connectivity, device) if config.suppress_claimed else None
+
+
+def rank_patches(scores: Tensor, eligible: Tensor, k: int = 0, claims: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Orders patches by descending score, those that can't be sources last.
 
     Args:
         scores: [I, N], one score per patch; any real dtype.
         eligible: [N] or [I, N] bool.
+        k: How many leading patches obey ``claims``.
+        claims: As ``claims_of`` gives it. With it each of the first ``k`` patches is the best one that no earlier of
+            them has claimed; where none is left, the best one that was claimed.
 
     Returns:
         ``(values, patches)``: [I, N] float32 and int64. Equal scores go to the lower index (decision D7).
     """
     masked = torch.where(eligible, scores.float(), _minus_infinity(scores.device))
     ranked = masked.sort(dim=-1, descending=True, stable=True)
-    return ranked.values, ranked.indices
+    if claims is None or k == 0:
+        return ranked.values, ranked.indices
+    patches = _keep_apart(ranked.indices, eligible, k, claims)
+    return masked.gather(1, patches), patches
 
 
-def select_sources(scores: Tensor, eligible: Tensor, k: int) -> Tensor:
+def _keep_apart(ranked: Tensor, eligible: Tensor, k: int, claims: Tensor) -> Tensor:
+    """[I, N]: ``ranked``, after the K patches that ``claims`` lets through: K small steps, none waits for the device.
+
+    A patch's key is its place in ``ranked``, plus N once it is claimed, 2 N if it can't be a source, 3 N once it is
+    chosen: the least key is the next choice.
+    """
+    images, patches = ranked.shape
+    place = torch.empty_like(ranked).scatter_(1, ranked, _arange(0, patches, ranked.device).expand(images, -1))
+    key = torch.where(eligible, place, place + 2 * patches)
+    tiers = torch.full((len(claims),), patches, device=ranked.device)
+    tiers[0] = 3 * patches
+    sources: list[Tensor] = []
+    for _ in range(min(k, patches)):
+        best = key.argmin(1)  # [I]
+        near = claims.index_select(1, best).T  # [I, C + 1]
+        key.scatter_reduce_(1, near, place.gather(1, near) + tiers, "amax")
+        sources.append(best)
+    first = _arange(-len(sources), 0, ranked.device).expand(images, -1)
+    return key.scatter_(1, torch.stack(sources, dim=1), first).argsort(1)
+
+
+def select_sources(scores: Tensor, eligible: Tensor, k: int, claims: Tensor | None = None) -> Tensor:
     """[I, K] int64 eligible patches of highest score, best first; see ``rank_patches``."""
-    return rank_patches(scores, eligible)[1][:, :k]
+    return rank_patches(scores, eligible, k, claims)[1][:, :k]
 
 
 def claim_neighbours(sources: Tensor, grid: Grid, connectivity: int) -> tuple[Tensor, Tensor]:
     """Gives each patch next to a source to its adjacent source of best rank.
 
     The sequential rule of the paper (sources in descending attention, each claims what is left) and this
-    parallel one agree: whichever adjacent source comes first has the best rank.
+    parallel one agree: whichever adjacent source comes first has the best rank. Every source bids its rank for its
+    neighbours, and more than any rank for itself; the highest bid owns a patch.
 
     Args:
         sources: [I, K] int64 patch indices, best first.
@@ -116,24 +153,14 @@ def claim_neighbours(sources: Tensor, grid: Grid, connectivity: int) -> tuple[Te
     """
     rows, columns = grid
     images, k = sources.shape
-    rank = _descending(k, sources.device)  # [K]: K for the best source, 1 for the last
-    value = torch.zeros(images, rows * columns, device=sources.device)
-    value.scatter_(1, sources, rank.expand(images, k))  # [I, N], 0 where the patch is no source
-    square = value.view(images, 1, rows, columns)
-    if connectivity == 8:
-        best = functional.max_pool2d(square, 3, stride=1, padding=1)
-    else:
-        best = torch.maximum(
-            functional.max_pool2d(square, (3, 1), stride=1, padding=(1, 0)),
-            functional.max_pool2d(square, (1, 3), stride=1, padding=(0, 1)),
-        )
-    # [I, N]: for a free patch the rank of its best adjacent source, for a source something negative.
-    owner = torch.sub(best.view(images, -1), value, alpha=k + 1)
     patches = _neighbourhoods(grid, connectivity, sources.device).index_select(1, sources.reshape(-1))
     patches = patches.view(-1, images, k)
     if images > 1:
         patches = patches + _first_patches(images, rows * columns, sources.device)
-    return patches, owner.view(-1)[patches] == rank
+    bids = _bids(len(patches), images, k, sources.device)  # [C + 1, I, K]
+    highest = torch.zeros(images * rows * columns, device=sources.device)
+    highest.scatter_reduce_(0, patches.view(-1), bids.view(-1), "amax")
+    return patches, highest[patches] == bids[1]
 
 
 def plan_edit(
@@ -197,7 +224,7 @@ def credit_entropy(norms: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _neighbourhoods(grid: Grid, connectivity: int, device: torch.device) -> Tensor:
+def _neighbourhoods(grid: Grid, connectivity: int, device: torch.device | None) -> Tensor:
     """[C + 1, N] int64: each patch, then its neighbours; the patch itself in place of those outside the grid."""
     rows, columns = grid
     row, column = torch.arange(rows)[:, None], torch.arange(columns)[None, :]
@@ -217,8 +244,17 @@ def _first_patches(images: int, patches: int, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _descending(k: int, device: torch.device) -> Tensor:
-    return torch.arange(k, 0, -1, dtype=torch.float32, device=device)
+def _arange(start: int, end: int, device: torch.device) -> Tensor:
+    return torch.arange(start, end, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _bids(rows: int, images: int, k: int, device: torch.device) -> Tensor:
+    """[C + 1, I, K]: K for the neighbours of the best source, 1 for those of the last; K more for itself."""
+    bids = torch.arange(k, 0, -1, dtype=torch.float32).repeat(rows, images, 1)
+    bids[0] += k
+    return bids.to(device)
 
 
 @functools.lru_cache(maxsize=16)

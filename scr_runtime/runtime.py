@@ -37,6 +37,7 @@ from scr_runtime.redistribute import (
     EditPlan,
     Grid,
     apply_edit,
+    claims_of,
     credit_entropy,
     effective_num_sources,
     eligible_patches,
@@ -188,6 +189,8 @@ class SCR:
             threshold = self._predictor.threshold
         self._threshold = threshold or 0.0
         self._provide = self._build_provider(reason, self._threshold, seed)
+        asked = self._predictor if mode in ("one-pass", "auto") else None
+        self._reads_question = asked is not None and asked.config.reads_question
         self._detach: ExitStack | None = None
         self._generate: _Generate | None = None
         self._question: Question | None = None
@@ -401,6 +404,7 @@ class SCR:
                     self._family,
                     run.decoder_call,
                     self._question,
+                    self._reads_question,
                 )
                 run.choice = self._choose(prefill)
             else:
@@ -432,8 +436,9 @@ class SCR:
         chosen: list[Tensor] = []
         for group, result in zip(prefill.layout.groups, results, strict=True):
             eligible = eligible_patches(group.grid, self.config.exclude_border, result.scores.device)
-            values, patches = rank_patches(result.scores, eligible)
             k = effective_num_sources(group.grid, self.config)
+            claims = claims_of(group.grid, self.config, result.scores.device)
+            values, patches = rank_patches(result.scores, eligible, k, claims)
             self._require(values[:, :k], _all_finite, _not_finite)  # NaN ranks first, so the best K tell
             chosen.append(patches[:, :k])
         return _Choice(chosen, results, norms)

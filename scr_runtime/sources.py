@@ -10,6 +10,7 @@ The same edit follows whichever provider was asked (decision D2):
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -26,7 +27,7 @@ from scr_runtime.errors import UnsupportedModelError
 from scr_runtime.families import Family
 from scr_runtime.layout import ImageGroup, VisualLayout
 from scr_runtime.network import SourcePredictor, raw_confidence
-from scr_runtime.redistribute import Grid, effective_num_sources, eligible_patches
+from scr_runtime.redistribute import Grid, claims_of, effective_num_sources, eligible_patches
 from scr_runtime.session import NestedRun, Question
 
 ONE_PASS, TWO_PASS, UNIFORM = "one-pass", "two-pass", "uniform"
@@ -83,6 +84,7 @@ class Prefill:
         family: Whose blocks these are.
         decoder_call: Keyword arguments of the decoder's call, where the family needs them.
         asked: The image session's question that this prompt is; ``None`` outside a session.
+        wide: Whether a predictor will read patches and text: ``hidden`` is then converted to float32 once for both.
     """
 
     hidden: Tensor
@@ -94,18 +96,24 @@ class Prefill:
     family: Family
     decoder_call: Mapping[str, Any]
     asked: Question | None = None
+    wide: bool = False
     _gathered: dict[int, Tensor] = field(default_factory=dict[int, Tensor], init=False, repr=False)
 
+    @functools.cached_property
+    def _read(self) -> Tensor:
+        """[B, S, d] what states and questions are read from."""
+        return self.hidden.float() if self.wide else self.hidden
+
     def states(self, group: ImageGroup) -> Tensor:
-        """[I, N, d] states of a group's patches, gathered once."""
+        """[I, N, d] states of a group's patches, gathered once; float32 if ``wide``."""
         first = group.images[0]
         if first not in self._gathered:
-            self._gathered[first] = self.hidden.reshape(-1, self.hidden.shape[-1])[group.positions]
+            self._gathered[first] = self._read.reshape(-1, self.hidden.shape[-1])[group.positions]
         return self._gathered[first]
 
     def question(self, group: ImageGroup) -> Tensor:
         """[I, d] float32 mean state of the text that asks about each image."""
-        rows = self.hidden[:, -self.layout.text_rows :].float()  # [B, T, d]
+        rows = self._read[:, -self.layout.text_rows :].float()  # [B, T, d]
         own = rows.expand(len(group.images), -1, -1) if len(rows) == 1 else rows[group.rows]
         return torch.bmm(group.text_weights[:, None, :], own).squeeze(1)
 
@@ -303,7 +311,8 @@ def confidence(predictor: SourcePredictor, scores: Tensor, grid: Grid, config: S
     """[I] calibrated expected share of true sources among those that ``scores`` would choose."""
     eligible = eligible_patches(grid, config.exclude_border, scores.device)
     k = effective_num_sources(grid, config)
-    return predictor.calibrate(raw_confidence(scores, eligible, k, predictor.temperature))
+    claims = claims_of(grid, config, scores.device)
+    return predictor.calibrate(raw_confidence(scores, eligible, k, predictor.temperature, claims))
 
 
 def _verdict(sure: float, finite: bool, threshold: float, drift: float, limit: float | None) -> Fallback | None:

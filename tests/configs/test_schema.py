@@ -43,7 +43,7 @@ def test_scr_settings_are_those_of_the_runtime(model: str):
     config = SCRConfig.from_dict(section)
     assert config.to_dict() == section | {"source_fraction": None}  # K of a fit is a number
     defaults = {field.name: field.default for field in dataclasses.fields(schema.SCRSection)}
-    for name in ("strength", "connectivity", "exclude_border"):
+    for name in ("strength", "connectivity", "exclude_border", "suppress_claimed"):
         assert defaults[name] == getattr(SCRConfig(), name)
 
 

@@ -86,7 +86,18 @@ def reference_sources(
         if not config.exclude_border or (0 < index // columns < rows - 1 and 0 < index % columns < columns - 1)
     ]
     k = min(config.num_sources if k is None else k, max(len(candidates) // 2, 1))
-    return [index for _, index in sorted(candidates)[:k]]
+    ranked = [index for _, index in sorted(candidates)]
+    return sources_apart(ranked, columns, config.connectivity)[:k] if config.suppress_claimed else ranked[:k]
+
+
+def sources_apart(ranked: list[int], columns: int, connectivity: int) -> list[int]:
+    """Decision D7's other reading, patch after patch: who is next to an earlier source comes after all who are not."""
+    free: list[int] = []
+    for patch in ranked:
+        steps = [(abs(patch // columns - s // columns), abs(patch % columns - s % columns)) for s in free]
+        if all(max(step) > 1 or (connectivity == 4 and sum(step) > 1) for step in steps):
+            free.append(patch)
+    return free + [patch for patch in ranked if patch not in free]
 
 
 def reference_edit(hidden: Tensor, image: Image, sources: list[int], config: SCRConfig) -> None:

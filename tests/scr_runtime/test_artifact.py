@@ -27,7 +27,7 @@ def folder(tmp_path: Path, tiny_llava: Any) -> Path:
     torch.manual_seed(0)
     predictor = SourcePredictor(PredictorConfig(32, rank=4, width=8))
     predictor.set_statistics(torch.randn(32), torch.rand(32) + 1, torch.randn(32), torch.rand(32) + 1)
-    predictor.set_calibration(torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.4, 0.8]), 0.3)
+    predictor.set_calibration(torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.4, 0.8]), 0.3, 1.7)
     model = describe_model(tiny_llava(0))
     return save_predictor(tmp_path / "p", predictor, scr=CONFIG, model=model, metrics={"test/mass": 0.9})
 
@@ -45,6 +45,8 @@ def test_round_trip(folder: Path, tiny_llava: Any) -> None:
     states, question = torch.randn(2, 36, 32), torch.randn(2, 32)
     assert torch.equal(predictor(states, (6, 6), question), again(states, (6, 6), question))
     assert again.threshold == 0.3
+    assert float(again.temperature) == pytest.approx(1.7)
+    assert again.config == predictor.config
     assert again.calibration_raw.tolist() == pytest.approx([0.1, 0.5, 0.9])
     assert predictor.info["metrics"] == {"test/mass": 0.9}
     assert not predictor.training
@@ -83,7 +85,12 @@ DAMAGES: list[tuple[Any, type[Exception], str]] = [
     (lambda f: (f / "config.json").unlink(), errors.PredictorNotFoundError, "has no config.json"),
     (lambda f: (f / "config.json").write_text("{"), errors.PredictorCorruptError, "not readable as JSON"),
     (lambda f: (f / "config.json").write_text("[1]"), errors.PredictorCorruptError, "format_version=None"),
-    (lambda f: change_config(f, format_version=2), errors.PredictorVersionError, "Upgrade scr-runtime"),
+    (
+        lambda f: change_config(f, format_version=3),
+        errors.PredictorVersionError,
+        "=3, .* reads up to 2. Upgrade scr-r",
+    ),
+    (lambda f: change_config(f, format_version=1), errors.PredictorVersionError, "=1, .* reads 2: .* Fit it again"),
     (lambda f: change_config(f, network=None), errors.PredictorCorruptError, r"missing keys \['network'\]"),
     (lambda f: change_config(f, network={"hidden_size": 32}), errors.PredictorCorruptError, "expected the keys"),
     (lambda f: change_config(f, scr={"num_sauces": 3}), errors.PredictorCorruptError, "num_sauces"),
@@ -111,7 +118,7 @@ def test_damage_is_an_error_in_one_pass_and_a_warning_in_auto(
 
 def test_tensors_that_do_not_fit_are_all_listed(folder: Path) -> None:
     network = json.loads((folder / "config.json").read_text())["network"]
-    change_config(folder, network=network | {"rank": 5, "question": False})
+    change_config(folder, network=network | {"rank": 5, "question": "none"})
     with pytest.raises(errors.PredictorCorruptError) as caught:
         load_predictor(folder)
     for words in ("gate.weight is unexpected", "gate.bias is unexpected", "project.weight has shape (4, 32)"):

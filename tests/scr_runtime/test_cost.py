@@ -51,6 +51,8 @@ def test_one_pass_adds_few_kernels_and_no_sync(narrow: Any, predictor: SourcePre
     assert one_pass.syncs == vanilla.syncs
     uniform = prefill(narrow, SCR(narrow, config=CONFIG, mode="uniform"))
     assert uniform.syncs == vanilla.syncs
+    apart = SCRConfig(suppress_claimed=True)  # an ablation: a step per source, and still nothing that waits
+    assert prefill(narrow, SCR(narrow, config=apart, mode="one-pass", predictor=predictor)).syncs == vanilla.syncs
 
 
 def test_auto_waits_once_and_two_pass_never(narrow: Any, predictor: SourcePredictor) -> None:

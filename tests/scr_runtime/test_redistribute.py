@@ -12,12 +12,15 @@ from scr_runtime import SCRConfig
 from scr_runtime.redistribute import (
     apply_edit,
     claim_neighbours,
+    claims_of,
     credit_entropy,
     effective_num_sources,
     eligible_patches,
     plan_edit,
+    rank_patches,
     select_sources,
 )
+from tests.scr_runtime.reference import sources_apart
 
 
 def sequential_owner(sources: list[int], rows: int, columns: int, connectivity: int) -> dict[int, int]:
@@ -85,6 +88,52 @@ def test_claims_and_edit_follow_the_sequential_rule(
         assert pairs == set(owner.items())
     apply_edit(hidden, plan_edit(sources, grid, config, positions))
     assert torch.allclose(hidden, expected, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    grids,
+    st.integers(1, 40),
+    st.sampled_from([4, 8]),
+    st.booleans(),
+    st.integers(0, 10_000),
+    st.sampled_from([1, 2, 5, 10_000]),
+)
+def test_sources_stay_apart_and_fill_up(
+    grid: tuple[int, int], k: int, connectivity: int, border: bool, seed: int, levels: int
+) -> None:
+    rows, columns = grid
+    config = SCRConfig(num_sources=k, connectivity=connectivity, exclude_border=border, suppress_claimed=True)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, levels, (3, rows * columns), generator=generator).float()  # few levels: many ties
+    eligible = eligible_patches(grid, border)
+    claims = claims_of(grid, config)
+    count = effective_num_sources(grid, config)
+    sources = select_sources(scores, eligible, count, claims)
+    values, ranked = rank_patches(scores, eligible, count, claims)
+    assert torch.equal(ranked[:, :count], sources)
+    for image in range(3):
+        order = sorted((-float(value), patch) for patch, value in enumerate(scores[image]) if eligible[patch])
+        expected = sources_apart([patch for _, patch in order], columns, connectivity)
+        assert sources[image].tolist() == expected[:count]
+        assert values[image, :count].tolist() == scores[image, sources[image]].tolist()
+        assert sorted(ranked[image].tolist()) == list(range(rows * columns))
+    fewer = max(count // 2, 1)
+    assert torch.equal(select_sources(scores, eligible, fewer, claims), sources[:, :fewer])
+    rows_of_masks = select_sources(scores, eligible.expand(3, -1), count, claims)
+    assert torch.equal(rows_of_masks, sources)
+
+
+def test_without_suppress_claimed_there_is_nothing_to_pass_along() -> None:
+    assert claims_of((6, 6), SCRConfig()) is None
+
+
+def test_scores_that_are_not_numbers_come_first_also_apart() -> None:
+    """So that the best K tell whether all are finite."""
+    scores = torch.rand(1, 36)
+    scores[0, 14], scores[0, 28] = float("nan"), float("inf")
+    claims = claims_of((6, 6), SCRConfig(suppress_claimed=True))
+    assert select_sources(scores, eligible_patches((6, 6), True), 4, claims)[0, :2].tolist() == [14, 28]
 
 
 def test_k_is_capped_at_half_of_the_interior() -> None:

@@ -53,6 +53,9 @@ def test_two_pass_equals_the_naive_reference(tiny_llava: Any, llava_inputs: Any,
         {"edit_layers": (1, 5)},
         {"edit_layers": (3, 3), "attention_layers": (1, 1)},
         {"attention_layers": (1, 5)},
+        {"suppress_claimed": True},
+        {"suppress_claimed": True, "connectivity": 4},
+        {"suppress_claimed": True, "num_sources": 1000},  # 8 of 16, where 4 at most are apart: claimed ones fill up
     ],
 )
 def test_every_setting_follows_the_reference(tiny_llava: Any, llava_inputs: Any, changes: dict[str, Any]) -> None:
@@ -128,6 +131,38 @@ def test_one_pass_edits_the_sources_that_its_predictor_chose(tiny_llava: Any, ll
     expected, _ = reference_logits(model, inputs, CONFIG, [report.sources for report in scr.reports])
     assert torch.allclose(kept(inputs, logits), kept(inputs, expected), atol=1e-4, rtol=0)
     assert {report.provider for report in scr.reports} == {"one-pass"}
+
+
+APART = SCRConfig.from_dict(CONFIG.to_dict() | {"suppress_claimed": True})
+
+
+@pytest.mark.parametrize("mode", ["one-pass", "auto", "uniform"])
+def test_sources_stay_apart_in_every_mode(tiny_llava: Any, llava_inputs: Any, mode: Any) -> None:
+    model = tiny_llava(4)
+    predictor = make_predictor(model)
+    predictor.set_calibration(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]), 0.0, temperature=0.3)
+    inputs = llava_inputs(model, [2, 1], seed=4)
+    found: dict[bool, Any] = {}
+    for config in (CONFIG, APART):
+        with torch.no_grad(), SCR(model, config=config, mode=mode, predictor=predictor, seed=1) as scr:
+            logits = model(**inputs).logits
+        assert scr._last is not None
+        assert scr._last.choice is not None
+        scores = torch.cat([part.scores for part in scr._last.choice.scores])
+        chosen = [report.sources for report in scr.reports]
+        assert chosen == [reference_sources(row, config) for row in scores]
+        expected, _ = reference_logits(model, inputs, config, chosen)
+        assert torch.allclose(kept(inputs, logits), kept(inputs, expected), atol=1e-4, rtol=0)
+        for row, report in zip(scores, scr.reports, strict=True):
+            if mode == "uniform":
+                assert report.confidence is None
+                continue
+            further = reference_sources(row, config, k=CONFIG.num_sources + 1)  # and the one that would come next
+            cut = row[further[-2:]].mean()
+            sure = torch.sigmoid((row[further[:-1]] - cut) / 0.3).mean()
+            assert report.confidence == pytest.approx(float(sure), abs=1e-5)
+        found[config.suppress_claimed] = chosen
+    assert found[True] != found[False]
 
 
 # -- generate --------------------------------------------------------------------------------------------------------

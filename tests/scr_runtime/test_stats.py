@@ -182,7 +182,7 @@ def test_auto_falls_back_over_the_limit_and_one_pass_tells(tiny_llava: Any, llav
 
 @pytest.mark.parametrize("factor", [0.0, float("nan"), float("inf")])
 def test_dead_and_broken_features_are_drift_without_end(factor: float) -> None:
-    predictor = make_predictor(position=False)
+    predictor = make_predictor(position="none")
     assert predictor.drift(torch.tensor([factor])).tolist() == [1.0]  # no guard
     predictor.set_drift(0.7, 2.0)
     assert predictor.drift(torch.tensor([factor, 0.7, 1.4, 0.35])).tolist() == [float("inf"), 1.0, 2.0, 2.0]
