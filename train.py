@@ -176,7 +176,7 @@ def chain(config: TrainConfig, work: Work, tracker: MLFlowLogger) -> Result:
     fit = fit_predictor(config, scr, work, tracker)
     step(4, "export: the predictor folder, calibrated, reloaded and compared")
     exported = export(config, scr, fit, work, tracker)
-    rows = confidence_rows(fit.module.score, work.data.test_dataloader(), scr.num_sources, scr.exclude_border)
+    rows = confidence_rows(fit.module.score, work.data.test_dataloader(), scr)
     confidence = calibration_summary(exported.calibration, rows)
     result = Result(fit, exported, rows, confidence, compare_answers(config, scr, work, exported))
     log_result(config, scr, work, result, tracker)
@@ -398,7 +398,7 @@ def fit_predictor(config: TrainConfig, scr: SCRConfig, work: Work, tracker: MLFl
 
 def measure(config: TrainConfig, scr: SCRConfig, work: Work, score: baselines.Score) -> dict[str, Interval]:
     """Metrics of a predictor, or of a rule, on the test split."""
-    rows = baselines.evaluate(score, work.data.test_dataloader(), scr.num_sources, scr.exclude_border)
+    rows = baselines.evaluate(score, work.data.test_dataloader(), scr)
     return summarise_rows(rows, config.evaluation.bootstrap, config.evaluation.seed)
 
 
@@ -527,8 +527,7 @@ def maps_figure(config: TrainConfig, processor: Any, module: SourceModule, scr: 
                 sample.attention[0],
                 scores,
                 sample.grid,
-                scr.num_sources,
-                scr.exclude_border,
+                scr,
                 sample.prompts[0]["text"],
             )
         )

@@ -47,7 +47,7 @@ def rows_of_fit(config: TrainConfig, scr: SCRConfig, folder: Path, epochs: int) 
         gradient_clip=config.trainer.gradient_clip,
         accelerator="cpu",
     )
-    return baselines.evaluate(fitted.module.score, data.test_dataloader(), scr.num_sources, scr.exclude_border)
+    return baselines.evaluate(fitted.module.score, data.test_dataloader(), scr)
 
 
 def main() -> None:

@@ -590,6 +590,8 @@ class TrainConfig:
             **{key: getattr(self.trainer, key) for key in schedule},
             "num_sources": self.model.scr.num_sources,
             "exclude_border": self.model.scr.exclude_border,
+            "connectivity": self.model.scr.connectivity,
+            "suppress_claimed": self.model.scr.suppress_claimed,
         }
 
     @property

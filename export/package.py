@@ -72,7 +72,7 @@ def export_predictor(
     if not checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}: run train.py first")
     module = SourceModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
-    rows = confidence_rows(module.score, validation, scr.num_sources, scr.exclude_border)
+    rows = confidence_rows(module.score, validation, scr)
     calibration = calibrate(rows, target_fallback, target_fidelity)
     predictor = module.predictor
     predictor.set_calibration(

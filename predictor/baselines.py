@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from predictor.losses import normalised_target
 from predictor.metrics import SourceMetrics
 from scr_runtime.config import SCRConfig
-from scr_runtime.redistribute import Grid, effective_num_sources, eligible_patches
+from scr_runtime.redistribute import Grid, claims_of, effective_num_sources, eligible_patches
 
 Batch = Mapping[str, Any]
 Score = Callable[[Batch], Tensor]
@@ -133,29 +133,21 @@ def floors(train: Iterable[Batch], exclude_border: bool = True, seed: int = 0) -
 
 
 @torch.inference_mode()
-def evaluate(
-    score: Score,
-    dataloader: Iterable[Batch],
-    num_sources: int,
-    exclude_border: bool = True,
-    name: str = "evaluate",
-) -> dict[str, Any]:
+def evaluate(score: Score, dataloader: Iterable[Batch], scr: SCRConfig, name: str = "evaluate") -> dict[str, Any]:
     """Scores every row of a set and returns its metrics' rows, see `SourceMetrics.rows`.
 
     Args:
         score: A baseline, or any `batch -> scores [B, N]`.
         dataloader: Batches of the set, unshuffled where rows of two methods are to be paired.
-        num_sources: K, capped for small grids as at run time.
-        exclude_border: Whether border patches may not be sources.
+        scr: How sources are chosen.
         name: Of the progress bar.
     """
-    config = SCRConfig(num_sources=num_sources, exclude_border=exclude_border)
     metrics = SourceMetrics(keep_rows=True)
     for batch in _progress(dataloader, name):
-        grid = _grid(batch)
-        eligible = eligible_patches(grid, exclude_border, batch["attention"].device)
-        k = effective_num_sources(grid, config)
-        metrics.update(score(batch), batch["attention"], eligible, k, grid, batch["key"])
+        grid, device = _grid(batch), batch["attention"].device
+        eligible = eligible_patches(grid, scr.exclude_border, device)
+        k, claims = effective_num_sources(grid, scr), claims_of(grid, scr, device)
+        metrics.update(score(batch), batch["attention"], eligible, k, grid, batch["key"], claims)
     return metrics.rows()
 
 

@@ -18,7 +18,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scr_runtime.config import SCRConfig
-from scr_runtime.redistribute import effective_num_sources, eligible_patches, rank_patches, select_sources
+from scr_runtime.redistribute import (
+    claims_of,
+    effective_num_sources,
+    eligible_patches,
+    rank_patches,
+    select_sources,
+)
 
 Array = np.ndarray
 
@@ -68,33 +74,30 @@ class ConfidenceRows(NamedTuple):
 def confidence_rows(
     score: Callable[[Mapping[str, Any]], Tensor],
     dataloader: Iterable[Mapping[str, Any]],
-    num_sources: int,
-    exclude_border: bool = True,
+    scr: SCRConfig,
 ) -> ConfidenceRows:
     """Scores a set and returns how each row's chosen patches stand out, and which of them are true.
 
     Args:
         score: `batch -> scores [B, N]`, e.g. `SourceModule.score`.
         dataloader: Batches of held-out rows (validation to fit, test to check).
-        num_sources: K, capped for small grids as at run time.
-        exclude_border: Whether border patches may not be sources.
+        scr: How sources are chosen.
 
     Raises:
         ValueError: No rows.
     """
-    config = SCRConfig(num_sources=num_sources, exclude_border=exclude_border)
     gaps: list[Tensor] = []
     hits: list[Tensor] = []
     for batch in tqdm(dataloader, desc="confidence", unit="batch", leave=False, delay=2):
         rows, columns = batch["grid"]
         grid = (int(rows), int(columns))
         scores = score(batch)
-        eligible = eligible_patches(grid, exclude_border, scores.device)
-        k = effective_num_sources(grid, config)
-        values, chosen = rank_patches(scores, eligible)
-        true = select_sources(batch["attention"].to(scores.device), eligible, k)
+        eligible = eligible_patches(grid, scr.exclude_border, scores.device)
+        k, claims = effective_num_sources(grid, scr), claims_of(grid, scr, scores.device)
+        values, chosen = rank_patches(scores, eligible, k + 1, claims)
+        true = select_sources(batch["attention"].to(scores.device), eligible, k, claims)
         hit = (chosen[:, :k, None] == true[:, None, :]).any(-1).double()
-        spare = (0, num_sources - k)
+        spare = (0, scr.num_sources - k)
         gaps.append(F.pad(values[:, :k] - values[:, k - 1 : k + 1].mean(-1, keepdim=True), spare, value=torch.nan))
         hits.append(F.pad(hit, spare, value=torch.nan))
     if not gaps:

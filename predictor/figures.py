@@ -26,7 +26,7 @@ from predictor.calibration import (
 )
 from predictor.losses import normalised_target
 from scr_runtime.config import SCRConfig
-from scr_runtime.redistribute import Grid, effective_num_sources, eligible_patches, select_sources
+from scr_runtime.redistribute import Grid, claims_of, effective_num_sources, eligible_patches, select_sources
 
 _HIT, _MISSED, _EXTRA = "#00a087", "#f2a900", "#d1478f"
 _INK, _MUTED = "#222222", "#8a8a8a"
@@ -55,8 +55,7 @@ def map_example(
     attention: ArrayLike,
     scores: ArrayLike,
     grid: Grid,
-    num_sources: int,
-    exclude_border: bool,
+    scr: SCRConfig,
     title: str,
 ) -> MapExample:
     """Builds a `MapExample` from what a batch and a predictor give.
@@ -66,12 +65,11 @@ def map_example(
         attention: [N] true map on any scale.
         scores: [N] of the predictor.
         grid: Rows and columns, N = rows * columns.
-        num_sources: K, capped for small grids as at run time.
-        exclude_border: Whether border patches may not be sources.
+        scr: How sources are chosen.
         title: The question.
     """
-    eligible = eligible_patches(grid, exclude_border)
-    k = effective_num_sources(grid, SCRConfig(num_sources=num_sources, exclude_border=exclude_border))
+    eligible = eligible_patches(grid, scr.exclude_border)
+    k, claims = effective_num_sources(grid, scr), claims_of(grid, scr)
     truth = torch.as_tensor(np.asarray(attention, dtype=np.float32))[None]  # [1, N]
     logits = torch.as_tensor(np.asarray(scores, dtype=np.float32))[None]  # [1, N]
     predicted = logits.masked_fill(~eligible, -torch.inf).softmax(dim=-1)
@@ -80,8 +78,8 @@ def map_example(
         image=np.asarray(image),
         true_map=normalised_target(truth, eligible).masked_fill(blank, torch.nan).view(grid).numpy(),
         predicted_map=predicted.masked_fill(blank, torch.nan).view(grid).numpy(),
-        true_sources=select_sources(truth, eligible, k)[0].numpy(),
-        chosen_sources=select_sources(logits, eligible, k)[0].numpy(),
+        true_sources=select_sources(truth, eligible, k, claims)[0].numpy(),
+        chosen_sources=select_sources(logits, eligible, k, claims)[0].numpy(),
         title=title,
     )
 

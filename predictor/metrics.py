@@ -2,7 +2,9 @@
 
 Every per-row metric has the signature of a loss, and the patch grid, and keeps the rows apart:
 
-    metric(scores [B, N], attention [B, N], eligible [N], k, grid) -> [B] float32
+    metric(scores [B, N], attention [B, N], eligible [N], k, grid, claims) -> [B] float32
+
+`claims` is `scr_runtime.redistribute.claims_of`: None, unless sources that others claim are left out.
 
 Both the predicted and the true sources come from `scr_runtime.redistribute.select_sources`, so a metric
 counts exactly the patches that would be edited.
@@ -23,7 +25,7 @@ from torchmetrics.utilities import dim_zero_cat
 from predictor.losses import normalised_target
 from scr_runtime.redistribute import Grid, select_sources
 
-RowMetric = Callable[[Tensor, Tensor, Tensor, int, Grid], Tensor]
+RowMetric = Callable[..., Tensor]
 
 
 class Interval(NamedTuple):
@@ -34,39 +36,47 @@ class Interval(NamedTuple):
     high: float
 
 
-def recall_at_k(scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid) -> Tensor:
+def recall_at_k(
+    scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid, claims: Tensor | None = None
+) -> Tensor:
     """Share of the true top `k` patches that are among the `k` chosen ones (also the precision), [B]."""
-    chosen = select_sources(scores, eligible, k)  # [B, K]
-    true = select_sources(attention, eligible, k)  # [B, K]
+    chosen = select_sources(scores, eligible, k, claims)  # [B, K]
+    true = select_sources(attention, eligible, k, claims)  # [B, K]
     return (chosen[:, :, None] == true[:, None, :]).any(dim=-1).float().mean(dim=-1)
 
 
-def ndcg_at_k(scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid) -> Tensor:
+def ndcg_at_k(
+    scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid, claims: Tensor | None = None
+) -> Tensor:
     """Normalised discounted cumulative gain of the `k` chosen patches, [B]; the gain is the attention.
 
     Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", ACM TOIS 2002, with linear
     gains and discount 1 / log2(rank + 1). A row without attention on eligible patches scores 0.
     """
     target = normalised_target(attention, eligible)
-    chosen = target.gather(-1, select_sources(scores, eligible, k))  # [B, K]
-    best = target.gather(-1, select_sources(attention, eligible, k))  # [B, K]
+    chosen = target.gather(-1, select_sources(scores, eligible, k, claims))  # [B, K]
+    best = target.gather(-1, select_sources(attention, eligible, k, claims))  # [B, K]
     discount = 1.0 / torch.arange(2, chosen.shape[-1] + 2, device=target.device).log2()  # [K]
     return _ratio((chosen * discount).sum(dim=-1), (best * discount).sum(dim=-1))
 
 
-def mass_at_k(scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid) -> Tensor:
+def mass_at_k(
+    scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid, claims: Tensor | None = None
+) -> Tensor:
     """Attention mass recovered: true attention on the `k` chosen patches, over that on the best `k`, [B].
 
     1 means that the choice holds as much attention as the two-pass choice, even where the patches differ. A
     row without attention on eligible patches scores 0.
     """
     target = normalised_target(attention, eligible)
-    chosen = target.gather(-1, select_sources(scores, eligible, k)).sum(dim=-1)
-    best = target.gather(-1, select_sources(attention, eligible, k)).sum(dim=-1)
+    chosen = target.gather(-1, select_sources(scores, eligible, k, claims)).sum(dim=-1)
+    best = target.gather(-1, select_sources(attention, eligible, k, claims)).sum(dim=-1)
     return _ratio(chosen, best)
 
 
-def spearman(scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid) -> Tensor:
+def spearman(
+    scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid, claims: Tensor | None = None
+) -> Tensor:
     """Rank correlation of scores and attention over all eligible patches, [B]; ties share their mean rank.
 
     `k` is not used. A row whose scores (or whose attention) are all equal scores 0.
@@ -78,12 +88,16 @@ def spearman(scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: 
     return _ratio((first * second).sum(dim=-1), first.norm(dim=-1) * second.norm(dim=-1))
 
 
-def iou(scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid) -> Tensor:
+def iou(
+    scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid, claims: Tensor | None = None
+) -> Tensor:
     """Intersection over union of what is edited, [B]: the chosen sources and their 8 neighbours, and the true ones'.
 
     Neighbours may lie on the border. Each is claimed by some source: what is edited is the sources' 3 x 3 dilation.
     """
-    chosen, true = (_edited(select_sources(values, eligible, k), grid) for values in (scores, attention))  # [B, N]
+    chosen, true = (
+        _edited(select_sources(values, eligible, k, claims), grid) for values in (scores, attention)
+    )  # [B, N]
     return (chosen & true).sum(dim=-1) / (chosen | true).sum(dim=-1)
 
 
@@ -133,6 +147,7 @@ class SourceMetrics(Metric):
         k: int,
         grid: Grid,
         keys: Sequence[str] | None = None,
+        claims: Tensor | None = None,
     ) -> None:
         """Adds the rows of a batch.
 
@@ -143,9 +158,10 @@ class SourceMetrics(Metric):
             k: Number of sources.
             grid: Rows and columns of patches.
             keys: B sample keys; rows of one key are one cluster. Needed if rows are kept.
+            claims: As of `claims_of`.
         """
         scores = scores.detach()
-        columns = [metric(scores, attention, eligible, k, grid) for metric in METRICS.values()]
+        columns = [metric(scores, attention, eligible, k, grid, claims) for metric in METRICS.values()]
         values = torch.stack(columns, dim=-1)  # [B, M]
         self.sums += values.sum(dim=0)
         self.count += len(values)

@@ -17,7 +17,7 @@ from predictor.losses import LOSSES
 from predictor.metrics import METRICS, SourceMetrics
 from scr_runtime.config import SCRConfig
 from scr_runtime.network import PredictorConfig, SourcePredictor
-from scr_runtime.redistribute import Grid, effective_num_sources, eligible_patches
+from scr_runtime.redistribute import Grid, claims_of, effective_num_sources, eligible_patches
 
 Batch = Mapping[str, Any]
 
@@ -51,6 +51,8 @@ class SourceModule(pl.LightningModule):
         loss: str = "kl",
         num_sources: int = 32,
         exclude_border: bool = True,
+        connectivity: int = 8,
+        suppress_claimed: bool = False,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
         warmup_fraction: float = 0.05,
@@ -69,6 +71,8 @@ class SourceModule(pl.LightningModule):
             loss: One of `predictor.losses.LOSSES`.
             num_sources: K, capped for small grids as at run time.
             exclude_border: Whether border patches may not be sources.
+            connectivity: Neighbours that a source claims; the choice depends on it if claimed ones are suppressed.
+            suppress_claimed: Whether patches that a source has claimed may not be sources.
             learning_rate: Peak of AdamW's schedule.
             weight_decay: AdamW's, on matrices only (no biases, no gains).
             warmup_fraction: Share of all steps with a linearly rising rate; a cosine to zero follows.
@@ -97,7 +101,12 @@ class SourceModule(pl.LightningModule):
             )
         )
         self.register_buffer("has_statistics", torch.tensor(False))
-        self.scr = SCRConfig(num_sources=num_sources, exclude_border=exclude_border)
+        self.scr = SCRConfig(
+            num_sources=num_sources,
+            exclude_border=exclude_border,
+            connectivity=connectivity,
+            suppress_claimed=suppress_claimed,
+        )
         self.loss = LOSSES[loss]
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -222,7 +231,8 @@ class SourceModule(pl.LightningModule):
 
     def _evaluation_step(self, batch: Batch, stage: str, metrics: SourceMetrics) -> None:
         loss, scores, eligible, k = self._loss_and_scores(batch)
-        metrics.update(scores, batch["attention"], eligible, k, batch["grid"], batch["key"])
+        claims = claims_of(batch["grid"], self.scr, scores.device)
+        metrics.update(scores, batch["attention"], eligible, k, batch["grid"], batch["key"], claims)
         self.log(f"{stage}/loss", loss, on_epoch=True, batch_size=len(scores), sync_dist=True)
 
     def _log_metrics(self, stage: str, metrics: SourceMetrics) -> None:

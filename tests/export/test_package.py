@@ -73,7 +73,7 @@ def test_a_failed_check_leaves_the_former_folder(
     def damaged(path: Path) -> Any:
         predictor = load_predictor(path)
         with torch.no_grad():
-            predictor.score.bias.add_(1e-3)
+            predictor.weights.bias.add_(1e-3)
         return predictor
 
     monkeypatch.setattr("export.package.load_predictor", damaged)

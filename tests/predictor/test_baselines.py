@@ -15,6 +15,7 @@ from predictor.baselines import (
     norm,
 )
 from predictor.metrics import METRICS
+from scr_runtime.config import SCRConfig
 from scr_runtime.redistribute import eligible_patches
 
 
@@ -85,16 +86,18 @@ def test_other_prompts_needs_two() -> None:
 
 def test_evaluate_gives_every_floor_the_same_rows(make_loader: Callable[..., Any]) -> None:
     train, test = make_loader(images=30, seed=1), make_loader(images=20, seed=2)
-    results = {name: evaluate(score, test, num_sources=6) for name, score in floors(train).items()}
+    results = {name: evaluate(score, test, SCRConfig(num_sources=6)) for name, score in floors(train).items()}
     assert set(results) == {"random", "position", "negative_norm", "norm"}
     for rows in results.values():
         assert {len(rows[name]) for name in METRICS} == {40}
         np.testing.assert_array_equal(rows["group"], results["random"]["group"])
     assert results["position"]["mass"].mean() > results["random"]["mass"].mean()
-    ceiling = evaluate(OtherPrompts.fit(test), test, num_sources=6)
+    ceiling = evaluate(OtherPrompts.fit(test), test, SCRConfig(num_sources=6))
     assert ceiling["mass"].mean() > results["position"]["mass"].mean()
 
 
 def test_evaluate_caps_the_sources_of_a_small_grid() -> None:
-    rows = evaluate(lambda batch: batch["attention"], [_batch()], num_sources=32)  # 6 interior patches: K = 3
+    rows = evaluate(
+        lambda batch: batch["attention"], [_batch()], SCRConfig(num_sources=32)
+    )  # 6 interior patches: K = 3
     np.testing.assert_allclose(rows["recall"], 1.0)

@@ -20,8 +20,9 @@ from predictor.calibration import (
     risk_coverage,
 )
 from predictor.metrics import recall_at_k
+from scr_runtime.config import SCRConfig
 from scr_runtime.network import PredictorConfig, SourcePredictor, raw_confidence
-from scr_runtime.redistribute import eligible_patches
+from scr_runtime.redistribute import claims_of, eligible_patches
 
 SPREAD = 0.05  # of the scores' errors: far sharper than a temperature of 1 takes them for
 
@@ -170,14 +171,14 @@ def test_risk_coverage() -> None:
 
 def test_confidence_rows_of_a_loader(make_loader: Callable[..., Any]) -> None:
     loader = make_loader(images=10, batch_size=8)
-    rows = confidence_rows(lambda batch: batch["attention"].log(), loader, num_sources=6)
+    rows = confidence_rows(lambda batch: batch["attention"].log(), loader, SCRConfig(num_sources=6))
     np.testing.assert_allclose(rows.recall, 1.0)
     attention = torch.cat([batch["attention"] for batch in loader])
     for temperature in (1.0, 0.2):
         wanted = raw_confidence(attention.log(), eligible_patches((8, 8), True), 6, temperature)
         np.testing.assert_allclose(rows.raw(temperature), wanted.numpy(), rtol=1e-5)
 
-    flipped = confidence_rows(lambda batch: -batch["attention"], loader, num_sources=6)
+    flipped = confidence_rows(lambda batch: -batch["attention"], loader, SCRConfig(num_sources=6))
     batch = next(iter(loader))
     wanted = recall_at_k(-batch["attention"], batch["attention"], eligible_patches((8, 8), True), 6, (8, 8))
     np.testing.assert_allclose(flipped.recall[:8], wanted.numpy())
@@ -185,7 +186,7 @@ def test_confidence_rows_of_a_loader(make_loader: Callable[..., Any]) -> None:
 
 def test_confidence_rows_refuse_an_empty_set() -> None:
     with pytest.raises(ValueError, match="empty"):
-        confidence_rows(lambda batch: batch["attention"], [], num_sources=6)
+        confidence_rows(lambda batch: batch["attention"], [], SCRConfig(num_sources=6))
 
 
 def test_the_drift_limit_is_the_quantile_times_the_margin():
@@ -196,3 +197,18 @@ def test_the_drift_limit_is_the_quantile_times_the_margin():
     for bad in ([], [1.0, float("nan")], [0.0, 1.0]):
         with pytest.raises(ValueError, match="spreads are missing"):
             fit_drift(bad)
+
+
+def test_sources_that_keep_apart_have_a_confidence_of_their_own(make_loader: Callable[..., Any]) -> None:
+    loader = make_loader(images=10, batch_size=8)
+    scr = SCRConfig(num_sources=6, suppress_claimed=True)
+    claims = claims_of((8, 8), scr)
+    rows = confidence_rows(lambda batch: -batch["attention"].log(), loader, scr)
+    eligible = eligible_patches((8, 8), True)
+    attention = torch.cat([batch["attention"] for batch in loader])
+    wanted = recall_at_k(-attention.log(), attention, eligible, 6, (8, 8), claims)
+    np.testing.assert_allclose(rows.recall, wanted.numpy())
+    raw = raw_confidence(-attention.log(), eligible, 6, 0.5, claims)
+    np.testing.assert_allclose(rows.raw(0.5), raw.numpy(), rtol=1e-5)
+    plain = confidence_rows(lambda batch: -batch["attention"].log(), loader, SCRConfig(num_sources=6))
+    assert not np.allclose(rows.raw(), plain.raw())

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from predictor.calibration import ConfidenceRows, calibrate
 from predictor.figures import map_example, reliability_figure, source_maps_figure
+from scr_runtime.config import SCRConfig
 
 QUESTION = "Is there a $5 note in the image? It costs $5."
 
@@ -25,7 +26,7 @@ def _example(rows: int = 6, columns: int = 8, seed: int = 0):
     attention = generator.random(rows * columns)
     attention[0] = 1e5  # a sink on the border
     scores = np.log(attention) + generator.normal(size=rows * columns)
-    return map_example(image, attention, scores, (rows, columns), 4, True, QUESTION)
+    return map_example(image, attention, scores, (rows, columns), SCRConfig(num_sources=4), QUESTION)
 
 
 def test_example_keeps_the_border_out() -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from predictor.baselines import evaluate, floors
 from predictor.metrics import METRICS, SourceMetrics
 from predictor.module import Moments, SourceModule, rate_factor
+from scr_runtime.config import SCRConfig
 
 MakeLoader = Callable[..., DataLoader[dict[str, Any]]]
 SIZE, K = 24, 6
@@ -62,12 +63,12 @@ def test_learns_far_more_than_the_position(make_loader: MakeLoader) -> None:
     test = make_loader(seed=3, images=60)
     (logged,) = trainer.test(module, test, verbose=False)
     assert set(logged) == {"test/loss"} | {f"test/{name}" for name in METRICS}
-    position = evaluate(floors(make_loader(seed=1, images=400))["position"], test, K)
+    position = evaluate(floors(make_loader(seed=1, images=400))["position"], test, SCRConfig(num_sources=K))
     assert position["mass"].mean() < 0.5
     assert logged["test/mass"] > 0.9
     assert logged["test/recall"] > position["recall"].mean() + 0.4
 
-    rows = evaluate(module.score, test, K)  # outside a Trainer: the same rows
+    rows = evaluate(module.score, test, SCRConfig(num_sources=K))  # outside a Trainer: the same rows
     for name in METRICS:
         assert rows[name] == pytest.approx(module.test_rows[name], abs=1e-5)
         assert rows[name].mean() == pytest.approx(logged[f"test/{name}"], abs=1e-5)
@@ -77,8 +78,11 @@ def test_learns_far_more_than_the_position(make_loader: MakeLoader) -> None:
 @pytest.mark.parametrize("loss", ["bce", "mse_log"])
 def test_other_losses_learn_too(make_loader: MakeLoader, loss: str) -> None:
     module, _ = _fit(make_loader, epochs=4, images=200, loss=loss)
-    untrained = evaluate(_module().score, make_loader(seed=3), K)
-    assert evaluate(module.score, make_loader(seed=3), K)["mass"].mean() > untrained["mass"].mean() + 0.2
+    untrained = evaluate(_module().score, make_loader(seed=3), SCRConfig(num_sources=K))
+    assert (
+        evaluate(module.score, make_loader(seed=3), SCRConfig(num_sources=K))["mass"].mean()
+        > untrained["mass"].mean() + 0.2
+    )
 
 
 def test_a_predictor_that_reads_nothing_but_states_fits(make_loader: MakeLoader) -> None:
@@ -151,7 +155,7 @@ def test_best_checkpoint_round_trip(make_loader: MakeLoader, tmp_path: Path) -> 
     loaded = SourceModule.load_from_checkpoint(best.best_model_path, weights_only=True)
     assert dict(loaded.hparams) == dict(module.hparams)
     assert loaded.has_statistics and loaded.predictor.state_std.equal(module.predictor.state_std)
-    rows = evaluate(loaded.score, make_loader(seed=2), K)
+    rows = evaluate(loaded.score, make_loader(seed=2), SCRConfig(num_sources=K))
     assert rows["mass"].mean() == pytest.approx(float(best.best_model_score or 0), abs=1e-5)
 
 
@@ -192,7 +196,7 @@ def test_validation_metrics_are_those_of_the_set(make_loader: MakeLoader) -> Non
     module.compute_statistics(make_loader())
     loader = make_loader(seed=2, batch_size=7)
     (logged,) = _trainer().validate(module, loader, verbose=False)
-    rows = evaluate(module.score, loader, K)
+    rows = evaluate(module.score, loader, SCRConfig(num_sources=K))
     for name in METRICS:
         assert logged[f"val/{name}"] == pytest.approx(rows[name].mean(), abs=1e-5)
     assert isinstance(module.val_metrics, SourceMetrics) and module.val_metrics.count == 0
