@@ -72,6 +72,7 @@ def test_a_failed_check_leaves_the_former_folder(
 
     def damaged(path: Path) -> Any:
         predictor = load_predictor(path)
+        assert predictor.weights is not None
         with torch.no_grad():
             predictor.weights.bias.add_(1e-3)
         return predictor
