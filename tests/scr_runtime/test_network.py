@@ -99,7 +99,7 @@ def test_every_variant_follows_its_formula(position: str, question: str, context
 
 
 @pytest.mark.parametrize("hidden_size", REAL_SIZES)
-@pytest.mark.parametrize("features", [{}, PAPER], ids=["default", "paper"])
+@pytest.mark.parametrize("features", [{}, {"context": "none"}, PAPER], ids=["everything", "default", "paper"])
 def test_the_rank_follows_from_the_budget(hidden_size: int, features: dict[str, Any]) -> None:
     predictor = SourcePredictor(PredictorConfig(hidden_size, **features))
     count = predictor.count_parameters()
