@@ -89,7 +89,7 @@ def kill_the_writer_of(shard: str, target: Path) -> threading.Thread:
     """Kills, once, the first process that is seen writing a shard."""
 
     def watch() -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while time.monotonic() < end:
             if process := process_writing(target, shard):
                 os.kill(process, signal.SIGKILL)
@@ -102,6 +102,7 @@ def kill_the_writer_of(shard: str, target: Path) -> threading.Thread:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_actors_are_killed_poison_is_reported_and_the_driver_starts_again(
     tmp_path: Path,
@@ -118,7 +119,7 @@ def test_actors_are_killed_poison_is_reported_and_the_driver_starts_again(
         [sys.executable, "-m", "tests.data.victim", "ray", str(coco), str(target)],
         cwd=PROJECT, env={**os.environ, "RAY_ADDRESS": cluster}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300  # every process imports torch, on however busy a machine
     while len(list(target.glob("*.json"))) < 4 and driver.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
     driver.kill()
@@ -152,6 +153,7 @@ def test_actors_are_killed_poison_is_reported_and_the_driver_starts_again(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
 def test_actors_that_share_a_url_alone(tmp_path: Path, many: CocoImages, undisturbed: dict[str, bytes], cluster: str):
     coco, machines, url = many.images_dir.parent, tmp_path / "machines", f"file://{tmp_path}/bucket"
@@ -159,7 +161,7 @@ def test_actors_that_share_a_url_alone(tmp_path: Path, many: CocoImages, undistu
     assert summary["finished"] and summary["shards"] == victim.SHARDS
     assert contents(tmp_path / "bucket") == undisturbed
     made = [{file.name for file in machine.glob("*.tar")} for machine in machines.iterdir()]
-    assert len(made) == 2 and not made[0] & made[1] and len(made[0] | made[1]) == victim.SHARDS
+    assert sum(map(len, made)) == len(set().union(*made)) == victim.SHARDS  # none made twice; a late actor may make none
     assert not any((machine / "index.json").exists() for machine in machines.iterdir())
     fetched = harvest(**victim.arguments(coco, tmp_path / "training"), output=url)
     assert fetched["shards_reused"] == victim.SHARDS and contents(tmp_path / "training") == undisturbed
@@ -170,6 +172,7 @@ def refuse(coco: Path, target: Path) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
 def test_workers_that_do_not_start_end_the_job(tmp_path: Path, many: CocoImages, cluster: str):
     with pytest.raises(ClusterError, match=r"workers do not start \(1 in a row failed\).*no such device"):
@@ -177,6 +180,7 @@ def test_workers_that_do_not_start_end_the_job(tmp_path: Path, many: CocoImages,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_with_ray(tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]):
     from data.harvest import main
