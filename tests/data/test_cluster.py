@@ -161,7 +161,7 @@ def test_actors_that_share_a_url_alone(tmp_path: Path, many: CocoImages, undistu
     assert summary["finished"] and summary["shards"] == victim.SHARDS
     assert contents(tmp_path / "bucket") == undisturbed
     made = [{file.name for file in machine.glob("*.tar")} for machine in machines.iterdir()]
-    assert sum(map(len, made)) == len(set().union(*made)) == victim.SHARDS  # none made twice; a late actor may make none
+    assert sum(map(len, made)) == len(set().union(*made)) == victim.SHARDS  # none twice; a late actor may make none
     assert not any((machine / "index.json").exists() for machine in machines.iterdir())
     fetched = harvest(**victim.arguments(coco, tmp_path / "training"), output=url)
     assert fetched["shards_reused"] == victim.SHARDS and contents(tmp_path / "training") == undisturbed
