@@ -244,7 +244,9 @@ def test_a_fit_that_was_told_to_end_goes_on_in_its_own_run(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     folder, _ = finished
-    settings = [*SMALL, "evaluation.images=0", "tracking.experiment=preempted", "trainer.max_epochs=400"]
+    changed = ("evaluation.images", "trainer.max_epochs")
+    settings = [setting for setting in SMALL if not setting.startswith(changed)]
+    settings += ["evaluation.images=0", "tracking.experiment=preempted", "trainer.max_epochs=400"]
     command = [sys.executable, str(ROOT / "train.py"), *settings, "trainer.patience=400"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     place = folder / "runs/checkpoints/scene-llava"

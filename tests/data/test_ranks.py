@@ -224,6 +224,7 @@ def test_torchrun_and_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     arguments = command(tmp_path)
     target = tmp_path / "runs" / "harvest" / "scene-llava-scenes"
     plain = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    plain["OMP_NUM_THREADS"] = "1"  # as in this process: the order of sums is in the bytes
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "data.harvest", *arguments],
         cwd=PROJECT, env=plain, capture_output=True, text=True, timeout=200,
