@@ -290,10 +290,11 @@ def _grouped(children: Sequence[Child], key: Callable[[TrainConfig], Any]) -> li
 def _shared(config: TrainConfig) -> list[Any]:
     """What `prepare` looks at, but for seed and batch size, which `chain` sets."""
     model, trainer = config.model, config.trainer
-    reading = [trainer.num_workers, trainer.cache]
+    reading = [trainer.num_workers, trainer.cache, trainer.stream_from]
     return [
         model.loading,
         model.scr.attention_layers,
+        model.scr.state_layer,
         dataclasses.asdict(config.data),
         dataclasses.asdict(config.harvest),
         reading,

@@ -181,6 +181,19 @@ def test_a_sweep_is_nested_runs_under_a_parent_that_sums_them_up(
     assert client.get_model_version_by_alias("tiny", registry.ALIAS).run_id == best.info.run_id
 
 
+@pytest.mark.parametrize(
+    "other", ["model.scr.state_layer=1", "model.scr.attention_layers=[3,4]", "harvest.seed=1", "trainer.num_workers=1"]
+)
+def test_children_share_a_harvest_and_its_reader_only_where_these_are_the_same(other: str) -> None:
+    from configs.load import load_config
+    from configs.schema import TrainConfig
+    from train import _shared
+
+    one = load_config(TrainConfig, overrides=["model.scr.edit_layers=[1,2]"])
+    assert _shared(load_config(TrainConfig, overrides=["model.scr.edit_layers=[1,2]", "seed=3"])) == _shared(one)
+    assert _shared(load_config(TrainConfig, overrides=["model.scr.edit_layers=[1,2]", other])) != _shared(one)
+
+
 @pytest.mark.slow
 def test_the_same_sweep_goes_on_where_it_was_interrupted(
     swept: tuple[Path, subprocess.CompletedProcess[str], dict[str, Any]],
