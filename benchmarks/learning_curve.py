@@ -15,6 +15,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -50,8 +51,8 @@ def fit(points: dict[int, list[float]]) -> Curve:
     return best[1]
 
 
-def foretell(curve: Curve, images: float) -> float:
-    """The metric at a number of images."""
+def foretell(curve: Curve, images: Any) -> Any:
+    """The metric at a number of images, or at each of an array of them."""
     floor, scale, exponent = curve
     return 1 - floor - scale * images**-exponent
 
@@ -62,10 +63,8 @@ def figure(points: dict[int, list[float]], curve: Curve, metric: str) -> Figure:
     axes = result.subplots()
     sizes = np.geomspace(min(points), 4 * max(points), 200)
     inside = sizes <= max(points)
-    axes.plot(sizes[inside], foretell_all(curve, sizes[inside]), color="#059669", linewidth=2, label="fitted")
-    axes.plot(
-        sizes[~inside], foretell_all(curve, sizes[~inside]), color="#059669", linestyle=":", label="extrapolated"
-    )
+    axes.plot(sizes[inside], foretell(curve, sizes[inside]), color="#059669", linewidth=2, label="fitted")
+    axes.plot(sizes[~inside], foretell(curve, sizes[~inside]), color="#059669", linestyle=":", label="extrapolated")
     for number, (images, values) in enumerate(points.items()):
         axes.plot([images] * len(values), values, "o", color="#111827", ms=5, label=None if number else "a seed each")
     axes.set(xscale="log", xlabel="images to fit to (log scale), two prompts each", ylabel=metric)
@@ -76,11 +75,6 @@ def figure(points: dict[int, list[float]], curve: Curve, metric: str) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
     return result
-
-
-def foretell_all(curve: Curve, images: np.ndarray) -> np.ndarray:
-    """`foretell` of many sizes."""
-    return np.array([foretell(curve, size) for size in images])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
