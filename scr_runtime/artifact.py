@@ -18,14 +18,15 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from scr_runtime.config import SCRConfig
+from scr_runtime.config import PredictorConfig, SCRConfig
 from scr_runtime.errors import (
     ConfigurationError,
     PredictorCorruptError,
     PredictorNotFoundError,
     PredictorVersionError,
 )
-from scr_runtime.network import PredictorConfig, SourcePredictor
+from scr_runtime.files import write_file
+from scr_runtime.network import SourcePredictor
 
 FORMAT_VERSION = 2
 CONFIG_NAME = "config.json"
@@ -51,7 +52,7 @@ def save_predictor(
         folder: Where to write; made if it is missing, its files replaced if it is there.
         predictor: The fitted network with its statistics and calibration.
         scr: The settings that its targets were made with.
-        model: The VLM it belongs to, as ``scr_runtime.describe_model`` tells it.
+        model: The VLM it belongs to, as ``scr_runtime.describe_model`` describes it.
         metrics: What was measured, for example ``{"test/mass": 0.93}``.
         provenance: Where it comes from: data fingerprint, run id, versions.
         card: Text of the model card; a short one is written if it is missing.
@@ -77,9 +78,9 @@ def save_predictor(
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
-    _write(folder / WEIGHTS_NAME, weights)
-    _write(folder / CARD_NAME, (card or _card(config)).encode())
-    _write(folder / CONFIG_NAME, text.encode())
+    write_file(folder / WEIGHTS_NAME, weights)
+    write_file(folder / CARD_NAME, (card or _card(config)).encode())
+    write_file(folder / CONFIG_NAME, text.encode())
     return folder
 
 
@@ -174,15 +175,6 @@ def _load_tensors(predictor: SourcePredictor, tensors: dict[str, torch.Tensor], 
     if problems:
         raise PredictorCorruptError(f"{path}: " + "; ".join(problems))
     predictor.load_state_dict(tensors)
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _card(config: Mapping[str, Any]) -> str:

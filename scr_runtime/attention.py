@@ -1,7 +1,7 @@
 """Rows of text-to-image attention, taken where the model computes q and k, without any attention matrix.
 
-A wrapper is registered beside the attention implementation that the model uses (sdpa, eager, flash). It hands
-every call on unchanged. Only when the nested diagnostic run passes ``scr_rows`` as a keyword argument does it
+A wrapper is registered beside the attention implementation that the model uses (sdpa, eager, flash). It passes
+every call through unchanged. Only when the nested diagnostic run passes ``scr_rows`` as a keyword argument does it
 compute the last rows of softmax(q k^T) from the very q and k it was given, after RoPE and q/k norms.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from scr_runtime.errors import UnsupportedModelError
 
 _PREFIX = "scr_"
+_MASKED_BY_TENSOR = ("sdpa", "eager")
 _MOST_WEIGHTS = 2**24  # attention weights held at a time: 64 MiB of float32
 
 
@@ -127,9 +128,9 @@ def select_wrapper(config: Any) -> Callable[[], None]:
     return restore
 
 
-def implementation(config: Any) -> str:
-    """Name of a decoder's attention implementation, whether it is wrapped or not."""
-    return str(config._attn_implementation).removeprefix(_PREFIX)
+def takes_mask_tensor(config: Any) -> bool:
+    """Whether a decoder's attention implementation, wrapped or not, takes any mask [B, 1, Q, K]."""
+    return str(config._attn_implementation).removeprefix(_PREFIX) in _MASKED_BY_TENSOR
 
 
 def _wrapper(base: Callable[..., Any] | None) -> Callable[..., Any]:

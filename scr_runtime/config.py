@@ -1,4 +1,7 @@
-"""SCRConfig: the settings of the method itself, shared by training and deployment."""
+"""Settings of the method and of the predictor, and the legal values of each: shared by training and deployment.
+
+Nothing here imports torch, so that a configuration is checked before anything heavy is loaded.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,20 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from scr_runtime.errors import ConfigurationError
+
+Mode = Literal["one-pass", "two-pass", "auto", "uniform", "off"]
+Connectivity = Literal[4, 8]
+PositionFeatures = Literal["none", "linear", "fourier"]
+QuestionFeatures = Literal["none", "concat", "bilinear"]
+ContextFeatures = Literal["none", "mean", "neighbourhood", "both"]
+
+FREQUENCIES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
+"""Of the Fourier position features, in periods over half a grid's side."""
+POSITION_COUNT: dict[PositionFeatures, int] = {"none": 0, "linear": 3, "fourier": 3 + 4 * len(FREQUENCIES)}
+_MAX_RANK = 512
 
 
 @dataclass(frozen=True)
@@ -20,8 +34,6 @@ class SCRConfig:
 
     Attributes:
         num_sources: K, source patches per image. Capped at half the eligible patches of a small grid.
-        source_fraction: K as a share of an image's patches instead, for models whose grids differ from image to
-            image; the paper's 32 of 24 x 24 is 0.0556. ``None`` keeps ``num_sources``.
         strength: lambda of eq. (1). A neighbour gains ``(strength - 1)`` times its source, and a source is divided
             by ``strength``. The paper finds 1.05-1.15 usable.
         edit_layers: first and last decoder block whose output is edited, both included. None before ``state_layer``:
@@ -30,10 +42,12 @@ class SCRConfig:
             All behind ``state_layer``: that block has already run when the sources are asked for.
         connectivity: 8 or 4 neighbours per source.
         exclude_border: whether patches of the outer rows and columns (attention sinks) can't be sources.
+        source_fraction: K as a share of an image's patches instead, for models whose grids differ from image to
+            image; the paper's 32 of 24 x 24 is 0.0556. ``None`` keeps ``num_sources``.
         state_layer: the decoder block whose output the sources are chosen from: what the predictor reads, and where
             the diagnostic run starts. The paper's is 0; a later one knows more, at the same cost, and edits later.
-        suppress_claimed: whether a patch that a better source claims as its neighbour can't be a source any more: the
-            other reading of decision D7, an ablation. K stays what it is: where no unclaimed patch is left, the best
+        suppress_claimed: whether a patch that a better source claims as its neighbour can no longer be a source: the
+            other reading of decision D7, an ablation. K stays the same: where no unclaimed patch is left, the best
             claimed ones fill up.
 
     Raises:
@@ -44,7 +58,7 @@ class SCRConfig:
     strength: float = 1.10
     edit_layers: tuple[int, int] = (0, 11)
     attention_layers: tuple[int, int] = (8, 16)
-    connectivity: int = 8
+    connectivity: Connectivity = 8
     exclude_border: bool = True
     source_fraction: float | None = None
     state_layer: int = 0
@@ -58,10 +72,27 @@ class SCRConfig:
                 problems.append(f"{name}={value!r}: expected (first, last) with 0 <= first <= last")
             else:
                 object.__setattr__(self, name, (int(value[0]), int(value[1])))  # YAML and JSON give lists
+        for name in ("num_sources", "state_layer", "connectivity"):
+            if not _is_integer(getattr(self, name)):
+                problems.append(f"{name}={getattr(self, name)!r}: expected an integer")
+        for name in ("strength", "source_fraction"):
+            value = getattr(self, name)
+            if not (_is_number(value) or (value is None and name == "source_fraction")):
+                problems.append(f"{name}={value!r}: expected a number")
+        for name in ("exclude_border", "suppress_claimed"):
+            if not isinstance(getattr(self, name), bool):
+                problems.append(f"{name}={getattr(self, name)!r}: expected true or false")
+        if not problems:
+            problems = self._out_of_range()
+        if problems:
+            raise ConfigurationError("SCRConfig: " + "; ".join(problems))
+
+    def _out_of_range(self) -> list[str]:
+        """What is wrong with values of the right types."""
+        problems: list[str] = []
         if self.state_layer < 0:
             problems.append(f"state_layer={self.state_layer}: expected 0 or more")
-        ranges = () if problems else (("edit_layers", self.state_layer), ("attention_layers", self.state_layer + 1))
-        for name, earliest in ranges:
+        for name, earliest in (("edit_layers", self.state_layer), ("attention_layers", self.state_layer + 1)):
             if getattr(self, name)[0] < earliest:
                 problems.append(
                     f"{name}={getattr(self, name)}: must start at block {earliest} or later, "
@@ -73,10 +104,9 @@ class SCRConfig:
             problems.append(f"source_fraction={self.source_fraction}: expected above 0, up to 0.5")
         if not (math.isfinite(self.strength) and 1.0 <= self.strength <= 2.0):
             problems.append(f"strength={self.strength}: expected 1.0 to 2.0 (the paper uses 1.05 to 1.15)")
-        if self.connectivity not in (4, 8):
+        if self.connectivity not in get_args(Connectivity):
             problems.append(f"connectivity={self.connectivity}: expected 4 or 8")
-        if problems:
-            raise ConfigurationError("SCRConfig: " + "; ".join(problems))
+        return problems
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that JSON can hold."""
@@ -115,8 +145,102 @@ class SCRConfig:
                 )
 
 
+@dataclass(frozen=True)
+class PredictorConfig:
+    """Sizes and features of a SourcePredictor; the defaults are those of ``python train.py``.
+
+    Attributes:
+        hidden_size: d, width of the VLM's residual stream.
+        rank: r, width of the factorised first layer. ``None`` takes the rank whose parameter count is nearest to
+            ``budget`` (decision D3): at most half a rank's parameters off it, which is within 3 % for the hidden sizes
+            of released models, 1,024 to 8,192. A small model, whose rank is at most its hidden size, stays below.
+        width: Hidden units, 256 in the paper.
+        budget: Trainable parameters aimed at, 120,000 in the paper.
+        position: Features of a patch's place: ``"none"``; ``"linear"``: row, column and distance to the border;
+            ``"fourier"``: sines and cosines of row and column too.
+        question: How the mean state of the question's tokens enters: ``"none"``; ``"concat"``: its projection beside
+            the patch's; ``"bilinear"``: an affine gate of it times the patch's.
+        context: Features of the other patches: ``"none"``, the ``"mean"`` projection of the image, that of the
+            3 x 3 ``"neighbourhood"``, or ``"both"``.
+        components: Softmaxes over the patches whose mixture is the predicted map; 1 is a plain softmax. An attention
+            map is itself a mean of softmaxes: one per layer, head and text token.
+
+    Raises:
+        ConfigurationError: If a value is out of range.
+    """
+
+    hidden_size: int
+    rank: int | None = None
+    width: int = 256
+    budget: int = 120_000
+    position: PositionFeatures = "fourier"
+    question: QuestionFeatures = "bilinear"
+    context: ContextFeatures = "none"
+    components: int = 24
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "width", "budget", "components"):
+            value: Any = getattr(self, name)
+            if not _is_integer(value) or value < 1:
+                raise ConfigurationError(f"PredictorConfig.{name}={value!r}: expected an integer of at least 1")
+        choices = (("position", PositionFeatures), ("question", QuestionFeatures), ("context", ContextFeatures))
+        for name, legal in choices:
+            if getattr(self, name) not in get_args(legal):
+                raise ConfigurationError(
+                    f"PredictorConfig.{name}={getattr(self, name)!r}: expected one of {list(get_args(legal))}"
+                )
+        if self.rank is None:
+            ranks = range(1, min(self.hidden_size, _MAX_RANK) + 1)
+            nearest = min(ranks, key=lambda rank: abs(self._count(rank) - self.budget))
+            object.__setattr__(self, "rank", nearest)
+        elif not (_is_integer(self.rank) and 1 <= self.rank <= self.hidden_size):
+            raise ConfigurationError(
+                f"PredictorConfig.rank={self.rank!r}: expected 1 to hidden_size={self.hidden_size}, or None"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PredictorConfig:
+        """Builds a config from ``to_dict``'s result.
+
+        Raises:
+            ConfigurationError: If a key is unknown or missing, or a value is out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != known:
+            raise ConfigurationError(f"PredictorConfig: expected the keys {sorted(known)}, got {sorted(values)}")
+        return cls(**values)
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether the scores depend on the question."""
+        return self.question != "none"
+
+    def features(self, rank: int) -> int:
+        """Features of a patch that the hidden layer reads."""
+        blocks = 1 + self.reads_question + {"none": 0, "both": 2}.get(self.context, 1)
+        return blocks * rank + POSITION_COUNT[self.position]
+
+    def _count(self, rank: int) -> int:
+        gate = rank * (rank + 1) if self.question == "bilinear" else 0
+        weights = self.components * (rank + 1) if self.components > 1 else 0
+        hidden = (self.features(rank) + 1) * self.width
+        return self.hidden_size * rank + gate + weights + hidden + self.components * (self.width + 1)
+
+
 def _is_layer_range(value: Any) -> bool:
     if not isinstance(value, (tuple, list)) or len(value) != 2:  # pyright: ignore[reportUnknownArgumentType]
         return False
     first, last = value  # pyright: ignore[reportUnknownVariableType]
-    return isinstance(first, int) and isinstance(last, int) and 0 <= first <= last
+    return _is_integer(first) and _is_integer(last) and 0 <= first <= last  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

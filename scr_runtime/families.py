@@ -126,7 +126,7 @@ def _needed(call: Mapping[str, Any], key: str) -> list[list[int]]:
     table: Tensor | None = call.get(key)
     if table is None:
         raise PrefillError(
-            f"the patch grid of an image can't be told: {key} is missing. The processor returns it; pass it to "
+            f"the patch grid of an image is unknown: {key} is missing. The processor returns it; pass it to "
             "forward or generate, beside mm_encoder_outputs too."
         )
     return table.tolist()
@@ -143,7 +143,7 @@ def _tower(model: Any, call: Mapping[str, Any]) -> tuple[int, int]:
     if before is None or (strategy == "default" and before == 0):
         raise PrefillError(
             f"the patch grid of vision tower {vision.model_type!r} with vision_feature_select_strategy={strategy!r} "
-            f"can't be told; known towers and their class tokens: {_CLASS_TOKENS} ('default' drops one)."
+            f"is unknown; known towers and their class tokens: {_CLASS_TOKENS} ('default' drops one)."
         )
     return vision.image_size // vision.patch_size, before - (strategy == "default")
 
@@ -199,7 +199,7 @@ def _qwen_vl_grids(model: Any, call: Mapping[str, Any]) -> list[ImageGrid]:
     images: list[list[ImageGrid]] = []
     for frames, rows, columns in _needed(call, "image_grid_thw"):
         if frames != 1:
-            raise PrefillError(f"image_grid_thw tells of {frames} frames: that is a video, not an image")
+            raise PrefillError(f"image_grid_thw counts {frames} frames: that is a video, not an image")
         images.append([ImageGrid((rows // merge, columns // merge))])
     return _own_grids(images, model, call)
 
@@ -212,7 +212,7 @@ def _chameleon_grids(model: Any, call: Mapping[str, Any]) -> list[ImageGrid]:
 
 
 def _internvl_grids(model: Any, call: Mapping[str, Any]) -> list[ImageGrid]:
-    """InternVL: each tile is a grid of its own, the thumbnail too; how tiles lie is not in the inputs."""
+    """InternVL: each tile has a grid, and so has the thumbnail; how tiles lie is not in the inputs."""
     vision = model.config.vision_config
     ratio = model.config.downsample_ratio
     (height, width), (patch_height, patch_width) = (_pair(vision.image_size), _pair(vision.patch_size))
@@ -311,6 +311,9 @@ class Family:
         between_blocks: Keyword arguments of the decoder's call -> what it does to the residual stream between
             its blocks; ``None`` if it does nothing.
         tap: For attention that is no transformers interface; ``None`` for one that is.
+        packs: Whether several prompts about one image can be packed into one sequence (``scr_runtime.packing``):
+            positions are one number per token and all blocks see as far. Set it once
+            tests/scr_runtime/test_maps.py has compared the family prompt by prompt.
     """
 
     name: str
@@ -322,12 +325,13 @@ class Family:
     decoder: Callable[[Any], nn.Module] = lambda model: model.model.language_model
     between_blocks: Callable[[Mapping[str, Any]], BetweenBlocks | None] | None = None
     tap: Tap | None = None
+    packs: bool = False
 
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family(name="llava", image_grids=_llava_grids),
+        Family(name="llava", image_grids=_llava_grids, packs=True),
         Family(name="llava_next", image_grids=_llava_next_grids),
         Family(name="llava_onevision", image_grids=_llava_onevision_grids),
         Family(name="qwen2_vl", image_grids=_qwen_vl_grids),
@@ -353,6 +357,21 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+BATCH_DIMENSION: dict[str, int] = {
+    "attention_mask": 0,
+    "position_ids": -2,
+    "position_embeddings": -3,
+    "rotary_pos_emb": 0,
+    "registered_causal_mask": 0,
+}
+"""Where the batch is in the arguments of a decoder block.
+
+M-RoPE puts the three axes of a position before the batch (position_ids [3, B, S], cos and sin [3, B, S, h]) where
+other models have [B, S] and [B, S, h]: counted from the end both are the same, and no shape has to be guessed when B
+happens to be 3.
+"""
+
+
 def family_of(model: nn.Module) -> Family:
     """Finds a model's family by ``config.model_type``.
 
@@ -365,69 +384,6 @@ def family_of(model: nn.Module) -> Family:
         raise UnsupportedModelError(
             f"{type(model).__name__} (model_type={model_type!r}) is not a model SCR knows. Supported are the "
             f"generative classes of these model types: {sorted(FAMILIES)}. A new family is one entry in "
-            "scr_runtime/families.py; docs/families.md tells how."
+            "scr_runtime/families.py; docs/families.md shows how."
         )
     return family
-
-
-def keep_decoder_call(family: Family, model: nn.Module, kept: dict[str, Any]) -> Callable[[], None]:
-    """Puts the keyword arguments of the decoder's calls into ``kept`` if the family needs them; returns the undo."""
-    if family.between_blocks is None:
-        return lambda: None
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept.update(kwargs)
-
-    return family.decoder(model).register_forward_pre_hook(keep, with_kwargs=True).remove
-
-
-def describe_model(model: Any, processor: Any = None) -> dict[str, Any]:
-    """Tells a model apart from others: what a predictor folder stores and the runtime compares.
-
-    The probe, 32 evenly spaced entries of the input embedding, tells models of one architecture apart; it is
-    compared loosely, so that a predictor survives a change of dtype.
-
-    Args:
-        model: A model of a supported family.
-        processor: Its processor; the class of its image processor is kept, since other image back ends make
-            other pixels of the same image.
-
-    Returns:
-        Plain values: ``name``, ``revision``, ``family``, ``hidden_size``, ``num_blocks``, ``image_backend`` (``None``
-        without a processor), ``embedding_probe``.
-    """
-    family = family_of(model)
-    config = family.text_config(model)
-    table: Tensor = model.get_input_embeddings().weight.detach()
-    places = torch.linspace(0, table.numel() - 1, 34, dtype=torch.float64).long()[1:-1].to(table.device)
-    return {
-        "name": str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
-        "revision": getattr(model.config, "_commit_hash", None),
-        "family": family.name,
-        "hidden_size": int(config.hidden_size),
-        "num_blocks": len(family.blocks(model)),
-        "image_backend": None
-        if processor is None
-        else type(getattr(processor, "image_processor", processor)).__name__,
-        "embedding_probe": [float(value) for value in table.view(-1)[places].float().tolist()],
-    }
-
-
-def model_differences(expected: Mapping[str, Any], model: Any, processor: Any = None) -> list[str]:
-    """Lists in words how a model, and its processor if given, differ from what a predictor was fitted for."""
-    found = describe_model(model, processor)
-    keys = ["family", "hidden_size", "num_blocks"]
-    if found["image_backend"] is not None and expected.get("image_backend") is not None:
-        keys.append("image_backend")
-    problems = [
-        f"{key} is {found[key]!r}, the predictor expects {expected.get(key)!r}"
-        for key in keys
-        if found[key] != expected.get(key)
-    ]
-    probe, mine = expected.get("embedding_probe"), found["embedding_probe"]
-    if not problems and probe is not None:
-        scale = max(abs(value) for value in probe) or 1.0
-        worst = max(abs(a - b) for a, b in zip(probe, mine, strict=True))
-        if worst > 0.02 * scale:
-            problems.append(f"its input embeddings differ (by up to {worst:.3g}): these are other weights")
-    return problems

@@ -1,118 +1,24 @@
-"""SourcePredictor: the network of 120K parameters that guesses SCR's sources from block-0 states.
+"""SourcePredictor: the network of 120K parameters that predicts SCR's sources from the state layer's output.
 
 Training and deployment share this one definition.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scr_runtime.errors import ConfigurationError
-from scr_runtime.redistribute import Grid, rank_patches
-
-POSITIONS = ("none", "linear", "fourier")
-QUESTIONS = ("none", "concat", "bilinear")
-CONTEXTS = ("none", "mean", "neighbourhood", "both")
-
-_FREQUENCIES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)  # periods over half a grid's side
-_POSITION_FEATURES = {"none": 0, "linear": 3, "fourier": 3 + 4 * len(_FREQUENCIES)}
-_MAX_RANK = 512
-
-
-@dataclass(frozen=True)
-class PredictorConfig:
-    """Sizes and features of a SourcePredictor.
-
-    Attributes:
-        hidden_size: d, width of the VLM's residual stream.
-        rank: r, width of the factorised first layer. ``None`` takes the rank whose parameter count is nearest to
-            ``budget`` (decision D3): at most half a rank's parameters off it, which is within 3 % for the hidden sizes
-            of released models, 1,024 to 8,192. A small model, whose rank is at most its hidden size, stays below.
-        width: Hidden units, 256 in the paper.
-        budget: Trainable parameters aimed at, 120,000 in the paper.
-        position: What is told of a patch's place: ``"none"``; ``"linear"``: row, column and distance to the border;
-            ``"fourier"``: sines and cosines of row and column too.
-        question: How the mean state of the question's tokens enters: ``"none"``; ``"concat"``: its projection beside
-            the patch's; ``"bilinear"``: an affine gate of it times the patch's.
-        context: What is told of the other patches: ``"none"``, the ``"mean"`` projection of the image, that of the
-            3 x 3 ``"neighbourhood"``, or ``"both"``.
-        components: Softmaxes over the patches whose mixture is the predicted map; 1 is a plain softmax. An attention
-            map is itself a mean of softmaxes: one per layer, head and text token.
-
-    Raises:
-        ConfigurationError: If a value is out of range.
-    """
-
-    hidden_size: int
-    rank: int | None = None
-    width: int = 256
-    budget: int = 120_000
-    position: str = "fourier"
-    question: str = "bilinear"
-    context: str = "both"
-    components: int = 24
-
-    def __post_init__(self) -> None:
-        for name in ("hidden_size", "width", "budget", "components"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"PredictorConfig.{name}={getattr(self, name)}: expected at least 1")
-        for name, choices in (("position", POSITIONS), ("question", QUESTIONS), ("context", CONTEXTS)):
-            if getattr(self, name) not in choices:
-                raise ConfigurationError(
-                    f"PredictorConfig.{name}={getattr(self, name)!r}: expected one of {list(choices)}"
-                )
-        if self.rank is None:
-            ranks = range(1, min(self.hidden_size, _MAX_RANK) + 1)
-            nearest = min(ranks, key=lambda rank: abs(self._count(rank) - self.budget))
-            object.__setattr__(self, "rank", nearest)
-        elif not 1 <= self.rank <= self.hidden_size:
-            raise ConfigurationError(
-                f"PredictorConfig.rank={self.rank}: expected 1 to hidden_size={self.hidden_size}, or None"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain values that JSON can hold."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PredictorConfig:
-        """Builds a config from ``to_dict``'s result.
-
-        Raises:
-            ConfigurationError: If a key is unknown or missing, or a value is out of range.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != known:
-            raise ConfigurationError(f"PredictorConfig: expected the keys {sorted(known)}, got {sorted(values)}")
-        return cls(**values)
-
-    @property
-    def reads_question(self) -> bool:
-        """Whether the scores depend on the question."""
-        return self.question != "none"
-
-    def features(self, rank: int) -> int:
-        """Features of a patch that the hidden layer reads."""
-        blocks = 1 + self.reads_question + {"none": 0, "both": 2}.get(self.context, 1)
-        return blocks * rank + _POSITION_FEATURES[self.position]
-
-    def _count(self, rank: int) -> int:
-        gate = rank * (rank + 1) if self.question == "bilinear" else 0
-        weights = self.components * (rank + 1) if self.components > 1 else 0
-        hidden = (self.features(rank) + 1) * self.width
-        return self.hidden_size * rank + gate + weights + hidden + self.components * (self.width + 1)
+from scr_runtime.confidence import Judgement, check_calibration, check_drift, drift_ratio, interpolate
+from scr_runtime.config import FREQUENCIES, PredictorConfig
+from scr_runtime.redistribute import Grid
+from scr_runtime.rule import SourceRule
 
 
 class _Fold(NamedTuple):
-    """Two affine maps of raw states: to a patch's projection, and to what the question brings."""
+    """Two affine maps of raw states: to a patch's projection, and to the question's features."""
 
     patch: Tensor  # [r, d]
     patch_bias: Tensor  # [r]
@@ -124,8 +30,9 @@ class SourcePredictor(nn.Module):
     """Scores every visual token of an image as a source of SCR.
 
     ``o_j = W gelu(U f_j + b) + c`` with ``f_j = [V z_j, (V z_j) * g(V q), mean, 3x3 mean, position_j]``: ``z`` and
-    ``q`` are block-0 states of the patch and of the question, standardised by training statistics, ``V: d -> r`` is
-    the factorised first layer that a 120K budget forces (decision D3), ``g`` a small affine gate. With one component
+    ``q`` are the state layer's output (block 0's, in the paper) at the patch and over the question, standardised by
+    training statistics, ``V: d -> r`` is the factorised first layer that a 120K budget forces (decision D3), ``g`` a
+    small affine gate. With one component
     ``o_j`` is the score; with M of them, ``score_j = log sum_m exp(a_m) softmax(o)_jm``, softmax over patches, where
     the log weights ``a`` are affine in ``V q`` (without a question, in the mean of ``V z``).
 
@@ -173,9 +80,9 @@ class SourcePredictor(nn.Module):
         """Scores patches.
 
         Args:
-            states: [B, N, d] block-0 states of the image's patches, row-major; any float dtype.
+            states: [B, N, d] states of the image's patches behind the state layer, row-major; any float dtype.
             grid: Rows and columns, ``rows * columns == N``.
-            question: [B, d] mean block-0 state of the question's text tokens. Needed if ``config.reads_question``.
+            question: [B, d] mean state of the question's text tokens there. Needed if ``config.reads_question``.
 
         Returns:
             [B, N] float32 logits: their softmax over eligible patches estimates the attention map.
@@ -186,7 +93,7 @@ class SourcePredictor(nn.Module):
         return self._score(*self._features(states, grid, question))
 
     def score_and_spread(self, states: Tensor, grid: Grid, question: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scores patches, and tells how far the features reach that the scores were made from.
+        """Scores patches and measures the features that the scores are made from.
 
         Args:
             states: As ``forward``'s.
@@ -194,14 +101,14 @@ class SourcePredictor(nn.Module):
             question: As ``forward``'s.
 
         Returns:
-            The scores, and [B] float32: each image's standard deviation of all features over patches and channels.
-            ``drift`` says whether that is usual. NaN or infinity if a state is.
+            The scores, and [B] float32: each image's standard deviation of all features over patches and channels,
+            which ``drift`` compares with the usual one. NaN or infinity if a state is.
         """
         features, weights = self._features(states, grid, question)
         return self._score(features, weights), features.std((1, 2), correction=0)
 
     def drift(self, spread: Tensor) -> Tensor:
-        """How many times wider, or narrower, an image's features reach than those of the fit: 1 is usual.
+        """How many times wider, or narrower, an image's features spread than those of the fit: 1 is usual.
 
         What the network cannot see cannot mislead it: so its own features are judged, standardised and projected,
         and not the states.
@@ -213,10 +120,21 @@ class SourcePredictor(nn.Module):
             [B] float32, at least 1; infinity for features that don't vary or are not finite. Over ``drift_limit``
             the scores mean nothing. 1 without a guard.
         """
-        if self.drift_typical is None:
-            return torch.ones_like(spread)
-        ratio = spread / self.drift_typical
-        return torch.maximum(ratio, 1 / ratio).nan_to_num(nan=math.inf, posinf=math.inf)
+        return torch.ones_like(spread) if self.drift_typical is None else drift_ratio(spread, self.drift_typical)
+
+    def judge(self, scores: Tensor, spread: Tensor | None, rule: SourceRule) -> Judgement:
+        """How far this predictor's scores of some images can be trusted.
+
+        Args:
+            scores: [I, N] as ``forward`` returns them.
+            spread: [I] as ``score_and_spread`` returns it; ``None`` if it was not measured: no image has drifted then.
+            rule: How sources are chosen from the scores.
+        """
+        confidence = self.calibrate(rule.confidence(scores, self.temperature))
+        drift = torch.ones_like(confidence) if spread is None else self.drift(spread)
+        if spread is None or self.drift_limit is None:
+            return Judgement(confidence, drift, torch.zeros_like(confidence, dtype=torch.bool))
+        return Judgement(confidence, drift, drift > self.drift_limit)
 
     def _features(self, states: Tensor, grid: Grid, question: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """[B, N, F] float32 that the hidden layer reads, and the components' log weights [B, M] if there are any."""
@@ -320,17 +238,12 @@ class SourcePredictor(nn.Module):
             raw: [M] ascending raw confidences.
             expected: [M] non-decreasing expected shares of true sources at those.
             threshold: Calibrated confidence under which ``auto`` falls back.
-            temperature: Of the raw confidences, see ``raw_confidence``.
+            temperature: Of the raw confidences, see ``SourceRule.confidence``.
 
         Raises:
             ValueError: If the knots are not ascending or differ in number, or the temperature is not over 0.
         """
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"calibration temperature {temperature}: expected a number over 0")
-        if raw.ndim != 1 or raw.shape != expected.shape or len(raw) < 2:
-            raise ValueError(f"calibration knots of shapes {tuple(raw.shape)} and {tuple(expected.shape)}")
-        if not (bool((raw.diff() > 0).all()) and bool((expected.diff() >= 0).all())):
-            raise ValueError("calibration knots must be ascending in raw and non-decreasing in expected")
+        check_calibration(raw, expected, temperature)
         self.calibration_raw = raw.float().to(self.calibration_raw.device)
         self.calibration_expected = expected.float().to(self.calibration_raw.device)
         self.temperature.fill_(temperature)
@@ -346,20 +259,15 @@ class SourcePredictor(nn.Module):
         Raises:
             ValueError: If a value is out of range.
         """
-        if not (math.isfinite(typical) and typical > 0 and math.isfinite(limit) and limit >= 1):
-            raise ValueError(f"typical={typical}, limit={limit}: expected a spread over 0 and a ratio of at least 1")
+        check_drift(typical, limit)
         self.drift_typical, self.drift_limit = float(typical), float(limit)
 
     def calibrate(self, raw: Tensor) -> Tensor:
         """Maps raw confidences [...] to expected shares of true sources [...], piecewise linearly."""
-        knots, values = self.calibration_raw, self.calibration_expected
-        right = torch.searchsorted(knots, raw.contiguous()).clamp(1, len(knots) - 1)
-        left = right - 1
-        step = ((raw - knots[left]) / (knots[right] - knots[left])).clamp(0.0, 1.0)
-        return values[left] + step * (values[right] - values[left])
+        return interpolate(raw, self.calibration_raw, self.calibration_expected)
 
     def count_parameters(self) -> int:
-        """Number of parameters that a fit trains; buffers (statistics, calibration) are not among them."""
+        """Number of parameters that a fit trains, without buffers (statistics, calibration)."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _position_features(self, grid: Grid, device: torch.device) -> Tensor:
@@ -373,34 +281,9 @@ class SourcePredictor(nn.Module):
             if self.config.position == "fourier":
                 features += [
                     wave(torch.pi * frequency * axis)
-                    for frequency in _FREQUENCIES
+                    for frequency in FREQUENCIES
                     for axis in (row, column)
                     for wave in (torch.sin, torch.cos)
                 ]
             self._positions[key] = torch.stack(features, dim=-1).flatten(0, 1).to(device)
         return self._positions[key]
-
-
-def raw_confidence(
-    scores: Tensor, eligible: Tensor, k: int, temperature: Tensor | float = 1.0, claims: Tensor | None = None
-) -> Tensor:
-    """How far the chosen patches stand out from the first that was not chosen.
-
-    A patch whose score is near the cut might as well be on its other side; ``sigmoid((score - cut) / temperature)`` is
-    the chance that it is on this one, if scores err logistically. (The share of the predicted map on the chosen
-    patches, which is the obvious candidate, ranks images far worse by their recall: docs/results.md.)
-
-    Args:
-        scores: [I, N] logits of the predictor.
-        eligible: [N] or [I, N] bool, patches that can be sources, more than k of them.
-        k: Number of sources.
-        temperature: Spread of the scores' errors, fitted on validation rows.
-        claims: See ``rank_patches``; the first that was not chosen is then the one that would come next.
-
-    Returns:
-        [I] float32 in [0.5, 1]: mean of that chance over the k chosen patches. Under 0.5 is possible with ``claims``
-        alone, where claimed patches had to be chosen.
-    """
-    ranked = rank_patches(scores, eligible, k + 1, claims)[0]
-    cut = ranked[:, k - 1 : k + 1].mean(-1, keepdim=True)
-    return torch.sigmoid((ranked[:, :k] - cut) / temperature).mean(-1)

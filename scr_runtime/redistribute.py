@@ -1,4 +1,4 @@
-"""The edit itself: choose sources, let them claim neighbours, move activation. Pure, batched tensor functions.
+"""The edit itself: sources claim neighbours, activation moves. Pure, batched tensor functions.
 
 Everything here has shapes that depend on the grid and K alone, so nothing waits for the device. The method is
 that of arXiv 2602.22469: top-K patches are sources, each non-source neighbour belongs to its adjacent source of
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from scr_runtime.config import SCRConfig
-from scr_runtime.errors import PrefillError
 
 Grid = tuple[int, int]  # rows, columns of patches
 
@@ -40,100 +39,6 @@ class EditPlan:
     coefficients: Tensor
 
 
-@functools.lru_cache(maxsize=64)
-def eligible_patches(grid: Grid, exclude_border: bool, device: torch.device | None = None) -> Tensor:
-    """Marks the patches that can be sources.
-
-    Args:
-        grid: Rows and columns of patches.
-        exclude_border: Whether the outer rows and columns are left out.
-        device: Where the mask lives.
-
-    Returns:
-        [N] bool, N = rows * columns in row-major order. Do not write to it: it is cached.
-    """
-    rows, columns = grid
-    with torch.inference_mode(False):  # kept for later, so it must not be an inference tensor
-        mask = torch.ones(rows, columns, dtype=torch.bool)
-        if exclude_border:
-            mask[[0, -1], :] = False
-            mask[:, [0, -1]] = False
-        return mask.flatten().to(device)
-
-
-def effective_num_sources(grid: Grid, config: SCRConfig) -> int:
-    """K for a grid: ``config``'s number or share, at most half of the eligible patches, at least one (decision D4).
-
-    Raises:
-        PrefillError: If the grid has no eligible patch.
-    """
-    rows, columns = grid
-    eligible = max(rows - 2, 0) * max(columns - 2, 0) if config.exclude_border else rows * columns
-    if eligible == 0:
-        raise PrefillError(
-            f"a grid of {rows} x {columns} patches has no patch off its border; set exclude_border=False"
-        )
-    wanted = config.num_sources if config.source_fraction is None else round(config.source_fraction * rows * columns)
-    return min(max(wanted, 1), max(eligible // 2, 1))
-
-
-def claims_of(grid: Grid, config: SCRConfig, device: torch.device | None = None) -> Tensor | None:
-    """What ``suppress_claimed`` adds to the choice of sources, to be passed along with ``eligible_patches``.
-
-    Returns:
-        [C + 1, N] int64: each patch, then the neighbours that it claims as a source (itself in place of those outside
-        the grid). ``None`` if ``config`` does not set ``suppress_claimed``. Do not write to it: it is cached.
-    """
-    return _neighbourhoods(grid, config.connectivity, device) if config.suppress_claimed else None
-
-
-def rank_patches(scores: Tensor, eligible: Tensor, k: int = 0, claims: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Orders patches by descending score, those that can't be sources last.
-
-    Args:
-        scores: [I, N], one score per patch; any real dtype.
-        eligible: [N] or [I, N] bool.
-        k: How many leading patches obey ``claims``.
-        claims: As ``claims_of`` gives it. With it each of the first ``k`` patches is the best one that no earlier of
-            them has claimed; where none is left, the best one that was claimed.
-
-    Returns:
-        ``(values, patches)``: [I, N] float32 and int64. Equal scores go to the lower index (decision D7).
-    """
-    masked = torch.where(eligible, scores.float(), _minus_infinity(scores.device))
-    ranked = masked.sort(dim=-1, descending=True, stable=True)
-    if claims is None or k == 0:
-        return ranked.values, ranked.indices
-    patches = _keep_apart(ranked.indices, eligible, k, claims)
-    return masked.gather(1, patches), patches
-
-
-def _keep_apart(ranked: Tensor, eligible: Tensor, k: int, claims: Tensor) -> Tensor:
-    """[I, N]: ``ranked``, after the K patches that ``claims`` lets through: K small steps, none waits for the device.
-
-    A patch's key is its place in ``ranked``, plus N once it is claimed, 2 N if it can't be a source, 3 N once it is
-    chosen: the least key is the next choice.
-    """
-    images, patches = ranked.shape
-    place = torch.empty_like(ranked).scatter_(1, ranked, _arange(0, patches, ranked.device).expand(images, -1))
-    key = torch.where(eligible, place, place + 2 * patches)
-    tiers = torch.full((len(claims),), patches, device=ranked.device)
-    tiers[0] = 3 * patches
-    sources: list[Tensor] = []
-    for _ in range(min(k, patches)):
-        best = key.argmin(1)  # [I]
-        near = claims.index_select(1, best).T  # [I, C + 1]
-        key.scatter_reduce_(1, near, place.gather(1, near) + tiers, "amax")
-        sources.append(best)
-    first = _arange(-len(sources), 0, ranked.device).expand(images, -1)
-    return key.scatter_(1, torch.stack(sources, dim=1), first).argsort(1)
-
-
-def select_sources(scores: Tensor, eligible: Tensor, k: int, claims: Tensor | None = None) -> Tensor:
-    """[I, K] int64 eligible patches of highest score, best first; see ``rank_patches``."""
-    return rank_patches(scores, eligible, k, claims)[1][:, :k]
-
-
 def claim_neighbours(sources: Tensor, grid: Grid, connectivity: int) -> tuple[Tensor, Tensor]:
     """Gives each patch next to a source to its adjacent source of best rank.
 
@@ -148,12 +53,12 @@ def claim_neighbours(sources: Tensor, grid: Grid, connectivity: int) -> tuple[Te
 
     Returns:
         ``(patches, owned)``: [C + 1, I, K] int64 and bool. Each source itself, then its C neighbours, as places in
-        the [I * N] patches of all images; a neighbour outside the grid is the source itself. ``owned`` tells which
+        the [I * N] patches of all images; a neighbour outside the grid is the source itself. ``owned`` marks the
         neighbours the source may write to; never the source itself.
     """
     rows, columns = grid
     images, k = sources.shape
-    patches = _neighbourhoods(grid, connectivity, sources.device).index_select(1, sources.reshape(-1))
+    patches = neighbourhoods(grid, connectivity, sources.device).index_select(1, sources.reshape(-1))
     patches = patches.view(-1, images, k)
     if images > 1:
         patches = patches + _first_patches(images, rows * columns, sources.device)
@@ -224,7 +129,7 @@ def credit_entropy(norms: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _neighbourhoods(grid: Grid, connectivity: int, device: torch.device | None) -> Tensor:
+def neighbourhoods(grid: Grid, connectivity: int, device: torch.device | None) -> Tensor:
     """[C + 1, N] int64: each patch, then its neighbours; the patch itself in place of those outside the grid."""
     rows, columns = grid
     row, column = torch.arange(rows)[:, None], torch.arange(columns)[None, :]
@@ -244,7 +149,8 @@ def _first_patches(images: int, patches: int, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _arange(start: int, end: int, device: torch.device) -> Tensor:
+def arange(start: int, end: int, device: torch.device) -> Tensor:
+    """Kept integers from ``start`` up to ``end``. Do not write to them."""
     return torch.arange(start, end, device=device)
 
 
@@ -255,12 +161,6 @@ def _bids(rows: int, images: int, k: int, device: torch.device) -> Tensor:
     bids = torch.arange(k, 0, -1, dtype=torch.float32).repeat(rows, images, 1)
     bids[0] += k
     return bids.to(device)
-
-
-@functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _minus_infinity(device: torch.device) -> Tensor:
-    return torch.full((), float("-inf"), device=device)
 
 
 @functools.lru_cache(maxsize=64)

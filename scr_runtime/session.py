@@ -1,11 +1,10 @@
-"""Several questions about one image: what the image alone decides is worked out once and kept.
+"""Several questions about one image: what depends on the image alone is computed once and kept.
 
-Attention is causal, so the prefix of a prompt, all that stands up to its last visual token, never sees the question
-behind it. Two things of it stay the same from question to question:
+Two things stay the same from question to question:
 
     image features              the vision tower runs once, when the session opens
-    keys and values, no edit    of the prefix, in the blocks that the diagnostic run enters: kept by the first
-                                question that needs a diagnostic; later ones run their text tokens alone
+    keys and values, no edit    of the prompt up to its last visual token, in the blocks that the diagnostic run
+                                enters (``scr_runtime.prefix``)
 
 The edited pass itself runs in full for every question, since its sources, and with them all edited states, differ.
 """
@@ -13,226 +12,20 @@ The edited pass itself runs in full for every question, since its sources, and w
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scr_runtime.attention import AttentionRows, implementation
+from scr_runtime.attention import takes_mask_tensor
 from scr_runtime.errors import SessionError, UnsupportedModelError
 from scr_runtime.families import Family
-
-logger = logging.getLogger("scr_runtime")
+from scr_runtime.prefix import KeptPrefix, Question
 
 _PIXELS = "pixel_values"
 _FEATURES = ("pooler_output", "deepstack_features")  # what models read from pre-encoded images
-_ROPE = "position_embeddings"
-_CACHES = ("past_key_values", "past_key_value")
-_MASKED_BY_TENSOR = ("sdpa", "eager")  # implementations that take a mask [B, 1, Q, K]
-
-_Name = tuple[str, int]
-
-
-class KeptPrefix:
-    """What the diagnostic run of later questions needs of the prefix.
-
-    Args:
-        ids: [B, P] int64 on the host, the tokens of each batch row's prefix, padding left out.
-
-    Attributes:
-        rows: The batch rows that have been diagnosed, in the order of the kept tensors' first dimension, R.
-        tensors: ``("key", layer)`` and ``("value", layer)``: [R, H_kv, P, h] after RoPE, without edit;
-            ``("rope", i)``: [R, ..., P, h], the rotation that is in them; ``("rows", 0)``: [R, Q, P] float32,
-            attention from the prefix's own last Q positions, summed over layers (text between two images).
-    """
-
-    def __init__(self, ids: Tensor) -> None:
-        self.ids = ids
-        self.rows: list[int] = []
-        self.tensors: dict[_Name, Tensor] = {}
-
-    @property
-    def length(self) -> int:
-        """P, tokens of the prefix."""
-        return self.ids.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return _nbytes([self.ids, *self.tensors.values()])
-
-    def add(self, rows: list[int], tensors: dict[_Name, Tensor]) -> None:
-        """Keeps the prefix of further batch rows."""
-        if self.rows:
-            tensors = {name: torch.cat([self.tensors[name], tensor]) for name, tensor in tensors.items()}
-        self.tensors = tensors
-        self.rows = [*self.rows, *rows]
-
-    def take(self, name: _Name, rows: list[int]) -> Tensor:
-        """One kept tensor's batch rows; no copy where these are all rows in order."""
-        slots = [self.rows.index(row) for row in rows]
-        tensor = self.tensors[name]
-        return tensor if slots == list(range(len(tensor))) else tensor[slots]
-
-
-@dataclass
-class NestedRun:
-    """What the diagnostic run is to be called with.
-
-    Attributes:
-        hidden: [b, S, d] or, where the prefix is kept, [b, T, d]: the last T positions.
-        kwargs: Keyword arguments of the blocks.
-        captured: Where attention rows are summed.
-        finish: ``captured.total`` -> [b, text rows, S], as if all positions had been run.
-    """
-
-    hidden: Tensor
-    kwargs: dict[str, Any]
-    captured: AttentionRows
-    finish: Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Question:
-    """One prompt of a session.
-
-    Attributes:
-        kept: The session's prefix.
-        starts: Per batch row of the prompt, the column where the prefix begins: behind left padding.
-        readable: Whether the attention implementation takes the mask that a kept prefix needs.
-    """
-
-    kept: KeptPrefix
-    starts: list[int]
-    readable: bool
-
-    def enter(
-        self,
-        hidden: Tensor,
-        kwargs: Mapping[str, Any],
-        captured: AttentionRows,
-        rows: Sequence[int] | None,
-        batch: int,
-    ) -> NestedRun:
-        """Prepares a diagnostic run: over the new text alone where the prefix of all its rows is kept.
-
-        Args:
-            hidden: [b, S, d] output of the state layer for the rows to run.
-            kwargs: Keyword arguments of the blocks for the same rows, without a cache.
-            captured: Where attention rows are summed.
-            rows: The rows to run, out of ``batch``; ``None`` for all.
-            batch: Batch rows of the pass: the session's, or a multiple of them under beams.
-
-        Raises:
-            SessionError: If the prefix lies at other positions than when it was kept.
-        """
-        beams = batch // len(self.starts)
-        prompts = [row // beams for row in (range(batch) if rows is None else rows)]
-        rope = kwargs.get(_ROPE)
-        cache = next((key for key in _CACHES if key in kwargs), None)
-        if not self.readable or cache is None or not isinstance(rope, tuple):
-            logger.warning("the prefix can't be kept in this model: every diagnostic run is a full one")
-            return NestedRun(hidden, dict(kwargs), captured, lambda total: total)
-        run = self._read if set(prompts) <= set(self.kept.rows) else self._record
-        return run(hidden, dict(kwargs), captured, prompts, cache)
-
-    def _record(
-        self, hidden: Tensor, kwargs: dict[str, Any], captured: AttentionRows, prompts: list[int], cache: str
-    ) -> NestedRun:
-        """A full run that keeps the prefix of the batch rows which are not kept yet."""
-        kept, length = self.kept, hidden.shape[1]
-        new = sorted(set(prompts) - set(kept.rows))
-        places = [(prompts.index(prompt), self.starts[prompt]) for prompt in new]
-        tensors = {("rope", i): _prefix_of(part, places, kept.length) for i, part in enumerate(kwargs[_ROPE])}
-        kwargs[cache] = _Recorder(tensors, places, kept.length, captured.layers[1])
-
-        def finish(total: Tensor) -> Tensor:
-            early = kept.length - (length - captured.rows)  # the first captured row is at least one image in
-            tensors["rows", 0] = torch.stack(
-                [total[row, start : start + early, start : start + kept.length] for row, start in places]
-            )
-            kept.add(new, tensors)
-            return total
-
-        return NestedRun(hidden, kwargs, captured, finish)
-
-    def _read(
-        self, hidden: Tensor, kwargs: dict[str, Any], captured: AttentionRows, prompts: list[int], cache: str
-    ) -> NestedRun:
-        """A run over the text alone, which attends to the kept prefix.
-
-        Rows of a padded batch that have less text than others bring their last visual tokens once more; those are
-        hidden as keys, and their own attention rows are the kept ones.
-        """
-        kept, length = self.kept, hidden.shape[1]
-        starts = [self.starts[prompt] for prompt in prompts]
-        text = length - kept.length - min(starts)
-        rope: tuple[Tensor, ...] = kwargs[_ROPE]
-        places = list(enumerate(starts))
-        same = [
-            (_prefix_of(part, places, kept.length) == kept.take(("rope", i), prompts)).all()
-            for i, part in enumerate(rope)
-        ]
-        if not bool(torch.stack(same).all()):  # the diagnostic run's one host sync
-            raise SessionError(
-                "the prefix lies at other positions than in the question that it was kept from. Leave padding out, "
-                "or pass position_ids that count from the first token behind it, as generate() does: "
-                "(attention_mask.cumsum(-1) - 1).clamp(min=0)"
-            )
-        kwargs[_ROPE] = tuple(part[..., length - text :, :] for part in rope)
-        for key in ("position_ids", "cache_position"):
-            if isinstance(kwargs.get(key), Tensor):
-                kwargs[key] = kwargs[key][..., length - text :]
-        kwargs["attention_mask"] = _text_mask(kwargs.get("attention_mask"), hidden, starts, kept.length, text)
-        kwargs[cache] = _Reader(kept, prompts)
-
-        def finish(total: Tensor) -> Tensor:
-            full = total.new_zeros(len(prompts), captured.rows, length)
-            early = kept.take(("rows", 0), prompts)
-            for row, start in places:
-                end = start + kept.length
-                full[row, -text:, start:end] = total[row, :, : kept.length]
-                full[row, start : start + early.shape[1], start:end] = early[row]  # over tokens run once more
-            return full
-
-        return NestedRun(hidden[:, length - text :], kwargs, AttentionRows(captured.layers, text), finish)
-
-
-class _Recorder:
-    """Stands in for a cache: keeps the prefix's part of what it is given, and holds nothing back."""
-
-    def __init__(self, tensors: dict[_Name, Tensor], places: list[tuple[int, int]], length: int, last: int) -> None:
-        self.tensors = tensors
-        self.places = places
-        self.length = length
-        self.last = last
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        self.tensors["key", layer] = self._cut(key)
-        if layer != self.last:  # the run is left before the last attention uses its values
-            self.tensors["value", layer] = self._cut(value)
-        return key, value
-
-    def _cut(self, states: Tensor) -> Tensor:
-        return torch.stack([states[row, :, start : start + self.length] for row, start in self.places])
-
-
-class _Reader:
-    """Stands in for a cache: puts the kept prefix before what it is given, and never grows."""
-
-    def __init__(self, kept: KeptPrefix, rows: list[int]) -> None:
-        self.kept = kept
-        self.rows = rows
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        keys = torch.cat([self.kept.take(("key", layer), self.rows), key], dim=2)
-        if ("value", layer) not in self.kept.tensors:
-            return keys, value
-        return keys, torch.cat([self.kept.take(("value", layer), self.rows), value], dim=2)
 
 
 class ImageSession:
@@ -334,7 +127,8 @@ class ImageSession:
         if self._kept is None:
             return 0
         features = [part for name in _FEATURES for part in _tensors(getattr(self._features, name, None))]
-        return self._kept.nbytes + _nbytes(features) + _nbytes(_tensors(list(self._image.values())))
+        held = [*features, *_tensors(list(self._image.values()))]
+        return self._kept.nbytes + sum(tensor.nbytes for tensor in held)
 
     def _open(self) -> KeptPrefix:
         if self._kept is None:
@@ -360,8 +154,7 @@ class ImageSession:
         call = {key: value for key, value in self._image.items() if key != _PIXELS}
         call |= {key: value for key, value in inputs.items() if key != _PIXELS}
         call["mm_encoder_outputs"] = {"image": _copy_features(self._features)}
-        readable = implementation(self._family.text_config(self._model)) in _MASKED_BY_TENSOR
-        return Question(kept, starts, readable), call
+        return Question(kept, starts, takes_mask_tensor(self._family.text_config(self._model))), call
 
     def _check_image(self, inputs: Mapping[str, Any]) -> None:
         for key, mine in self._image.items():
@@ -446,40 +239,6 @@ def _after_last(flags: Tensor) -> int:
     return int(places[-1]) + 1 if len(places) else 0
 
 
-def _prefix_of(rope: Tensor, places: list[tuple[int, int]], length: int) -> Tensor:
-    """[R, ..., P, h] of a rotation [..., B or 1, S, h], one of (row, start) after the other."""
-    shared = rope.shape[-3] == 1
-    return torch.stack([rope[..., 0 if shared else row, start : start + length, :] for row, start in places])
-
-
-def _text_mask(mask: Any, hidden: Tensor, starts: list[int], prefix: int, text: int) -> Tensor:
-    """[b or 1, 1, T, P + T]: what the last T positions see of the kept prefix and of one another.
-
-    Args:
-        mask: The pass's own mask, [b, 1, S, S] bool or additive; ``None`` for causal without padding.
-        hidden: [b, S, d], for shape, device and dtype.
-        starts: Per row, the column where the prefix begins.
-        prefix: P.
-        text: T.
-    """
-    batch, length, _ = hidden.shape
-    if mask is None:
-        seen = torch.ones(text, prefix + text, dtype=torch.bool, device=hidden.device).tril(prefix)
-        additive = torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device)
-        return additive.masked_fill_(~seen, torch.finfo(hidden.dtype).min)[None, None]
-    begin = torch.tensor(starts)[:, None].to(hidden.device, non_blocking=True)  # [b, 1]
-    before = begin + torch.arange(prefix, device=hidden.device)  # [b, P]
-    after = torch.arange(length - text, length, device=hidden.device).expand(batch, text)
-    again = after < begin + prefix  # [b, T] positions that are in the kept prefix already
-    columns = torch.cat([before, after], dim=1)[:, None, None]  # [b, 1, 1, P + T]
-    rows: Tensor = mask[:, :, length - text : length].expand(batch, -1, -1, -1)  # [b, 1, T, S]
-    picked = rows.gather(-1, columns.expand(-1, rows.shape[1], text, -1))
-    hide = torch.cat([torch.zeros_like(before, dtype=torch.bool), again], dim=1)[:, None, None]
-    if picked.dtype == torch.bool:
-        return picked & ~hide
-    return picked.masked_fill(hide, torch.finfo(picked.dtype).min)
-
-
 def _copy_features(encoded: Any) -> Any:
     """A shallow copy without the vision tower's hidden states: ``generate`` writes into what it is given."""
     found = {name: getattr(encoded, name, None) for name in _FEATURES}
@@ -493,7 +252,3 @@ def _tensors(value: Any) -> list[Tensor]:
         items: Sequence[Any] = value
         return [tensor for item in items for tensor in _tensors(item)]
     return []
-
-
-def _nbytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from scr_runtime.redistribute import Grid
+from scr_runtime.network import SourcePredictor
+from scr_runtime.rule import SourceRule
 from scr_runtime.sources import FALLBACKS, ONE_PASS, TWO_PASS, UNIFORM, Scores
 
 _KEPT_PREFILLS = 64
@@ -29,7 +30,7 @@ class SCRStats:
             ``"drift"``, ``"not finite"`` or ``"no predictor"``.
         edits: Block outputs that were edited: prefills times edited blocks.
         mean_confidence: Mean calibrated confidence of the images that a predictor scored; ``None`` if there are none.
-        drifted: Images over the predictor's drift limit. In one-pass nothing else tells of them.
+        drifted: Images over the predictor's drift limit. In one-pass this is the only sign of them.
     """
 
     prefills: int = 0
@@ -43,18 +44,18 @@ class SCRStats:
     drifted: int = 0
 
 
-class Tally:
+class StatsCounter:
     """Adds up prefills. One lock, so that another thread may read.
 
     Counts are the host's own. Confidence and drift are the device's: the scores of up to 64 prefills are kept
     (some kilobytes each) and then added up there in one go, and read when somebody asks.
 
     Args:
-        judge: A grid and the Scores of some images of it -> [I] their confidence and [I] bool, whether they drifted.
+        predictor: Judges the scores that it made; ``None`` if none is asked.
     """
 
-    def __init__(self, judge: Callable[[Grid, Scores], tuple[Tensor, Tensor]]) -> None:
-        self._judge = judge
+    def __init__(self, predictor: SourcePredictor | None) -> None:
+        self._predictor = predictor
         self._lock = threading.Lock()
         self.reset()
 
@@ -62,19 +63,19 @@ class Tally:
         """Starts again from zero."""
         with self._lock:
             self._stats = SCRStats()
-            self._kept: list[list[tuple[Grid, Scores]]] = []
+            self._kept: list[list[Scores]] = []
             self._sums: dict[torch.device, Tensor] = {}  # [3]: confidence, images it is of, drifted images
 
-    def add(self, chosen: Iterable[tuple[Grid, Scores]], edits: int) -> None:
+    def add(self, chosen: Iterable[Scores], edits: int) -> None:
         """Adds one prefill.
 
         Args:
-            chosen: What the provider said, by grid; empty if the sources are those of an earlier prefill.
+            chosen: What the provider said, per group; empty if the sources are those of an earlier prefill.
             edits: Blocks that were edited.
         """
         chosen = list(chosen)
-        names = [name for _, scores in chosen for name in scores.providers]
-        kinds = [fallback.kind for _, scores in chosen for fallback in scores.fallbacks if fallback is not None]
+        names = [name for scores in chosen for name in scores.providers]
+        kinds = [fallback.kind for scores in chosen for fallback in scores.fallbacks if fallback is not None]
         with self._lock:
             now = self._stats
             self._stats = replace(
@@ -87,7 +88,7 @@ class Tally:
                 fallbacks={kind: count + kinds.count(kind) for kind, count in now.fallbacks.items()},
                 edits=now.edits + edits,
             )
-            predicted = [(grid, scores) for grid, scores in chosen if scores.predicted is not None]
+            predicted = [scores for scores in chosen if scores.predicted is not None]
             if predicted:
                 self._kept.append(predicted)
             if len(self._kept) >= _KEPT_PREFILLS:
@@ -107,33 +108,20 @@ class Tally:
             )
 
     def _add_up(self) -> None:
-        by_grid: dict[tuple[Grid, torch.device], list[Scores]] = {}
-        for prefill in self._kept:
-            for grid, scores in prefill:
-                by_grid.setdefault((grid, scores.scores.device), []).append(scores)
+        """Judges all kept scores, those of equal grids as one batch, and adds them to the sums on their device."""
+        by_rule: dict[tuple[SourceRule, bool], list[Scores]] = {}
+        for scores in (scores for prefill in self._kept for scores in prefill):
+            by_rule.setdefault((scores.rule, scores.spread is not None), []).append(scores)
         self._kept = []
         with torch.inference_mode(False), torch.no_grad():
-            for (grid, device), parts in by_grid.items():
-                confidence, drifted = self._judge(grid, _join(parts))
-                told = confidence.isfinite()
+            for (rule, guarded), parts in by_rule.items():
+                assert self._predictor is not None  # these are its scores
+                predicted = torch.cat([part.predicted for part in parts if part.predicted is not None])
+                spread = torch.cat([part.spread for part in parts if part.spread is not None]) if guarded else None
+                judged = self._predictor.judge(predicted, spread, rule)
+                device, finite = predicted.device, judged.confidence.isfinite()
                 exact = torch.float32 if device.type == "mps" else torch.float64
-                sums = torch.stack([torch.where(told, confidence, 0).sum(dtype=exact), told.sum(), drifted.sum()])
+                confidence = torch.where(finite, judged.confidence, 0).sum(dtype=exact)
+                sums = torch.stack([confidence, finite.sum(), judged.drifted.sum()])
                 former = self._sums.get(device)
                 self._sums[device] = sums if former is None else former + sums
-
-
-def _join(parts: list[Scores]) -> Scores:
-    """The predictor's scores and spreads of several prefills, as those of one."""
-
-    def cat(tensors: list[Tensor | None]) -> Tensor | None:
-        given = [tensor for tensor in tensors if tensor is not None]
-        return torch.cat(given) if len(given) == len(parts) else None
-
-    scores = torch.cat([part.scores for part in parts])
-    return Scores(
-        scores,
-        [name for part in parts for name in part.providers],
-        [fallback for part in parts for fallback in part.fallbacks],
-        predicted=cat([part.predicted for part in parts]),
-        spread=cat([part.spread for part in parts]),
-    )

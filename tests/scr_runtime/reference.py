@@ -1,6 +1,6 @@
 """The naive reference: eager attention matrices and Python loops, written from the paper's text (arXiv 2602.22469).
 
-It shares no code with scr_runtime. Where the patches are is told by whoever made the prompt.
+It shares no code with scr_runtime. The maker of a prompt says where its patches are.
 """
 
 from __future__ import annotations
@@ -185,6 +185,8 @@ def hook_count(model: torch.nn.Module) -> int:
 
 
 def make_predictor(model: Any, seed: int = 0, **kwargs: Any) -> SourcePredictor:
+    """A random predictor with every kind of feature."""
     torch.manual_seed(seed)
     size = getattr(model.config, "text_config", model.config).hidden_size
-    return SourcePredictor(PredictorConfig(size, rank=8, width=16, **kwargs)).eval()
+    settings: dict[str, Any] = {"rank": 8, "width": 16, "context": "both"} | kwargs
+    return SourcePredictor(PredictorConfig(size, **settings)).eval()

@@ -19,7 +19,6 @@ from scr_runtime import (
 )
 
 CONFIG = SCRConfig(num_sources=4, edit_layers=(0, 2), attention_layers=(2, 4))
-LATER = SCRConfig(num_sources=4, edit_layers=(1, 3), attention_layers=(2, 4), state_layer=1)
 
 
 @pytest.fixture
@@ -125,58 +124,10 @@ def test_tensors_that_do_not_fit_are_all_listed(folder: Path) -> None:
         assert words in str(caught.value)
 
 
-def test_another_model_is_refused(folder: Path, tiny_llava: Any) -> None:
-    for model, words in (
-        (tiny_llava(0, hidden=64), "hidden_size is 64, the predictor expects 32"),
-        (tiny_llava(0, layers=7), "num_blocks is 7, the predictor expects 6"),
-        (tiny_llava(1), "these are other weights"),
-    ):
-        with pytest.raises(errors.PredictorMismatchError, match=words):
-            SCR(model, predictor=folder, mode="one-pass")
-        with pytest.warns(RuntimeWarning, match=words):
-            SCR(model, config=CONFIG, predictor=folder, mode="auto")
-
-
-class ImageProcessorA:
-    pass
-
-
-class ImageProcessorB:
-    pass
-
-
-def test_another_image_backend_or_layer_is_refused(folder: Path, tiny_llava: Any) -> None:
-    model = tiny_llava(0)
-    record = json.loads((folder / "config.json").read_text())
-    change_config(folder, model=describe_model(model, ImageProcessorA()))
-    SCR(model, predictor=folder, mode="one-pass", processor=ImageProcessorA())
-    SCR(model, predictor=folder, mode="one-pass")  # no processor, nothing to compare
-    with pytest.raises(errors.PredictorMismatchError, match="image_backend is 'ImageProcessorB'"):
-        SCR(model, predictor=folder, mode="one-pass", processor=ImageProcessorB())
-    change_config(folder, model=record["model"])
-    with pytest.raises(errors.PredictorMismatchError, match="state_layer is 1, the predictor reads block 0"):
-        SCR(model, config=LATER, predictor=folder, mode="one-pass")
-    with pytest.warns(RuntimeWarning, match="state_layer is 1"):
-        assert SCR(model, config=LATER, predictor=folder, mode="auto").config == LATER
-    change_config(folder, scr=LATER.to_dict())
-    assert SCR(model, predictor=folder, mode="one-pass").config == LATER
-    with pytest.raises(errors.PredictorMismatchError, match="state_layer is 0, the predictor reads block 1"):
-        SCR(model, config=CONFIG, predictor=folder, mode="one-pass")
-
-
-def test_a_folder_from_before_there_was_a_choice_of_layer_reads_block_0(folder: Path, tiny_llava: Any) -> None:
-    record = json.loads((folder / "config.json").read_text())
-    del record["scr"]["state_layer"]
-    change_config(folder, scr=record["scr"], model=record["model"] | {"state_layer": 0})
-    assert SCR(tiny_llava(0), predictor=folder, mode="one-pass").config == CONFIG
-
-
-def test_no_settings_anywhere(tiny_llava: Any, tmp_path: Path) -> None:
-    model = tiny_llava(0)
-    with pytest.raises(errors.ConfigurationError, match=r"give config=SCRConfig"):
-        SCR(model, mode="two-pass")
-    with (
-        pytest.warns(RuntimeWarning, match="does not exist"),
-        pytest.raises(errors.ConfigurationError, match="does not exist"),
-    ):
-        SCR(model, predictor=tmp_path / "nowhere", mode="auto")
+def test_the_guard_travels_with_the_folder(tmp_path: Any) -> None:
+    predictor = SourcePredictor(PredictorConfig(32, rank=8, width=16))
+    save: dict[str, Any] = {"scr": CONFIG, "model": {"family": "llava"}}
+    assert load_predictor(save_predictor(tmp_path / "a", predictor, **save)).drift_limit is None
+    predictor.set_drift(0.5, 1.7)
+    loaded = load_predictor(save_predictor(tmp_path / "b", predictor, **save))
+    assert (loaded.drift_typical, loaded.drift_limit) == (0.5, 1.7)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import models
 from benchmarks.counting import Count, accelerator_branches, counted
-from benchmarks.prefill import build_model, make_inputs
 from scr_runtime import SCR, PredictorConfig, SCRConfig, SourcePredictor, capture, errors
 
 CONFIG = SCRConfig()  # the paper's for LLaVA-7B: 32 sources, blocks 0-11 edited, attention of blocks 8-16
@@ -21,13 +21,13 @@ TINY = SCRConfig(num_sources=5, edit_layers=(0, 2), attention_layers=(2, 4))
 @pytest.fixture(scope="module")
 def narrow() -> Any:
     """32 blocks, 24 x 24 patches, hidden size 64, bfloat16 as on a GPU."""
-    model: Any = build_model(layers=32, hidden=64, tower_layers=1)
-    return model.to(torch.bfloat16)
+    return models.build_llava(models.NARROW, dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
 def predictor() -> SourcePredictor:
-    predictor = SourcePredictor(PredictorConfig(64)).eval().requires_grad_(False)
+    config = PredictorConfig(64, context="both")  # the costliest features
+    predictor = SourcePredictor(config).eval().requires_grad_(False)
     predictor.set_drift(1.0, 1e9)
     return predictor
 
@@ -39,7 +39,7 @@ def _on_an_accelerator() -> Iterator[None]:
 
 
 def prefill(model: Any, scr: AbstractContextManager[Any], batch: int = 1) -> Count:
-    inputs = make_inputs(batch, dtype=torch.bfloat16)
+    inputs = models.llava_inputs(models.NARROW, batch, dtype=torch.bfloat16)
     with torch.no_grad(), scr:
         return counted(lambda: model(**inputs, logits_to_keep=1))
 
@@ -88,7 +88,7 @@ def test_the_counter_sees_what_waits() -> None:
 
 @pytest.mark.parametrize("mode", ["one-pass", "two-pass", "auto"])
 def test_decode_steps_are_those_of_the_model(narrow: Any, predictor: SourcePredictor, mode: Any) -> None:
-    inputs = make_inputs(1, dtype=torch.bfloat16)
+    inputs = models.llava_inputs(models.NARROW, 1, dtype=torch.bfloat16)
     counts = []
     for scr in (nullcontext(), SCR(narrow, config=CONFIG, mode=mode, predictor=predictor)):
         with torch.no_grad(), scr:
@@ -102,7 +102,7 @@ def test_decode_steps_are_those_of_the_model(narrow: Any, predictor: SourcePredi
 def test_no_attention_matrix_is_made(narrow: Any) -> None:
     vanilla = prefill(narrow, nullcontext())
     two_pass = prefill(narrow, SCR(narrow, config=CONFIG, mode="two-pass"))
-    length = make_inputs(1)["input_ids"].shape[1]
+    length = models.llava_inputs(models.NARROW)["input_ids"].shape[1]
     rows = length - 576
     new = two_pass.shapes - vanilla.shapes
     assert (1, HEADS, 1, rows, length) in two_pass.shapes  # text rows alone

@@ -9,16 +9,12 @@ import torch
 from torch import Tensor
 
 from scr_runtime import SCR, PredictorConfig, SCRConfig, SourcePredictor, capture, errors
-from scr_runtime.families import ImageGrid
-from scr_runtime.layout import visual_layout
-from scr_runtime.redistribute import effective_num_sources
-from scr_runtime.sources import _select_rows, _UnknownBatchDimension
+from scr_runtime.rule import effective_num_sources
 from tests.scr_runtime.reference import (
     IMAGE_TOKEN,
     Image,
     hook_count,
     kept,
-    make_predictor,
     reference_greedy,
     reference_logits,
     reference_maps,
@@ -84,32 +80,6 @@ def test_one_pass_given_the_true_scores_equals_two_pass(tiny: Tiny) -> None:
     two_pass, _ = logits_of(model, prompt, mode="two-pass")
     one_pass, _ = logits_of(model, prompt, mode="one-pass", predictor=oracle)
     assert torch.equal(one_pass, two_pass)
-
-
-@every()
-def test_auto_diagnoses_one_row_of_three_exactly(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three rows: in M-RoPE families, position ids are [3, 3, S] then, and no shape tells where the rows are."""
-    model = tiny.model(4)
-    prompt = tiny.prompt(model, [1, 1, 1], seed=4)
-    predictor = make_predictor(model)
-    _, scr = logits_of(model, prompt, mode="one-pass", predictor=predictor)
-    sure = [report.confidence for report in scr.reports]
-    low = prompt.images[sure.index(min(sure))].row
-    threshold = sorted(sure)[1]
-    _, truth = logits_of(model, prompt, mode="two-pass")
-
-    batches: list[int] = []
-    blocks = scr._blocks
-    forward = blocks[1].forward
-    monkeypatch.setattr(blocks[1], "forward", lambda *a, **k: batches.append(len(a[0])) or forward(*a, **k))
-    _, scr = logits_of(model, prompt, mode="auto", predictor=predictor, threshold=threshold)
-    monkeypatch.undo()
-    assert batches == [1, 3]  # the nested run of one row, then the pass itself
-    for image, mine, full in zip(prompt.images, scr.reports, truth.reports, strict=True):
-        if mine.provider == "two-pass":
-            assert image.row == low
-            assert mine.sources == full.sources
-    assert "two-pass" in {report.provider for report in scr.reports}
 
 
 @every()
@@ -194,7 +164,7 @@ def test_vanilla_is_bit_identical_before_after_and_off(tiny: Tiny) -> None:
     prompt = tiny.prompt(model, [1, 1], seed=9)
     with torch.no_grad():
         if tiny.name.startswith("chameleon"):
-            model.config.vq_config._attn_implementation = "eager"  # a sub-config with an implementation of its own
+            model.config.vq_config._attn_implementation = "eager"  # a sub-config with another implementation
         vanilla = model(**prompt.inputs).logits
         hooks, attributes, configs = hook_count(model), set(model.__dict__), config_state(model)
         edited, after = logits_of(model, prompt, mode="two-pass")
@@ -202,7 +172,7 @@ def test_vanilla_is_bit_identical_before_after_and_off(tiny: Tiny) -> None:
         assert torch.equal(model(**prompt.inputs).logits, vanilla)
         off, scr = logits_of(model, prompt, mode="off")
         assert torch.equal(off, vanilla) and scr.reports == []
-    assert after._last is not None and not after._last.decoder_call  # features of the image are let go
+    assert after._last is not None and not after._last.decoder.call  # features of the image are let go
     assert (hook_count(model), set(model.__dict__), config_state(model)) == (hooks, attributes, configs)
 
 
@@ -241,7 +211,7 @@ def test_hooks_return_after_an_exception(tiny: Tiny) -> None:
             model.generate(**prompt.inputs, max_new_tokens=5, do_sample=False, stopping_criteria=[stop])
         assert len(calls) == 2
     assert hook_count(model) == hooks
-    assert scr._generate is None and scr._run is None
+    assert scr._generate.running is None and scr._run is None
     with torch.no_grad():
         assert torch.equal(model(**prompt.inputs).logits, vanilla)
 
@@ -276,7 +246,7 @@ def test_another_count_of_visual_tokens_is_refused(tiny: Tiny) -> None:
 
 
 def test_an_image_spread_over_two_prompts_is_refused() -> None:
-    """The number of visual tokens is right, so the model itself would go on."""
+    """The number of visual tokens is right, so the model itself raises nothing."""
     model = TINY["llava"].model(11)
     prompt = TINY["llava"].prompt(model, [1, 1], seed=11)
     ids = prompt.inputs["input_ids"].clone()
@@ -290,7 +260,7 @@ def test_an_image_spread_over_two_prompts_is_refused() -> None:
     ("name", "key"),
     [("qwen2-vl", "image_grid_thw"), ("qwen3-vl", "image_grid_thw"), ("llava-next", "image_sizes")],
 )
-def test_a_grid_that_cannot_be_told(name: str, key: str) -> None:
+def test_a_grid_that_is_unknown(name: str, key: str) -> None:
     """Features that were computed earlier don't say how they lie; the table has to come with them."""
     tiny = TINY[name]
     model = tiny.model(12)
@@ -335,40 +305,6 @@ def test_a_grid_without_an_inner_patch() -> None:
     refused(model, inputs, errors.PrefillError, "grid of 2 x 12 patches.*set exclude_border=False")
 
 
-@every(GENERATING)
-def test_chunked_prefill_is_refused(tiny: Tiny) -> None:
-    model = tiny.model(12)
-    prompt = tiny.prompt(model, [1], seed=12)
-    end = max(max(image.positions) for image in prompt.images) + 3  # the first chunk holds all visual tokens
-    for chunk in (16, end):
-        with (
-            SCR(model, config=CONFIG, mode="two-pass"),
-            pytest.raises(errors.PrefillError, match="prefill_chunk_size=None"),
-        ):
-            model.generate(**prompt.inputs, max_new_tokens=2, prefill_chunk_size=chunk)
-
-
-def test_attention_without_a_mask_function_is_refused() -> None:
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    AttentionInterface.register("flash_without_mask", sdpa_attention_forward)
-    model = TINY["qwen2-vl"].model(12)
-    model.model.language_model.config._attn_implementation = "flash_without_mask"
-    with pytest.raises(errors.UnsupportedModelError, match=r"no mask function.*attn_implementation= one of .*'sdpa'"):
-        SCR(model, config=CONFIG, mode="two-pass").attach()
-
-
-def test_blocks_of_different_reach_are_refused_in_two_pass() -> None:
-    model = TINY["qwen2-vl"].model(12)
-    prompt = TINY["qwen2-vl"].prompt(model, [1])
-    model.model.language_model.config.layer_types = ["full_attention"] * 3 + ["sliding_attention"] * 3
-    model.model.language_model.config.sliding_window = 4
-    model.model.language_model.has_sliding_layers = True
-    refused(model, prompt.inputs, errors.UnsupportedModelError, "mix attention of different reach")
-    logits_of(model, prompt, mode="uniform")
-
-
 def test_a_language_model_without_vision_is_refused() -> None:
     model = TINY["qwen-vl"].model(12)
     del model.transformer.visual
@@ -377,78 +313,6 @@ def test_a_language_model_without_vision_is_refused() -> None:
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------
-
-
-def test_rows_are_taken_from_the_batch_dimension_whatever_its_size() -> None:
-    index, batch, length = torch.tensor([2, 0]), 3, 7
-    positions = torch.randn(3, batch, length)  # three axes of M-RoPE, three rows
-    cosine = torch.randn(3, batch, length, 8)
-    mask = torch.randn(batch, 1, length, length)
-    chosen = _select_rows("position_embeddings", (cosine, cosine[0]), index, batch)
-    assert torch.equal(chosen[0], cosine[:, index]) and torch.equal(chosen[1], cosine[0][index])
-    assert torch.equal(_select_rows("position_ids", positions, index, batch), positions[:, index])
-    assert torch.equal(_select_rows("position_ids", positions[0], index, batch), positions[0][index])
-    assert torch.equal(_select_rows("attention_mask", mask, index, batch), mask[index])
-    shared = torch.randn(3, 1, length)
-    assert _select_rows("position_ids", shared, index, batch) is shared
-    assert _select_rows("position_ids", shared[0, 0], index, batch) is not None
-    for name, value in (("cu_seq_lens_q", torch.arange(3)), ("position_ids", torch.randn(2, 4)), ("x", object())):
-        with pytest.raises(_UnknownBatchDimension):
-            _select_rows(name, value, index, batch)
-
-
-def test_an_unknown_argument_of_a_block_diagnoses_all_rows() -> None:
-    model = TINY["llava"].model(13)
-    prompt = TINY["llava"].prompt(model, [1, 1], seed=13)
-    predictor = make_predictor(model)
-    block = model.model.language_model.layers[0]
-    hook = block.register_forward_pre_hook(
-        lambda _, args, kwargs: (args, kwargs | {"odd": torch.zeros(2)}), with_kwargs=True
-    )
-    _, scr = logits_of(model, prompt, mode="one-pass", predictor=predictor)
-    threshold = max(report.confidence or 0 for report in scr.reports)
-    _, scr = logits_of(model, prompt, mode="auto", predictor=predictor, threshold=threshold)
-    hook.remove()
-    _, truth = logits_of(model, prompt, mode="two-pass")
-    assert sorted(report.provider for report in scr.reports) == ["one-pass", "two-pass"]
-    for mine, full in zip(scr.reports, truth.reports, strict=True):
-        assert mine.provider == "one-pass" or mine.sources == full.sources
-
-
-def test_padding_is_no_text_under_any_mask() -> None:
-    visual = torch.tensor([[False] * 2 + [True] * 9 + [False] * 5])
-    kept_positions = torch.ones(1, 16, dtype=torch.bool)
-    kept_positions[:, -2:] = False
-    causal = (torch.ones(16, 16, dtype=torch.bool).tril() & kept_positions)[None, None]
-    additive = torch.zeros(1, 1, 16, 16).masked_fill(~causal, -1e9)
-    expected = [0, 0, 1 / 3, 1 / 3, 1 / 3, 0, 0]
-    for mask in (kept_positions.long(), causal, additive, {"sliding_attention": None, "full_attention": causal}):
-        (group,) = visual_layout(visual, mask, [ImageGrid((3, 3))]).groups
-        assert group.text_weights.tolist() == [pytest.approx(expected)]
-    (group,) = visual_layout(visual, None, [ImageGrid((3, 3))], prompt_length=13).groups
-    assert group.text_weights.tolist() == [pytest.approx([0, 0, 0.5, 0.5, 0, 0, 0])]
-
-
-def test_attention_that_hides_its_queries_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = TINY["qwen-vl"].model(13)
-    prompt = TINY["qwen-vl"].prompt(model, [1])
-    attention = type(model.transformer.h[0].attn)
-
-    def fused(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.c_proj(hidden_states), None
-
-    monkeypatch.setattr(attention, "forward", fused)
-    refused(model, prompt.inputs, errors.UnsupportedModelError, "did not pass where its q and k are read")
-    logits_of(model, prompt, mode="uniform")
-
-
-def test_long_prompts_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = TINY["internvl"].model(13)
-    prompt = TINY["internvl"].prompt(model, [2, 1], seed=13)
-    whole = capture(model, CONFIG, prompt.inputs)
-    monkeypatch.setattr("scr_runtime.attention._MOST_WEIGHTS", 10_000)
-    for a, b in zip(whole, capture(model, CONFIG, prompt.inputs), strict=True):
-        assert torch.allclose(a.attention, b.attention, atol=1e-7, rtol=0)
 
 
 def test_onevision_tiles_an_image_only_where_it_is_alone() -> None:

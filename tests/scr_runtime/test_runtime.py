@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
@@ -19,7 +20,6 @@ from tests.scr_runtime.reference import (
     reference_images,
     reference_logits,
     reference_maps,
-    reference_sources,
 )
 
 CONFIG = SCRConfig(num_sources=5, strength=1.3, edit_layers=(0, 2), attention_layers=(2, 4))
@@ -133,116 +133,7 @@ def test_one_pass_edits_the_sources_that_its_predictor_chose(tiny_llava: Any, ll
     assert {report.provider for report in scr.reports} == {"one-pass"}
 
 
-APART = SCRConfig.from_dict(CONFIG.to_dict() | {"suppress_claimed": True})
-
-
-@pytest.mark.parametrize("mode", ["one-pass", "auto", "uniform"])
-def test_sources_stay_apart_in_every_mode(tiny_llava: Any, llava_inputs: Any, mode: Any) -> None:
-    model = tiny_llava(4)
-    predictor = make_predictor(model)
-    predictor.set_calibration(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]), 0.0, temperature=0.3)
-    inputs = llava_inputs(model, [2, 1], seed=4)
-    found: dict[bool, Any] = {}
-    for config in (CONFIG, APART):
-        with torch.no_grad(), SCR(model, config=config, mode=mode, predictor=predictor, seed=1) as scr:
-            logits = model(**inputs).logits
-        assert scr._last is not None
-        assert scr._last.choice is not None
-        scores = torch.cat([part.scores for part in scr._last.choice.scores])
-        chosen = [report.sources for report in scr.reports]
-        assert chosen == [reference_sources(row, config) for row in scores]
-        expected, _ = reference_logits(model, inputs, config, chosen)
-        assert torch.allclose(kept(inputs, logits), kept(inputs, expected), atol=1e-4, rtol=0)
-        for row, report in zip(scores, scr.reports, strict=True):
-            if mode == "uniform":
-                assert report.confidence is None
-                continue
-            further = reference_sources(row, config, k=CONFIG.num_sources + 1)  # and the one that would come next
-            cut = row[further[-2:]].mean()
-            sure = torch.sigmoid((row[further[:-1]] - cut) / 0.3).mean()
-            assert report.confidence == pytest.approx(float(sure), abs=1e-5)
-        found[config.suppress_claimed] = chosen
-    assert found[True] != found[False]
-
-
-# -- generate --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"use_cache": False},
-        {"cache_implementation": "static", "disable_compile": True},
-        {"prompt_lookup_num_tokens": 3},
-    ],
-    ids=["dynamic-cache", "no-cache", "static-cache", "prompt-lookup"],
-)
-@pytest.mark.parametrize("images", [[1], [1, 2, 1]])
-def test_greedy_tokens_equal_the_reference(
-    tiny_llava: Any, llava_inputs: Any, options: dict[str, Any], images: list[int]
-) -> None:
-    if "prompt_lookup_num_tokens" in options and len(images) > 1:
-        pytest.skip("transformers' assisted decoding takes one prompt at a time")
-    model = tiny_llava(5)
-    inputs = llava_inputs(model, images, seed=5)
-    expected = reference_greedy(model, inputs, CONFIG, 6)
-    with SCR(model, config=CONFIG, mode="two-pass") as scr:
-        tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)
-    assert torch.equal(tokens, expected)
-    assert [report.layers_edited for report in scr.reports] == [(0, 1, 2)] * sum(images)
-    assert not torch.equal(tokens, model.generate(**inputs, max_new_tokens=6, do_sample=False))
-
-
-def test_assisted_decoding_gives_the_same_tokens(tiny_llava: Any, llava_inputs: Any) -> None:
-    """The first forward holds draft tokens already; they are no part of the question."""
-    model, assistant = tiny_llava(5), tiny_llava(6, layers=2)
-    inputs = llava_inputs(model, [1], seed=5)
-    with SCR(model, config=CONFIG, mode="two-pass"):
-        plain = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        assisted = model.generate(**inputs, max_new_tokens=8, do_sample=False, assistant_model=assistant)
-    assert torch.equal(assisted, plain)
-
-
-@pytest.mark.parametrize("mode", ["two-pass", "one-pass"])
-def test_cached_beams_equal_uncached_beams(tiny_llava: Any, llava_inputs: Any, mode: Any) -> None:
-    model = tiny_llava(6)
-    inputs = llava_inputs(model, [1, 2], seed=6)
-    options: dict[str, Any] = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False}
-    results = []
-    for use_cache in (True, False):
-        with SCR(model, config=CONFIG, mode=mode, predictor=make_predictor(model)):
-            results.append(model.generate(**inputs, use_cache=use_cache, **options))
-    assert torch.equal(*results)
-
-
-def test_sampling_with_a_seed_equals_forward_then_sample(tiny_llava: Any, llava_inputs: Any) -> None:
-    model = tiny_llava(6)
-    inputs = llava_inputs(model, [1], seed=6)
-    logits, _ = reference_logits(model, inputs, CONFIG)
-    torch.manual_seed(0)
-    expected = torch.multinomial(logits[:, -1].softmax(-1), 1)
-    torch.manual_seed(0)
-    with SCR(model, config=CONFIG, mode="two-pass"):
-        tokens = model.generate(**inputs, max_new_tokens=1, do_sample=True, top_k=0)
-    assert torch.equal(tokens[:, -1:], expected)
-
-
-def test_left_padded_batch_equals_single_prompts(tiny_llava: Any, llava_inputs: Any) -> None:
-    model = tiny_llava(8)
-    inputs = llava_inputs(model, [1, 1, 1], seed=8)
-    with SCR(model, config=CONFIG, mode="two-pass"):
-        batch = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, -5:]
-        for row in range(3):
-            keep = inputs["attention_mask"][row].bool()
-            single = model.generate(
-                input_ids=inputs["input_ids"][row : row + 1, keep],
-                attention_mask=inputs["attention_mask"][row : row + 1, keep],
-                pixel_values=inputs["pixel_values"][row : row + 1],
-                max_new_tokens=5,
-                do_sample=False,
-            )
-            assert torch.equal(single[0, -5:], batch[row])
+# -- what passes through ---------------------------------------------------------------------------------------------
 
 
 def test_text_only_passes_through_untouched(tiny_llava: Any, llava_inputs: Any) -> None:
@@ -264,19 +155,6 @@ def test_rows_without_an_image_beside_rows_with_one(tiny_llava: Any, llava_input
     assert torch.allclose(kept(inputs, logits), kept(inputs, expected), atol=1e-4, rtol=0)
 
 
-def test_positional_inputs_and_repeated_generate(tiny_llava: Any, llava_inputs: Any) -> None:
-    model = tiny_llava(10)
-    first, second = (llava_inputs(model, [1], seed=seed) for seed in (10, 11))
-    greedy = [reference_greedy(model, inputs, CONFIG, 3) for inputs in (first, second)]
-    with torch.no_grad(), SCR(model, config=CONFIG, mode="two-pass"):
-        for inputs, expected in zip((first, second), greedy, strict=True):  # nothing of the first call is left
-            rest = {key: value for key, value in inputs.items() if key != "input_ids"}
-            tokens = model.generate(inputs["input_ids"], **rest, max_new_tokens=3, do_sample=False)
-            assert torch.equal(tokens, expected)
-        logits = model(first["input_ids"], first["pixel_values"], first["attention_mask"]).logits
-    assert torch.allclose(logits, reference_logits(model, first, CONFIG)[0], atol=1e-4, rtol=0)
-
-
 def test_hidden_states_output_sees_the_edit_and_not_the_diagnostic(tiny_llava: Any, llava_inputs: Any) -> None:
     model = tiny_llava(10, attn="eager")
     inputs = llava_inputs(model, [1], seed=10)
@@ -290,74 +168,6 @@ def test_hidden_states_output_sees_the_edit_and_not_the_diagnostic(tiny_llava: A
     assert torch.equal(edited.attentions[0], vanilla.attentions[0])
     changed = [not torch.equal(a, b) for a, b in zip(edited.hidden_states, vanilla.hidden_states, strict=True)]
     assert changed == [False] + [True] * (len(changed) - 1)
-
-
-# -- auto, uniform, off ----------------------------------------------------------------------------------------------
-
-
-def test_auto_diagnoses_the_rows_of_low_confidence_and_only_them(
-    tiny_llava: Any, llava_inputs: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_llava(12)
-    predictor = make_predictor(model)
-    inputs = llava_inputs(model, [1, 1, 1], seed=12)
-    with torch.no_grad():
-        with SCR(model, config=CONFIG, mode="one-pass", predictor=predictor) as scr:
-            model(**inputs)
-        sure = [report.confidence for report in scr.reports]
-        threshold = sorted(value for value in sure if value is not None)[1]  # the lowest of three is under it
-        low = sure.index(min(sure))  # type: ignore[type-var]
-        batches: list[int] = []
-        block = model.model.language_model.layers[1]
-        forward = block.forward
-
-        def spy(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            batches.append(len(hidden))
-            return forward(hidden, *args, **kwargs)
-
-        monkeypatch.setattr(block, "forward", spy)
-        with SCR(model, config=CONFIG, mode="auto", predictor=predictor, threshold=threshold) as scr:
-            logits = model(**inputs).logits
-        assert batches == [1, 3]  # the nested run of one row, then the pass itself
-        monkeypatch.undo()
-        assert [report.provider == "two-pass" for report in scr.reports] == [row == low for row in range(3)]
-        assert "under the threshold" in str(scr.reports[low].fallback_reason)
-        truth = reference_maps(model, inputs, CONFIG, inputs["input_ids"].shape[1])
-        assert scr.reports[low].sources == reference_sources(truth[low], CONFIG)
-        expected, _ = reference_logits(model, inputs, CONFIG, [report.sources for report in scr.reports])
-    assert torch.allclose(kept(inputs, logits), kept(inputs, expected), atol=1e-4, rtol=0)
-
-
-def test_auto_at_both_ends_is_one_pass_and_two_pass(tiny_llava: Any, llava_inputs: Any) -> None:
-    model = tiny_llava(13)
-    predictor = make_predictor(model)
-    inputs = llava_inputs(model, [1, 2], seed=13)
-
-    def logits(mode: Any, **kwargs: Any) -> Tensor:
-        with torch.no_grad(), SCR(model, config=CONFIG, predictor=predictor, mode=mode, **kwargs):
-            return model(**inputs).logits
-
-    assert torch.equal(logits("auto", threshold=0.0), logits("one-pass"))
-    assert torch.equal(logits("auto", threshold=1.1), logits("two-pass"))
-
-
-def test_uniform_is_seeded_and_stays_off_the_border(tiny_llava: Any, llava_inputs: Any) -> None:
-    model = tiny_llava(14)
-    inputs = llava_inputs(model, [1], seed=14)
-
-    def draws(seed: int) -> list[list[int]]:
-        found = []
-        with torch.no_grad(), SCR(model, config=CONFIG, mode="uniform", seed=seed) as scr:
-            for _ in range(20):
-                model(**inputs)
-                found.append(scr.reports[0].sources)
-        return found
-
-    first = draws(0)
-    assert first == draws(0) != draws(1)
-    assert len({tuple(sources) for sources in first}) == 20
-    used = {patch for sources in first for patch in sources}
-    assert used == {row * 6 + column for row in range(1, 5) for column in range(1, 5)}
 
 
 def test_off_changes_nothing(tiny_llava: Any, llava_inputs: Any) -> None:
@@ -491,16 +301,6 @@ def test_no_text_after_the_image(tiny_llava: Any, llava_inputs: Any) -> None:
         model(**inputs)
 
 
-def test_chunked_prefill_is_refused(tiny_llava: Any, llava_inputs: Any) -> None:
-    model = tiny_llava(20)
-    inputs = llava_inputs(model, [1], seed=20)
-    with (
-        SCR(model, config=CONFIG, mode="two-pass"),
-        pytest.raises(errors.PrefillError, match="prefill_chunk_size=None"),
-    ):
-        model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=16)
-
-
 def test_embeddings_without_ids_are_refused(tiny_llava: Any, llava_inputs: Any) -> None:
     model = tiny_llava(20)
     inputs = llava_inputs(model, [1], seed=20)
@@ -546,14 +346,6 @@ def test_a_layer_beyond_the_depth_and_an_unknown_family(tiny_llava: Any) -> None
         SCR(torch.nn.Linear(2, 2), config=CONFIG, mode="two-pass")
 
 
-def test_another_attention_implementation_while_attached(tiny_llava: Any, llava_inputs: Any) -> None:
-    model = tiny_llava(20)
-    with SCR(model, config=CONFIG, mode="two-pass"), torch.no_grad():
-        model.set_attn_implementation("eager")
-        with pytest.raises(errors.UnsupportedModelError, match="changed to 'eager' while SCR was attached"):
-            model(**llava_inputs(model, [1]))
-
-
 def test_an_edit_that_does_not_fire_raises(tiny_llava: Any, llava_inputs: Any) -> None:
     model = tiny_llava(21)
     inputs = llava_inputs(model, [1], seed=21)
@@ -571,61 +363,31 @@ def test_an_edit_that_does_not_fire_raises(tiny_llava: Any, llava_inputs: Any) -
     model.model.language_model.forward = original
 
 
-class Broken(SourcePredictor):
-    """Returns NaN for one patch."""
-
-    def forward(self, states: Tensor, grid: Any, question: Tensor | None = None) -> Tensor:
-        scores = super().forward(states, grid, question)
-        scores[0, 7] = float("nan")
-        return scores
-
-
-def test_non_finite_scores(tiny_llava: Any, llava_inputs: Any) -> None:
-    model = tiny_llava(22)
-    inputs = llava_inputs(model, [1, 1], seed=22)
-    broken = Broken(PredictorConfig(32, rank=4))
-    with (
-        torch.no_grad(),
-        SCR(model, config=CONFIG, mode="one-pass", predictor=broken),
-        pytest.raises(errors.NonFiniteScoresError, match="NaN"),
-    ):
-        model(**inputs)
-    with torch.no_grad(), SCR(model, config=CONFIG, mode="auto", predictor=broken) as scr:
-        model(**inputs)
-    assert [report.provider for report in scr.reports] == ["two-pass", "one-pass"]
-    assert scr.reports[0].fallback_reason == "the predictor's scores are not finite"
-
-
-def test_a_predictor_that_cannot_be_used(tiny_llava: Any, llava_inputs: Any, tmp_path: Any) -> None:
-    model = tiny_llava(23)
-    inputs = llava_inputs(model, [1], seed=23)
-    other = SourcePredictor(PredictorConfig(64, rank=4))
-    for predictor, error, words in (
-        (tmp_path / "nowhere", errors.PredictorNotFoundError, "does not exist"),
-        (other, errors.PredictorMismatchError, "hidden_size is 32, the predictor expects 64"),
-        (None, errors.ConfigurationError, "no predictor was given"),
-    ):
-        with pytest.raises(error, match=words):
-            SCR(model, config=CONFIG, mode="one-pass", predictor=predictor)
-        with pytest.warns(RuntimeWarning, match=words):
-            scr = SCR(model, config=CONFIG, mode="auto", predictor=predictor)
-        with torch.no_grad(), scr:
+def test_the_log(tiny_llava: Any, llava_inputs: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llava(2)
+    predictor = make_predictor(model)
+    inputs = llava_inputs(model, [1, 1])
+    predictor.set_drift(1e-3, 1.5)
+    with caplog.at_level(logging.DEBUG, logger="scr_runtime"), torch.no_grad():
+        with SCR(model, config=CONFIG, mode="auto", predictor=predictor, threshold=0.0):
             model(**inputs)
-        assert scr.reports[0].provider == "two-pass"
-        assert words in str(scr.reports[0].fallback_reason)
-
-
-def test_reports_tell_entropy_and_grid(tiny_llava: Any, llava_inputs: Any) -> None:
-    model = tiny_llava(24)
-    inputs = llava_inputs(model, [1], seed=24)
-    with torch.no_grad():
-        hidden = model(**inputs, output_hidden_states=True).hidden_states[1]
-        with SCR(model, config=CONFIG, mode="two-pass") as scr:
             model(**inputs)
-    (report,) = scr.reports
-    norms = hidden[0, reference_images(model, inputs)[0][1]].norm(dim=-1)
-    share = norms / norms.sum()
-    entropy = float(-(share * share.log()).sum())
-    assert report.entropy == pytest.approx(entropy, abs=1e-5)
-    assert report.entropy_normalised == pytest.approx(entropy / 3.58351893845611, abs=1e-5)
-    assert (report.grid, report.layers_edited, report.confidence) == ((6, 6), (0, 1, 2), None)
+        drift = [(record.levelname, record.getMessage()) for record in caplog.records]
+        caplog.clear()
+        with pytest.warns(RuntimeWarning, match="not usable"):
+            scr = SCR(model, config=CONFIG, mode="auto")
+        with scr:
+            model(**inputs)
+        without = [(record.levelname, record.getMessage()) for record in caplog.records]
+        caplog.clear()
+        with SCR(model, config=CONFIG, mode="auto", predictor=make_predictor(model), threshold=2.0):
+            model(**inputs)
+        low = [(record.levelname, record.getMessage()) for record in caplog.records]
+    prefill = ("DEBUG", "prefill of 2 images: 2 two-pass; 3 blocks edited")
+    assert drift[0][0] == "INFO"
+    assert "attached to LlavaForConditionalGeneration (llava): mode auto, blocks 0-2, 5 sources" in drift[0][1]
+    assert [level for level, _ in drift] == ["INFO", "WARNING", "DEBUG", "DEBUG"]  # the warning comes once
+    assert "is over the limit 1.50" in drift[1][1]
+    assert drift[2] == drift[3] == prefill
+    assert [level for level, _ in without] == ["WARNING", "INFO", "DEBUG"]
+    assert [level for level, _ in low] == ["INFO", "DEBUG"]  # low confidence is expected

@@ -2,89 +2,17 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from scr_runtime import SCR, ImageSession, PredictorConfig, SCRConfig, SourcePredictor, errors
+from scr_runtime import SCR, ImageSession, SCRConfig, errors
+from tests.scr_runtime.questions import Inputs, ask, calls_of, fresh, positions, same_rows
+from tests.scr_runtime.reference import IMAGE_TOKEN, hook_count, make_predictor
 
-IMAGE_TOKEN = 99
 CONFIG = SCRConfig(num_sources=5, strength=1.3, edit_layers=(0, 2), attention_layers=(2, 4))
-Inputs = dict[str, Tensor]
-
-
-def ask(inputs: Inputs, texts: list[int], seed: int, *, columns: int = 0, pad: str = "left") -> Inputs:
-    """The same prefix and pixels with other text behind them; ``texts`` tokens per row, at least ``columns`` wide."""
-    generator = torch.Generator().manual_seed(1000 + seed)
-    rows: list[list[int]] = []
-    for ids, kept, count in zip(inputs["input_ids"], inputs["attention_mask"], texts, strict=True):
-        ids = ids[kept.bool()]
-        end = int((ids == IMAGE_TOKEN).nonzero()[-1]) + 1
-        rows.append([*ids[:end].tolist(), *torch.randint(3, 90, (count,), generator=generator).tolist()])
-    width = max(columns, *map(len, rows))
-    ids, mask = [], []
-    for row in rows:
-        fill, kept = [0] * (width - len(row)), [1] * len(row)
-        ids.append(fill + row if pad == "left" else row + fill)
-        mask.append([0] * len(fill) + kept if pad == "left" else kept + [0] * len(fill))
-    return inputs | {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-
-
-def positions(inputs: Inputs) -> Tensor:
-    """As ``generate`` counts them: from the first token behind the padding."""
-    return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-
-
-def same_rows(model: Any, make: Any, rows: int, images: int, seed: int) -> Inputs:
-    """A batch whose rows have prefixes of equal length."""
-    single = make(model, [images], seed=seed)
-    pixels = torch.randn(
-        rows * images, *single["pixel_values"].shape[1:], generator=torch.Generator().manual_seed(seed)
-    )
-    return {
-        "input_ids": single["input_ids"].repeat(rows, 1),
-        "attention_mask": single["attention_mask"].repeat(rows, 1),
-        "pixel_values": pixels,
-    }
-
-
-def make_predictor(model: Any, seed: int = 0, **kwargs: Any) -> SourcePredictor:
-    torch.manual_seed(seed)
-    size = model.config.text_config.hidden_size
-    return SourcePredictor(PredictorConfig(size, rank=8, width=16, **kwargs)).eval()
-
-
-def fresh(scr: SCR, inputs: Inputs) -> tuple[Tensor, list[list[int]]]:
-    with torch.no_grad():
-        logits = scr.model(**inputs).logits
-    return logits, [report.sources for report in scr.reports]
-
-
-@contextmanager
-def counted(module: torch.nn.Module) -> Iterator[list[int]]:
-    """Positions in each call of a module's ``forward``, with or without its hooks."""
-    forward, seen = module.forward, []
-
-    def spy(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen.append(hidden.shape[1])
-        return forward(hidden, *args, **kwargs)
-
-    module.forward = spy  # type: ignore[method-assign]
-    try:
-        yield seen
-    finally:
-        del module.__dict__["forward"]
-
-
-def hook_count(model: torch.nn.Module) -> int:
-    tables = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_forward_hooks_with_kwargs")
-    return sum(len(getattr(module, table)) for module in model.modules() for table in tables)
 
 
 # -- the same answers ------------------------------------------------------------------------------------------------
@@ -163,25 +91,6 @@ def test_a_batch_whose_questions_differ_in_length(tiny_llava: Any, llava_inputs:
                 assert torch.equal(image.generate(**question, max_new_tokens=5, do_sample=False), greedy)
 
 
-def test_padding_that_changes_from_question_to_question(tiny_llava: Any, llava_inputs: Any) -> None:
-    model = tiny_llava(4)
-    inputs = llava_inputs(model, [1], seed=4)
-    with SCR(model, config=CONFIG, mode="two-pass") as scr, scr.image(**inputs) as image:
-        for seed, (text, columns) in enumerate(((5, 0), (6, 60), (3, 80), (8, 0))):
-            question = ask(inputs, [text], seed, columns=columns)
-            expected = model.generate(**question, max_new_tokens=6, do_sample=False)
-            sources = scr.reports[0].sources
-            assert torch.equal(image.generate(**question, max_new_tokens=6, do_sample=False), expected)
-            assert scr.reports[0].sources == sources
-        with torch.no_grad():  # a plain forward counts the padding, so the kept keys would be turned wrongly
-            padded = ask(inputs, [5], 9, columns=60)
-            with pytest.raises(errors.SessionError, match=r"position_ids that count from the first token"):
-                image(**padded)
-            padded["position_ids"] = positions(padded)
-            logits, _ = fresh(scr, padded)
-            assert torch.allclose(image(**padded).logits[:, -5:], logits[:, -5:], atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -203,45 +112,6 @@ def test_every_kind_of_generate(tiny_llava: Any, llava_inputs: Any, options: dic
             expected = model.generate(**question, max_new_tokens=6, do_sample=False, **options)
             tokens = image.generate(**question, max_new_tokens=6, do_sample=False, **options)
             assert torch.equal(tokens, expected)
-
-
-def test_beams_before_and_after_single_rows_in_a_batch(tiny_llava: Any, llava_inputs: Any) -> None:
-    model = tiny_llava(6)
-    inputs = same_rows(model, llava_inputs, rows=2, images=2, seed=6)
-    with SCR(model, config=CONFIG, mode="two-pass") as scr, scr.image(**inputs) as image:
-        for seed, beams in enumerate((3, 1, 2)):
-            question = ask(inputs, [4 + seed, 6], seed)
-            options: dict[str, Any] = {"max_new_tokens": 4, "num_beams": beams, "do_sample": False}
-            assert torch.equal(image.generate(**question, **options), model.generate(**question, **options))
-        assert image._kept is not None and image._kept.rows == [0, 1]  # beams are not kept three times
-
-
-def test_auto_keeps_the_prefix_of_the_rows_it_diagnosed(tiny_llava: Any, llava_inputs: Any) -> None:
-    model = tiny_llava(7)
-    inputs = same_rows(model, llava_inputs, rows=4, images=1, seed=7)
-    questions = [ask(inputs, [5 + seed, 5, 8, 5], seed) for seed in range(6)]
-    predictor = make_predictor(model)
-    sure: list[float] = []
-    with torch.no_grad(), SCR(model, config=CONFIG, mode="one-pass", predictor=predictor) as scr:
-        for question in questions:
-            model(**question, position_ids=positions(question))
-            sure += [float(report.confidence or 0) for report in scr.reports]
-    threshold = sorted(sure)[len(sure) // 3]
-    held: list[list[int]] = []
-    scr = SCR(model, config=CONFIG, mode="auto", predictor=predictor, threshold=threshold)
-    with torch.no_grad(), scr, scr.image(**inputs) as image:
-        for question in questions:
-            question["position_ids"] = positions(question)
-            logits, sources = fresh(scr, question)
-            providers = [report.provider for report in scr.reports]
-            keep = question["attention_mask"].bool()
-            assert torch.allclose(image(**question).logits[keep], logits[keep], atol=1e-5, rtol=0)
-            assert [report.sources for report in scr.reports] == sources
-            assert [report.provider for report in scr.reports] == providers
-            assert image._kept is not None
-            held.append(image._kept.rows)
-    assert 0 < len(held[0]) < len(held[-1])  # so that one-pass rows, first diagnostics and later ones were all met
-    assert all(len(set(rows)) == len(rows) for rows in held)
 
 
 def test_bfloat16_answers_are_close(tiny_llava: Any, llava_inputs: Any) -> None:
@@ -272,7 +142,7 @@ def test_the_image_is_encoded_once_and_later_diagnostics_take_the_text_alone(
     hook = model.model.vision_tower.register_forward_hook(lambda *_: encoded.append(1))
     blocks = model.model.language_model.layers
     scr = SCR(model, config=CONFIG, mode="two-pass")
-    spies = counted(blocks[0]), counted(blocks[1]), counted(blocks[5])
+    spies = calls_of(blocks[0]), calls_of(blocks[1]), calls_of(blocks[5])
     with torch.no_grad(), spies[0] as first, spies[1] as second, spies[2] as last, scr, scr.image(**inputs) as image:
         for question in questions:
             image(**question)
@@ -296,29 +166,6 @@ def test_modes_without_a_diagnostic_keep_the_features_alone(tiny_llava: Any, lla
         assert torch.equal(logits, fresh(scr, ask(inputs, [4], 0))[0])
 
 
-def test_memory_is_bounded_told_and_released(tiny_llava: Any, llava_inputs: Any) -> None:
-    model = tiny_llava(11)
-    inputs = llava_inputs(model, [1], seed=11)
-    prefix, patches = 3 + 36, 36
-    text = model.config.text_config
-    with torch.no_grad(), SCR(model, config=CONFIG, mode="two-pass") as scr:
-        with scr.image(**inputs) as image:
-            opened = image.nbytes
-            assert opened == inputs["pixel_values"].nbytes + 4 * patches * 32 + 8 * prefix
-            sizes = []
-            for seed in range(4):
-                image(**ask(inputs, [5 + seed], seed))
-                sizes.append(image.nbytes - opened)
-            heads = 4 * prefix * text.num_key_value_heads * text.head_dim  # one block's keys
-            assert sizes == [7 * heads + 2 * 4 * prefix * text.head_dim + 4 * (prefix - patches) * prefix] * 4
-            assert image._kept is not None
-            watched = [weakref.ref(tensor) for tensor in image._kept.tensors.values()]
-            watched += [weakref.ref(image._features.pooler_output[0]), weakref.ref(image._image["pixel_values"])]
-        gc.collect()
-        assert [ref() for ref in watched] == [None] * len(watched)
-        assert image.nbytes == 0
-
-
 def test_two_sessions_at_a_time(tiny_llava: Any, llava_inputs: Any) -> None:
     model = tiny_llava(12)
     prompts = [llava_inputs(model, [1], seed=seed) for seed in (12, 13)]
@@ -327,7 +174,7 @@ def test_two_sessions_at_a_time(tiny_llava: Any, llava_inputs: Any) -> None:
         for seed in range(3):
             for inputs, image in zip(prompts, images, strict=True):
                 question = ask(inputs, [6], seed)
-                logits, _ = fresh(scr, question)  # calls without a session go on beside them
+                logits, _ = fresh(scr, question)  # calls without a session still work beside them
                 assert torch.allclose(image(**question).logits, logits, atol=1e-5, rtol=0)
         images[0].close()
         images[0].close()
@@ -396,7 +243,7 @@ def test_another_image_or_another_prefix_is_refused(opened: Any, llava_inputs: A
     assert torch.allclose(image(**other).logits, logits, atol=1e-5, rtol=0)  # no refusal did any harm
 
 
-def test_a_pixel_buffer_that_is_filled_anew_is_another_image(opened: Any) -> None:
+def test_a_pixel_buffer_that_is_filled_again_is_another_image(opened: Any) -> None:
     _, image, inputs = opened
     inputs["pixel_values"].mul_(2)
     with pytest.raises(errors.SessionError, match="about another image"):
@@ -469,16 +316,3 @@ def test_an_exception_inside_leaves_model_and_session_clean(tiny_llava: Any, lla
         assert image.nbytes == 0
         assert (hook_count(model), set(model.__dict__)) == (hooks, attributes)
         assert torch.equal(model(**inputs).logits, vanilla)
-
-
-def test_an_attention_without_a_mask_tensor_runs_full_diagnostics(
-    tiny_llava: Any, llava_inputs: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = tiny_llava(17)
-    inputs = llava_inputs(model, [1], seed=17)
-    monkeypatch.setattr("scr_runtime.session._MASKED_BY_TENSOR", ())  # as with flash attention
-    with torch.no_grad(), SCR(model, config=CONFIG, mode="two-pass") as scr, scr.image(**inputs) as image:
-        for seed in range(2):
-            question = ask(inputs, [6], seed)
-            assert torch.equal(image(**question).logits, fresh(scr, question)[0])
-    assert "every diagnostic run is a full one" in caplog.text

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scr_runtime import SCR, SCRConfig, errors
+from tests.scr_runtime.questions import calls_of
 from tests.scr_runtime.reference import decoder_blocks
 from tests.scr_runtime.tiny_families import TINY, Prompt, Tiny
 
@@ -33,22 +32,6 @@ def ask(prompt: Prompt, text: int, seed: int, padding: int = 0) -> dict[str, Ten
     return question
 
 
-@contextmanager
-def counted(module: Any) -> Iterator[list[int]]:
-    """Positions in each call of a block's ``forward``, with or without its hooks."""
-    forward, seen = module.forward, []
-
-    def spy(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen.append(hidden.shape[1])
-        return forward(hidden, *args, **kwargs)
-
-    module.forward = spy
-    try:
-        yield seen
-    finally:
-        del module.__dict__["forward"]
-
-
 def every_attention() -> Any:
     cases = [(tiny, attn) for tiny in GENERATING for attn in tiny.attentions]
     return pytest.mark.parametrize(("tiny", "attn"), cases, ids=[f"{tiny.name}-{attn}" for tiny, attn in cases])
@@ -64,7 +47,7 @@ def test_every_question_is_answered_as_without_a_session(tiny: Tiny, attn: str, 
             question = ask(prompt, text, seed)
             expected = model(**question).logits
             sources = [report.sources for report in scr.reports]
-            with counted(decoder_blocks(model)[1]) as lengths:
+            with calls_of(decoder_blocks(model)[1]) as lengths:
                 assert torch.allclose(image(**question).logits, expected, atol=1e-5, rtol=0)
             assert [report.sources for report in scr.reports] == sources
             whole = question["input_ids"].shape[1]

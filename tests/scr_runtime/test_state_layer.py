@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.counting import accelerator_branches, counted
 from scr_runtime import SCR, PredictorConfig, SCRConfig, SourcePredictor, capture
+from tests.scr_runtime.questions import ask, calls_of, fresh, positions, same_rows
 from tests.scr_runtime.reference import (
     IMAGE_TOKEN,
     decoder_blocks,
@@ -21,10 +22,8 @@ from tests.scr_runtime.reference import (
     reference_maps,
     reference_sources,
 )
-from tests.scr_runtime.test_capture import PROMPTS, prompts_about_two_images
 from tests.scr_runtime.test_families import every
-from tests.scr_runtime.test_session import ask, fresh, positions, same_rows
-from tests.scr_runtime.test_session import counted as calls_of
+from tests.scr_runtime.test_maps import PROMPTS, prompts_about_two_images
 from tests.scr_runtime.tiny_families import Tiny
 
 FROM_1 = SCRConfig(num_sources=5, strength=1.3, edit_layers=(1, 3), attention_layers=(2, 4), state_layer=1)

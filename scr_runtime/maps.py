@@ -1,23 +1,24 @@
-"""The diagnostic run alone: what the harvest collects."""
+"""The diagnostic run alone, without an edit: what the harvest collects."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scr_runtime.attention import select_wrapper
+from scr_runtime.attention import select_wrapper, takes_mask_tensor
 from scr_runtime.config import SCRConfig
+from scr_runtime.diagnostic import Decoder, StateLayerOutput, block_arguments, residual_stream
 from scr_runtime.errors import PrefillError
-from scr_runtime.families import family_of, keep_decoder_call
-from scr_runtime.layout import count_mismatch, visual_layout
-from scr_runtime.packing import pack
+from scr_runtime.families import Family, family_of
+from scr_runtime.layout import VisualLayout, count_mismatch, visual_layout
+from scr_runtime.packing import Packed, pack
 from scr_runtime.redistribute import Grid, credit_entropy
-from scr_runtime.sources import Prefill
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,6 @@ class Capture:
     question: Tensor
     grid: Grid
     entropy: float
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """Image features in the form in which a forward call takes them."""
-
-    pooler_output: list[Tensor] | Tensor
 
 
 class _Captured(Exception):  # noqa: N818 - a signal, not an error
@@ -74,73 +68,82 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows
         ConfigurationError: If the layers are beyond the model's depth.
     """
     family = family_of(model)
-    blocks = family.blocks(model)
-    config.check_depth(len(blocks))
-    visual = family.visual_tokens(model, inputs["input_ids"])
-    if not family.brings_images(model, inputs) or not bool(visual.any()):
+    decoder = Decoder(family, family.blocks(model))
+    config.check_depth(len(decoder.blocks))
+    if not family.brings_images(model, inputs) or not bool(family.visual_tokens(model, inputs["input_ids"]).any()):
         raise PrefillError(
             "a prompt without an image: the diagnostic run needs pixel_values and an image placeholder in the text"
         )
     packed = None
     if rows_per_image > 1:
-        if family.name in _PACKED_FAMILIES and _can_be_packed(family.text_config(model), inputs):
-            dtype = next(blocks[0].parameters()).dtype
-            packed = pack(inputs["input_ids"], inputs["attention_mask"], visual, rows_per_image, dtype)
+        packed = _pack(model, decoder, inputs, rows_per_image)
         inputs = _with_shared_features(model, inputs, rows_per_image if packed is None else 1)
-    if packed is None:
-        layout = visual_layout(visual, inputs.get("attention_mask"), family.image_grids(model, inputs))
-    else:
+    if packed is not None:
         inputs = {**inputs, **{k: getattr(packed, k) for k in ("input_ids", "position_ids", "attention_mask")}}
-        shared = family.visual_tokens(model, packed.input_ids)
-        layout = packed.expand(visual_layout(shared, None, family.image_grids(model, inputs)))
-    if not layout.fits(layout.edge.tolist()):
-        raise count_mismatch(layout)
-    decoder_call: dict[str, Any] = {}
+    layout = _layout(model, family, inputs, packed)
     captures: list[Capture] = []
 
     def after_state_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        prefill = Prefill(hidden, layout, config, blocks, args[1:], kwargs, family, decoder_call)
-        found: dict[int, Capture] = {}
-        for group, attention in zip(layout.groups, prefill.diagnose(), strict=True):
-            states, question = prefill.states(group), prefill.question(group)
-            entropy = credit_entropy(torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32))
-            for index, (image, row, value) in enumerate(
-                zip(group.images, group.rows.tolist(), entropy.tolist(), strict=True)
-            ):
-                row = row if packed is None else image  # one image per row
-                found[image] = Capture(row, states[index], attention[index], question[index], group.grid, value)
-        captures.extend(found[image] for image in sorted(found))
+        call = block_arguments(module, args, kwargs)
+        captures.extend(_captures(StateLayerOutput(residual_stream(output), layout, config, decoder, call)))
         raise _Captured
 
     with ExitStack() as stack:
         if family.tap is None:
             stack.callback(select_wrapper(family.text_config(model)))
-        stack.callback(keep_decoder_call(family, model, decoder_call))
-        hook = blocks[config.state_layer].register_forward_hook(after_state_layer, with_kwargs=True)
+        stack.callback(decoder.keep_call(model))
+        hook = decoder.blocks[config.state_layer].register_forward_hook(after_state_layer, with_kwargs=True)
         stack.callback(hook.remove)
         try:
             model(**{**inputs, "use_cache": False})
         except _Captured:
+            if packed is not None:  # one image per row
+                captures = [replace(one, row=row) for row, one in enumerate(captures)]
             return captures
     raise PrefillError(
         f"the model ran to its end without passing block {config.state_layer}'s hook; is it compiled as a whole?"
     )
 
 
-# Families whose positions are one number per token and whose blocks all see as far: those that
-# tests/scr_runtime/test_capture.py has compared, prompt by prompt.
-_PACKED_FAMILIES = ("llava",)
+def _captures(state: StateLayerOutput) -> list[Capture]:
+    """Runs the diagnostic and gathers what it and the state layer say of each image, in order of appearance."""
+    found: dict[int, Capture] = {}
+    for group, attention in zip(state.layout.groups, state.diagnose(), strict=True):
+        states, question = state.states(group), state.question(group)
+        entropies = credit_entropy(torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)).tolist()
+        for index, (image, row, entropy) in enumerate(zip(group.images, group.rows.tolist(), entropies, strict=True)):
+            found[image] = Capture(row, states[index], attention[index], question[index], group.grid, entropy)
+    return [found[image] for image in sorted(found)]
 
 
-def _can_be_packed(text_config: Any, inputs: Mapping[str, Any]) -> bool:
-    """Whether attention takes a 4-D mask, and nothing else comes per token."""
-    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
-    return (
-        kinds == {"full_attention"}
-        and text_config._attn_implementation in ("sdpa", "eager")
+def _layout(model: nn.Module, family: Family, inputs: Mapping[str, Any], packed: Packed | None) -> VisualLayout:
+    """Where the images of a batch are; of one that was packed, once per prompt."""
+    visual = family.visual_tokens(model, inputs["input_ids"])
+    grids = family.image_grids(model, inputs)
+    if packed is not None:
+        layout = packed.expand(visual_layout(visual, None, grids))
+    else:
+        layout = visual_layout(visual, inputs.get("attention_mask"), grids)
+    if not layout.fits(layout.edge.tolist()):
+        raise count_mismatch(layout)
+    return layout
+
+
+def _pack(model: nn.Module, decoder: Decoder, inputs: Mapping[str, Any], rows_per_image: int) -> Packed | None:
+    """Packs the rows of each image, if the attention takes a 4-D mask and nothing else comes per token."""
+    family = decoder.family
+    config = family.text_config(model)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not (
+        family.packs
+        and kinds == {"full_attention"}
+        and takes_mask_tensor(config)
         and set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
-    )
+    ):
+        return None
+    visual = family.visual_tokens(model, inputs["input_ids"])
+    dtype = next(decoder.blocks[0].parameters()).dtype
+    return pack(inputs["input_ids"], inputs["attention_mask"], visual, rows_per_image, dtype)
 
 
 def _with_shared_features(model: Any, inputs: Mapping[str, Any], rows_per_image: int) -> dict[str, Any]:
@@ -152,4 +155,4 @@ def _with_shared_features(model: Any, inputs: Mapping[str, Any], rows_per_image:
     else:
         features = [feature for feature in features for _ in range(rows_per_image)]
     rest = {key: value for key, value in inputs.items() if key != "pixel_values"}
-    return rest | {"mm_encoder_outputs": {"image": _Encoded(features)}}
+    return rest | {"mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=features)}}

@@ -1,0 +1,248 @@
+"""What a source provider may look at once the state layer has run: states, question, and the diagnostic run.
+
+The diagnostic run enters the next blocks on the same output and reads their text-to-image attention, the map that
+the paper's first pass makes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from contextvars import Context
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scr_runtime.attention import AttentionRows, MapComplete
+from scr_runtime.config import SCRConfig
+from scr_runtime.errors import UnsupportedModelError
+from scr_runtime.families import BATCH_DIMENSION, Family
+from scr_runtime.layout import ImageGroup, VisualLayout
+from scr_runtime.prefix import NestedRun, Question
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model's decoder during one forward call.
+
+    Attributes:
+        family: Whose blocks these are.
+        blocks: The decoder blocks.
+        call: Keyword arguments of the decoder's own call, kept while it runs where the family needs them.
+    """
+
+    family: Family
+    blocks: nn.ModuleList
+    call: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def keep_call(self, model: nn.Module) -> Callable[[], None]:
+        """Keeps the decoder's calls from now on; returns the undo."""
+        if self.family.between_blocks is None:
+            return lambda: None
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.call.update(kwargs)
+
+        return self.family.decoder(model).register_forward_pre_hook(keep, with_kwargs=True).remove
+
+
+def residual_stream(output: Any) -> Tensor:
+    """[B, S, d] residual stream of a block's output, which is a tensor in some families and a tuple in others."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def block_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a block's call by name, without the hidden states, which come first."""
+    if len(args) < 2:
+        return dict(kwargs)
+    names = list(inspect.signature(block.forward).parameters)[1:]
+    return dict(kwargs) | dict(zip(names, args[1:], strict=False))
+
+
+@dataclass(frozen=True)
+class StateLayerOutput:
+    """What providers may look at, at the moment the block ``config.state_layer`` has run.
+
+    Attributes:
+        hidden: [B, S, d] output of that block, not edited yet.
+        layout: Where the images are.
+        config: The method's settings.
+        decoder: The decoder that is running.
+        call: That block's arguments by name, without the hidden states.
+        asked: The image session's question that this prompt is; ``None`` outside a session.
+        wide: Whether a predictor will read patches and text: ``hidden`` is then converted to float32 once for both.
+    """
+
+    hidden: Tensor
+    layout: VisualLayout
+    config: SCRConfig
+    decoder: Decoder
+    call: Mapping[str, Any]
+    asked: Question | None = None
+    wide: bool = False
+    _gathered: dict[int, Tensor] = field(default_factory=dict[int, Tensor], init=False, repr=False)
+
+    @functools.cached_property
+    def _read(self) -> Tensor:
+        """[B, S, d] what states and questions are read from."""
+        return self.hidden.float() if self.wide else self.hidden
+
+    def states(self, group: ImageGroup) -> Tensor:
+        """[I, N, d] states of a group's patches, gathered once; float32 if ``wide``."""
+        first = group.images[0]
+        if first not in self._gathered:
+            self._gathered[first] = self._read.reshape(-1, self.hidden.shape[-1])[group.positions]
+        return self._gathered[first]
+
+    def question(self, group: ImageGroup) -> Tensor:
+        """[I, d] float32 mean state of the text that asks about each image."""
+        rows = self._read[:, -self.layout.text_rows :].float()  # [B, T, d]
+        own = rows.expand(len(group.images), -1, -1) if len(rows) == 1 else rows[group.rows]
+        return torch.bmm(group.text_weights[:, None, :], own).squeeze(1)
+
+    def diagnose(self, rows: list[int] | None = None) -> list[Tensor]:
+        """Runs the blocks behind ``state_layer``, up to the last attention layer, and returns the attention maps.
+
+        The run has no cache and is left inside the last attention, so that its block's MLP and all later blocks
+        cost nothing. Blocks are entered through ``forward``: the hooks of the running pass don't see it.
+
+        Args:
+            rows: Batch rows to run; ``None`` for all.
+
+        Returns:
+            Per group, [I, N] float32: attention from text to patches, averaged over text rows, heads and
+            ``attention_layers`` (arXiv 2602.22469). Images in other rows get meaningless values.
+
+        Raises:
+            UnsupportedModelError: If the blocks' masks differ, or their attention was changed after attaching.
+        """
+        self._check_masks()
+        call, index = self._diagnostic_call(rows)
+        rows = None if index is None else rows
+        hidden = self.hidden if index is None else self.hidden[index]
+        run = NestedRun(hidden, call, AttentionRows(self.config.attention_layers, self.layout.text_rows))
+        if self.asked is not None and self.decoder.family.tap is None:
+            run = self.asked.enter(run, rows, len(self.hidden))
+        self._run_blocks(run, index)
+        if run.captured.total is None:
+            raise self._nothing_captured()
+        return self._maps(run.finish(run.captured.total), rows)
+
+    def _check_masks(self) -> None:
+        """The run has one block's mask for all blocks, so that they have to be of one kind."""
+        start, last = self.config.state_layer, self.config.attention_layers[1]
+        attention = getattr(self.decoder.blocks[0], "self_attn", None)
+        kinds: list[str] = getattr(getattr(attention, "config", None), "layer_types", None) or []
+        if len(set(kinds[start : last + 1])) > 1:
+            raise UnsupportedModelError(
+                f"blocks {start}-{last} mix attention of different reach ({sorted(set(kinds))}); the diagnostic run "
+                "knows the mask of one. Use mode='one-pass' or 'uniform'."
+            )
+
+    def _diagnostic_call(self, rows: list[int] | None) -> tuple[dict[str, Any], Tensor | None]:
+        """The block's arguments for some batch rows, without its cache; and [b] which, ``None`` for all.
+
+        All rows are taken where an argument's batch dimension is unknown: slower, and as exact.
+        """
+        call = dict(self.call)
+        call |= {key: None for key in ("past_key_values", "past_key_value") if key in call}
+        call |= {key: False for key in ("use_cache", "output_attentions") if key in call}
+        mask = call.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            # A static cache brings columns for later tokens.
+            call["attention_mask"] = mask[..., : self.hidden.shape[1]]
+        if rows is None:
+            return call, None
+        index = torch.tensor(rows).to(self.hidden.device, non_blocking=True)
+        try:
+            return {key: select_rows(key, value, index, len(self.hidden)) for key, value in call.items()}, index
+        except UnknownBatchDimension:
+            return call, None
+
+    def _run_blocks(self, run: NestedRun, index: Tensor | None) -> None:
+        """Enters the blocks with ``run`` for the batch rows ``index``; fills ``run.captured``."""
+        start, family = self.config.state_layer, self.decoder.family
+        add = family.between_blocks(self.decoder.call) if family.between_blocks is not None else None
+
+        def enter() -> None:
+            hidden = run.hidden
+            for layer, block in enumerate(list(self.decoder.blocks)[start:], start):
+                if layer > start:
+                    hidden = residual_stream(block.forward(hidden, **run.kwargs))
+                if add is not None:
+                    hidden = add(layer, hidden, index)
+
+        with ExitStack() as stack:
+            if family.tap is None:
+                run.kwargs["scr_rows"] = run.captured
+            else:
+                for layer, block in enumerate(self.decoder.blocks):
+                    stack.callback(family.tap(block, layer, run.captured))
+            # An empty context: transformers collects output_attentions through a context variable, and the
+            # diagnostic's own must not be among them.
+            with suppress(MapComplete):
+                Context().run(enter)
+
+    def _nothing_captured(self) -> UnsupportedModelError:
+        """``check_depth`` has seen that the layers exist, so their attention was not the one that is read."""
+        if self.decoder.family.tap is not None:
+            return UnsupportedModelError(
+                "the blocks' attention did not pass where its q and k are read (a fused kernel?); load the model "
+                "with its plain attention, or use mode='one-pass' or 'uniform'"
+            )
+        block: Any = self.decoder.blocks[0]
+        return UnsupportedModelError(
+            f"the attention implementation was changed to {block.self_attn.config._attn_implementation!r} while SCR "
+            "was attached; detach, change it, and attach again"
+        )
+
+    def _maps(self, total: Tensor, rows: list[int] | None) -> list[Tensor]:
+        """Per group [I, N]: the patches' share of [b, T, S] attention that was summed over layers."""
+        batch, length, _ = self.hidden.shape
+        first, last = self.config.attention_layers
+        place = None
+        if rows is not None:
+            place = torch.zeros(batch, dtype=torch.long)
+            place[rows] = torch.arange(len(rows))
+            place = place.to(self.hidden.device, non_blocking=True)
+        maps: list[Tensor] = []
+        for group in self.layout.groups:
+            source = group.rows if place is None else place[group.rows]
+            columns = torch.bmm(group.text_weights[:, None, :], total[source]).squeeze(1)  # [I, S]
+            maps.append(columns.gather(1, group.positions % length) / (last - first + 1))
+        return maps
+
+
+class UnknownBatchDimension(Exception):  # noqa: N818 - a signal, not an error
+    """An argument of a block whose batch dimension is not in the table."""
+
+
+def select_rows(name: str, value: Any, index: Tensor, batch: int) -> Any:
+    """Takes batch rows out of one argument of a block.
+
+    Args:
+        name: The argument's name.
+        value: Its value: tensors, and lists and tuples of them, may hold rows.
+        index: [b] int64, the rows.
+        batch: Batch rows of the pass.
+
+    Raises:
+        UnknownBatchDimension: If the argument's batch dimension is unknown.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        items = [select_rows(name, item, index, batch) for item in value]  # pyright: ignore[reportUnknownVariableType]
+        return tuple(items) if isinstance(value, tuple) else items
+    dimension = BATCH_DIMENSION.get(name)
+    if dimension is None or not isinstance(value, Tensor):
+        raise UnknownBatchDimension
+    if value.ndim < -dimension or value.shape[dimension] == 1:
+        return value  # the same for all rows
+    if value.shape[dimension] != batch:
+        raise UnknownBatchDimension
+    return value.index_select(dimension, index)
