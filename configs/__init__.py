@@ -1,35 +1,20 @@
-"""Settings of the project: dataclasses (schema.py), their values (YAML), how the two are joined (load.py).
+"""Settings of the project: models (schema.py), their values (YAML), how the two are joined (load.py), grids (grid.py).
 
-Grids of settings are sweep.py's. Only entry points import this package; every class behind them takes plain values.
-Nothing here imports torch.
+The sections are the settings objects of the rooms; nothing here imports torch.
 """
 
-from configs.load import ConfigError, fingerprint, help_text, load_config, parse_cli, read_config, save_config
-from configs.schema import (
-    DataConfig,
-    EvaluationConfig,
-    HarvestConfig,
-    ModelConfig,
-    Paths,
-    PredictorSection,
-    Problem,
-    SCRSection,
-    TrackingConfig,
-    TrainConfig,
-    TrainerConfig,
-    WorldConfig,
-)
-from configs.sweep import Child, Sweep, load_sweep, parse_sweep
+from configs.grid import Child, Sweep, load_sweep, parse_sweep
+from configs.load import digest, help_text, load_config, parse_cli, read_config, save_config
+from configs.paths import Paths
+from configs.problems import ConfigError, Problem
+from configs.schema import DataConfig, ModelConfig, SCRSection, TrackingConfig, TrainConfig, TrainerConfig, WorldConfig
 
 __all__ = [
     "Child",
     "ConfigError",
     "DataConfig",
-    "EvaluationConfig",
-    "HarvestConfig",
     "ModelConfig",
     "Paths",
-    "PredictorSection",
     "Problem",
     "SCRSection",
     "Sweep",
@@ -37,7 +22,7 @@ __all__ = [
     "TrainConfig",
     "TrainerConfig",
     "WorldConfig",
-    "fingerprint",
+    "digest",
     "help_text",
     "load_config",
     "load_sweep",

@@ -1,4 +1,4 @@
-"""Sweeps: several values for a key on the command line are a grid, and every point of it is a configuration.
+"""Grids: several values for a key on the command line make a sweep, and every point of it is a configuration.
 
 ``predictor.loss=kl,bce seed=0,1`` gives four children, ``predictor=default,paper`` two. Commas inside brackets and
 quotes belong to the value. All children are checked before the first one starts.
@@ -6,7 +6,6 @@ quotes belong to the value. All children are checked before the first one starts
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 import typing
@@ -14,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.load import COMMAND_LINE, CONFIGS, ConfigError, compose, fingerprint, run_cli, split_values
-from configs.schema import Problem, TrainConfig
+from configs.load import CONFIGS, KEYS, compose, digest, parse_cli, split_values
+from configs.problems import COMMAND_LINE, ConfigError, Problem
+from configs.schema import TrainConfig
 
 HELP = (
     "Several values for a key or a group, with commas and no spaces, are a sweep over all their combinations: "
     "predictor.loss=kl,bce seed=0,1,2 fits six predictors as children of one MLflow run, and the same command again "
-    "goes on where it was interrupted. Lists keep their brackets: harvest.prompts=[present,random],[caption] has two "
+    "resumes where it was interrupted. Lists keep their brackets: harvest.prompts=[present,random],[caption] has two "
     "values. A comma that belongs to a text needs quotes: tracking.experiment='\"a,b\"'."
 )
 # What a sweep can't vary: its children lie together, and it names them itself.
@@ -67,15 +67,14 @@ def short_names(keys: typing.Iterable[str]) -> dict[str, str]:
 
 def parse_sweep(argv: Sequence[str] | None, prog: str, description: str) -> Sweep:
     """Turn the command line into a sweep; help and problems end the process as `configs.load.parse_cli` does."""
-    return run_cli(load_sweep, TrainConfig, "train", argv, prog, [description, HELP])
+    return parse_cli(argv, prog, [description, HELP], load_sweep)
 
 
-def load_sweep(overrides: Sequence[str] = (), defaults: str = "train", folder: Path = CONFIGS) -> Sweep:
+def load_sweep(overrides: Sequence[str] = (), folder: Path = CONFIGS) -> Sweep:
     """Compose the configuration of every combination.
 
     Args:
         overrides: ``group=option`` and ``section.key=value``, each with one value or several.
-        defaults: Name of the YAML file with the group choices.
         folder: Where the YAML files are.
 
     Returns:
@@ -83,14 +82,14 @@ def load_sweep(overrides: Sequence[str] = (), defaults: str = "train", folder: P
         harvests of their own where settings of the harvest are swept.
 
     Raises:
-        ConfigError: With every problem of every combination, each told once.
+        ConfigError: With every problem of every combination, each reported once.
     """
     fixed, swept = [], dict[str, list[str]]()
     problems: dict[tuple[str, str, str], Problem] = {}
     for text in overrides:
         key, _, value = text.partition("=")
         values = split_values(value)
-        if len(values) == 1 or key in swept:  # composing tells what is given twice
+        if len(values) == 1 or key in swept:  # composing reports what is given twice
             fixed.append(text)
             continue
         wrong = list(_bad_values(key, values))
@@ -101,9 +100,7 @@ def load_sweep(overrides: Sequence[str] = (), defaults: str = "train", folder: P
     for point in itertools.product(*swept.values()):
         choices = dict(zip(swept, point, strict=True))
         try:
-            config, groups = compose(
-                TrainConfig, defaults, [*fixed, *(f"{key}={value}" for key, value in choices.items())], folder
-            )
+            config, groups = compose([*fixed, *(f"{key}={value}" for key, value in choices.items())], folder)
         except ConfigError as error:
             for problem in error.problems:
                 problems.setdefault((problem.key, str(problem.value), problem.reason), problem)
@@ -126,37 +123,30 @@ def _bad_values(key: str, values: list[str]) -> typing.Iterator[Problem]:
         yield Problem(key, given, "has an empty value", hint=hint, where=COMMAND_LINE)
     for value in sorted({value for value in values if value and values.count(value) > 1}):
         yield Problem(key, given, f"has the value {value} twice", hint="Keep one of the two.", where=COMMAND_LINE)
-    lists = [name for name in _list_keys() if name == key]
-    if lists and not any(value.startswith("[") for value in values):
+    if key in KEYS and KEYS[key].is_list and not any(value.startswith("[") for value in values):
         hint = f"Write {key}=[{given}]."
         legal = "[value,...], or several of these with commas between them"
         yield Problem(key, given, "is a list, and lists have brackets", legal, hint, where=COMMAND_LINE)
 
 
-def _list_keys() -> list[str]:
-    from configs.load import _walk
-
-    return [key.path for key in _walk(TrainConfig) if typing.get_origin(key.kind) is list]
-
-
 def _named(config: TrainConfig, choices: Mapping[str, str]) -> TrainConfig:
-    """Give a child its own folder: what was chosen, and a checksum of what decides its result.
+    """Name a child's own folder: what was chosen, and a checksum of what decides its result.
 
     The checksum keeps apart the children of two sweeps over the same keys that differ in what they hold fixed.
     Devices, caches and the like do not count: with others of these the same sweep goes on.
     """
-    model, data = config.model, {**dataclasses.asdict(config.data), "root": None}
-    own = fingerprint(config.deciding, config.harvest, data, [model.hub_id, model.revision, model.dtype])[:6]
-    config = dataclasses.replace(config, variant=f"{_slug(choices)}-{own}")
+    model, data = config.model, {**config.data.model_dump(), "root": None}
+    own = digest(config.result_settings, config.harvest, data, [model.hub_id, model.revision, model.dtype])[:6]
+    config = config.model_copy(update={"variant": f"{_slug(choices)}-{own}"})
     changed = {key: value for key, value in choices.items() if _decides_harvest(key)}
     if changed and config.harvest.name is None:
         name = f"{config.model.name}-{config.data.name}-{_slug(changed)}"
-        config = dataclasses.replace(config, harvest=dataclasses.replace(config.harvest, name=name))
+        config = config.model_copy(update={"harvest": config.harvest.model_copy(update={"name": name})})
     return config
 
 
 def _decides_harvest(key: str) -> bool:
-    """Tell whether two values of a key need two harvests; the groups model and data are in a harvest's name."""
+    """Whether two values of a key need two harvests; the groups model and data are in a harvest's name."""
     if key.startswith("model.scr"):
         return key in ("model.scr", "model.scr.attention_layers")
     return key.startswith(("harvest.", "data.", "model."))
@@ -171,8 +161,8 @@ def _slug(choices: Mapping[str, str]) -> str:
 def _equal_children(children: Sequence[Child]) -> typing.Iterator[Problem]:
     first: dict[str, Child] = {}
     for child in children:
-        plain = dataclasses.asdict(child.config)
+        plain = child.config.model_dump()
         del plain["variant"], plain["harvest"]["name"]
-        twin = first.setdefault(fingerprint(plain), child)
+        twin = first.setdefault(digest(plain), child)
         if twin is not child:
             yield Problem(child.label, "", f"has the same settings as {twin.label}", hint="Leave one of the two out.")

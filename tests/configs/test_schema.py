@@ -1,93 +1,121 @@
-"""The schema speaks the language of the rooms: what it calls legal is what the code there knows."""
+"""One owner of each value: what the sections call legal, and their defaults, are what the rooms' code knows."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
 
-from configs import ConfigError, TrainConfig, load_config, schema
-from configs.load import CONFIGS
-from configs.schema import Rule
-from data import datamodule, questions, shards, vlm
-from predictor import fit
+from configs import ConfigError, SCRSection, TrainConfig, load_config
+from configs.load import CONFIGS, KEYS
+from data import settings
+from data.questions import PROMPT_KINDS
+from data.sample import STATES_DTYPES
+from data.settings import HarvestSettings, ReadingSettings
+from data.vlm import DTYPES
 from predictor.losses import LOSSES
+from predictor.settings import FitSettings, LossName, PredictorSettings
 from scr_runtime import PredictorConfig, SCRConfig
-from scr_runtime.families import FAMILIES
-
-
-def test_families_are_those_of_the_runtime():
-    assert set(schema.FAMILIES) == set(FAMILIES)
 
 
 def test_losses_are_those_of_the_predictor():
-    assert set(schema.LOSSES) == set(LOSSES)
+    assert set(get_args(LossName)) == set(LOSSES)
 
 
 def test_number_formats_are_those_of_the_data():
-    assert set(schema.STATES_DTYPES) == set(shards.STATES_DTYPES)
-    assert set(schema.DTYPES) == {"auto", *vlm.DTYPES}
+    assert set(get_args(settings.StatesDtype)) == set(STATES_DTYPES)
+    assert set(get_args(settings.Dtype)) == {"auto", *DTYPES}
 
 
-def test_prompts_and_caches_are_those_of_the_data():
-    assert schema.PROMPT_KINDS == questions.PROMPT_KINDS
-    assert tuple(schema.HarvestConfig().prompts) == questions.DEFAULT_MIX
-    assert schema.CACHES == datamodule.CACHES
-
-
-def test_precisions_are_those_of_the_fit():
-    assert schema.PRECISIONS == fit.PRECISIONS
+def test_prompts_are_those_of_the_data():
+    assert get_args(settings.PromptKind) == PROMPT_KINDS
 
 
 @pytest.mark.parametrize("model", sorted(path.stem for path in CONFIGS.glob("model/*.yaml")))
 def test_scr_settings_are_those_of_the_runtime(model: str):
-    section = dataclasses.asdict(load_config(TrainConfig, overrides=[f"model={model}"]).model.scr)
-    config = SCRConfig.from_dict(section)
-    assert config.to_dict() == section | {"source_fraction": None}  # K of a fit is a number
-    defaults = {field.name: field.default for field in dataclasses.fields(schema.SCRSection)}
-    for name in ("strength", "connectivity", "exclude_border", "suppress_claimed"):
-        assert defaults[name] == getattr(SCRConfig(), name)
+    config = load_config([f"model={model}"] if model == "scene-llava" else [f"model={model}", "data.root=/x"])
+    section = config.model.scr.model_dump()
+    assert config.scr == SCRConfig.from_dict(section)
+    assert config.scr.to_dict() == section
 
 
-def test_predictor_settings_are_those_of_the_runtime():
-    known = {field.name for field in dataclasses.fields(PredictorConfig)}
-    section = {field.name for field in dataclasses.fields(schema.PredictorSection)}
-    assert section - known == {"loss", "target", "target_fallback", "target_fidelity"}
-    assert known - section == {"hidden_size"}
+def test_scr_section_has_every_setting_and_default_of_the_runtime():
+    runtime = {field.name: field.default for field in dataclasses.fields(SCRConfig)}
+    assert set(SCRSection.model_fields) == set(runtime)
+    for name, field in SCRSection.model_fields.items():
+        assert field.is_required() or field.default == runtime[name], name
+
+
+def test_predictor_section_has_every_setting_and_default_of_the_runtime():
+    runtime = {field.name: field.default for field in dataclasses.fields(PredictorConfig)} | {"hidden_size": None}
+    assert set(PredictorSettings.model_fields) - set(runtime) == {
+        "loss", "target", "target_fallback", "target_fidelity",
+    }  # fmt: skip
+    assert set(runtime) - set(PredictorSettings.model_fields) == {"hidden_size"}
+    assert PredictorSettings().network(512) == PredictorConfig(512)
+
+
+def test_the_rooms_defaults_are_those_of_train():
+    config = load_config()
+    assert config.predictor == PredictorSettings()
+    assert config.trainer.model_dump() == {**FitSettings().model_dump(), **ReadingSettings().model_dump()}
+    assert config.harvest == HarvestSettings()
+
+
+def test_a_section_is_the_rooms_own_settings_object():
+    config = load_config()
+    assert isinstance(config.trainer, FitSettings) and isinstance(config.trainer, ReadingSettings)
+    assert isinstance(config.model, settings.VLMSettings) and type(config.harvest) is HarvestSettings
 
 
 @pytest.mark.parametrize(
-    ("rule", "legal", "illegal", "text"),
+    ("path", "legal"),
     [
-        (Rule(low=1), [1, 2.5, None], [0, float("nan"), float("inf")], ">= 1"),
-        (Rule(above=1, high=2), [1.1, 2], [1, 2.1], "> 1 and <= 2"),
-        (Rule(low=0, below=1), [0, 0.99], [1, -1], ">= 0 and < 1"),
-        (Rule(choices=("a", "b")), ["a", None], ["c", 1], "a | b"),
-        (Rule(), [1, "text", [1], None], [float("nan")], ""),
+        ("trainer.max_epochs", "integer, >= 1"),
+        ("model.scr.strength", "number, > 1 and <= 2"),
+        ("trainer.warmup_fraction", "number, >= 0 and < 1"),
+        ("predictor.loss", "kl | bce | mse_log | lambdarank"),
+        ("model.scr.connectivity", "8 | 4" if SCRConfig.connectivity == 4 else "4 | 8"),
+        ("harvest.batch_tokens", "integer or null, >= 1"),
+        ("harvest.prompts", "list of texts"),
+        ("tracking.register", "text or null"),
+        ("model.scr.exclude_border", "true or false"),
     ],
 )
-def test_rule(rule: Rule, legal: list, illegal: list, text: str):
-    assert all(rule.admits(value) for value in legal)
-    assert not any(rule.admits(value) for value in illegal)
-    assert str(rule) == text
+def test_legal_values_are_read_off_the_models(path: str, legal: str):
+    assert KEYS[path].legal == legal
 
 
 def test_workers_are_rays():
     with pytest.raises(ConfigError) as caught:
-        load_config(TrainConfig, overrides=["harvest.workers=8", "harvest.gpus_per_worker=1"])
+        load_config(["harvest.workers=8", "harvest.gpus_per_worker=1"])
     assert [problem.key for problem in caught.value.problems] == ["harvest.workers", "harvest.gpus_per_worker"]
     assert "needs harvest.engine=ray" in str(caught.value) and "torchrun" in str(caught.value)
-    config = load_config(TrainConfig, overrides=["harvest.engine=ray", "harvest.workers=8"])
+    config = load_config(["harvest.engine=ray", "harvest.workers=8"])
     assert (config.harvest.workers, config.harvest.gpus_per_worker, config.harvest.max_retries) == (8, None, 2)
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason"),
+    ("given", "reason"),
     [
         (["trainer.stream_from=https://host/{shard}.tar"], "needs trainer.cache=stream"),
         (["trainer.cache=stream", "trainer.stream_from=https://host/"], "does not say where the shard's name goes"),
     ],
 )
-def test_a_source_belongs_to_a_stream_and_names_its_shards(settings: list[str], reason: str):
+def test_a_source_belongs_to_a_stream_and_names_its_shards(given: list[str], reason: str):
     with pytest.raises(ConfigError, match=f"trainer.stream_from.*{reason}"):
-        load_config(TrainConfig, overrides=settings)
-    fine = load_config(TrainConfig, overrides=["trainer.cache=stream", "trainer.stream_from=https://host/{shard}.tar"])
+        load_config(given)
+    fine = load_config(["trainer.cache=stream", "trainer.stream_from=https://host/{shard}.tar"])
     assert fine.trainer.stream_from == "https://host/{shard}.tar"
+
+
+def test_a_stream_takes_all_images_and_the_map_of_each_prompt():
+    with pytest.raises(ConfigError, match=r"trainer.train_images=100 .*a stream takes all images"):
+        load_config(["trainer.cache=stream", "trainer.train_images=100"])
+    with pytest.raises(ConfigError, match=r"trainer.cache=stream .*map of each prompt alone"):
+        load_config(["trainer.cache=stream", "predictor.target=mean"])
+
+
+def test_settings_are_frozen():
+    config: TrainConfig = load_config()
+    with pytest.raises(ValueError, match="frozen"):
+        config.harvest.samples = 3  # type: ignore[misc]
