@@ -1,9 +1,10 @@
 """Images and questions in, shards of states and attention maps out, batches for the predictor.
 
-`images`, `questions` and `vlm` are what a harvest reads, `shards` is the one place that knows the files on disk,
-`harvest` fills them and `datamodule` reads them. `jobs` knows what is planned, there and missing; `ranks` and
-`cluster` divide it among processes. Nothing is imported here: `data.datamodule` needs Lightning, `data.vlm` needs
-transformers, and neither should cost the other anything.
+A harvest reads `images`, `questions` and a model (`vlm`, `chat`). `plan` assigns images to shards, `harvester` makes
+them, `folder` knows which of them are there; `harvest` runs in one process or rank, `cluster` on Ray. `sample`,
+`shards` and `index` are the files on disk, `datamodule` and `batches` what a fit reads of them. `settings` holds what
+can be chosen. Nothing is imported here: `data.datamodule` needs Lightning, `data.vlm` needs transformers, and neither
+should cost the other anything.
 """
 
 import os

@@ -1,10 +1,10 @@
 """Ray as the engine of a harvest: actors that hold a model each, mapped over shard names, with our own writer.
 
-Ray is imported here and nowhere else, and only when it is asked for (`harvest.engine=ray`). It decides where a shard
-is made; what a shard is, and when it counts as made, is the same as everywhere (`data.jobs`). So a driver that died is
-started again like any harvest, and a harvest begun with ranks can be finished with Ray.
+Ray is imported here and nowhere else, and only for `harvest.engine=ray`. It decides where a shard is made; what a
+shard is, and when it counts as made, is the same as everywhere (`data.folder`). So a driver that died is started again
+like any harvest, and a harvest begun with ranks can be finished with Ray.
 
-Retries are counted here, not by Ray: a shard whose images kill every actor would be tried for ever.
+Retries are counted here, not by Ray, which would retry a shard whose images kill every actor for ever.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
-from data import jobs, shards
 from data.errors import (
     ClusterError,
     DataError,
@@ -27,25 +26,35 @@ from data.errors import (
     TooManyBadImagesError,
     UnfinishedHarvestError,
 )
-from data.jobs import Job, ShardPlan
+from data.folder import (
+    HarvestSummary,
+    claim,
+    difference,
+    discard_shards,
+    find_shards,
+    finish,
+    missing_shards,
+    publish,
+    shards_to_retry,
+    summarise,
+    verified_shard,
+)
+from data.harvester import Harvester
+from data.index import abbreviated
+from data.limits import check_bad_images, check_disk
+from data.log import log
+from data.plan import Job, ShardPlan
+from data.records import Sidecar
+from data.settings import HarvestSettings
 
 _WAIT_SECONDS = 1.0
-_PATIENCE_SECONDS = 60.0  # after which it is told what the cluster lacks to start a worker
+_PATIENCE_SECONDS = 60.0  # then log which resources are missing
 
-
-class MakesShards(Protocol):
-    """A `data.harvest.Harvester`."""
-
-    def harvest_shard(self, plan: ShardPlan) -> dict[str, Any]:
-        """Makes one shard and returns its sidecar."""
-        ...
-
-
-Prepare = Callable[[], tuple[Job, MakesShards]]
+Prepare = Callable[[], tuple[Job, Harvester]]
 
 
 class _Worker:
-    """Lives in a process of its own, maybe on another machine."""
+    """Lives in another process, maybe on another machine."""
 
     def __init__(self, prepare: Prepare) -> None:
         self.prepare = prepare
@@ -55,45 +64,33 @@ class _Worker:
         self.job, self.harvester = self.prepare()
         return self.job
 
-    def make(self, plan: ShardPlan, anew: bool) -> tuple[dict[str, Any], bool]:
-        """The sidecar of a shard, and whether it was there and whole already."""
+    def make(self, plan: ShardPlan, redo: bool) -> tuple[Sidecar, bool]:
+        """The sidecar of a shard, and whether it was whole already."""
         self.job.directory.mkdir(parents=True, exist_ok=True)  # with a URL, each machine may have its own
-        sidecar = None if anew else jobs.whole(self.job, plan.name)
+        sidecar = None if redo else verified_shard(self.job, plan.name)
         if sidecar is not None:
             return sidecar, True
-        jobs.give_up(self.job, [plan.name])  # until it is whole again
+        discard_shards(self.job, [plan.name])  # until it is whole again
         sidecar = self.harvester.harvest_shard(plan)
-        jobs.publish(self.job, plan.name)
+        publish(self.job, plan.name)
         return sidecar, False
 
 
-def harvest_with_ray(
-    prepare: Prepare,
-    *,
-    workers: int,
-    gpus_per_worker: float | None = None,
-    max_retries: int = 2,
-    overwrite: bool = False,
-) -> dict[str, Any]:
+def harvest_with_ray(prepare: Prepare, settings: HarvestSettings, *, overwrite: bool = False) -> HarvestSummary:
     """Harvests what is missing in a folder that all workers and this process share, or with a URL that they share.
 
     Uses the cluster that `RAY_ADDRESS` names, or the one this process is connected to, or starts one on this machine.
 
     Args:
-        prepare: makes job and harvester in each worker: `data.harvest.prepare` with its arguments. It has to be
+        prepare: makes job and harvester in each worker: `data.harvester.prepare` with its arguments. It has to be
             picklable, and give the same job everywhere.
-        workers: actors. A killed one is replaced.
-        gpus_per_worker: GPUs that each reserves; None takes 1 where the cluster has any.
-        max_retries: how often a shard is tried again after its worker died or failed. An error that says what is wrong
-            with the data (`DataError`) is not tried again.
-        overwrite: when the folder was made with other settings, remove its shards and harvest anew.
-
-    Returns:
-        As `data.harvest.harvest`.
+        settings: how many workers, their GPUs, and how often a shard is tried again after its worker died or failed.
+            A killed worker is replaced. An error in the data (`DataError`) is not tried again.
+        overwrite: when the folder was made with other settings, remove its shards and harvest again.
 
     Raises:
         ClusterError: Ray is not installed, or its workers do not start.
-        PoisonShardsError: shards that no attempt could make; all others are there.
+        PoisonShardsError: shards that no attempt could make; all others are whole.
         DataError: as `data.harvest.harvest`.
     """
     try:
@@ -109,24 +106,23 @@ def harvest_with_ray(
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # an actor without GPUs is left as it is
         ray.init(**({} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}))
     try:
-        return _Driver(ray, prepare, workers, gpus_per_worker, max_retries).run(overwrite, started)
+        return _Driver(ray, prepare, settings, overwrite).run(started)
     finally:
         if ours:
             ray.shutdown()
 
 
 class _Driver:
-    """Hands shards to idle workers, counts attempts, replaces what died."""
+    """Hands shards to idle workers, counts attempts, replaces dead workers."""
 
-    def __init__(
-        self, ray: Any, prepare: Prepare, workers: int, gpus_per_worker: float | None, max_retries: int
-    ) -> None:
+    def __init__(self, ray: Any, prepare: Prepare, settings: HarvestSettings, overwrite: bool) -> None:
         self.ray = ray
         self.prepare = prepare
-        self.workers = workers
-        self.max_retries = max_retries
+        self.workers = settings.workers
+        self.max_retries = settings.max_retries
+        self.overwrite = overwrite
         gpus = ray.cluster_resources().get("GPU", 0)
-        self.gpus = min(1, gpus) if gpus_per_worker is None else gpus_per_worker
+        self.gpus = min(1, gpus) if settings.gpus_per_worker is None else settings.gpus_per_worker
         self.actor_class = ray.remote(_Worker)
         self.starting: dict[Any, Any] = {}  # reference to its first answer -> actor
         self.running: dict[Any, tuple[Any, ShardPlan]] = {}  # reference to a sidecar -> actor, shard
@@ -136,30 +132,15 @@ class _Driver:
         self.queue: deque[ShardPlan] = deque()
         self.attempts: dict[str, int] = {}
         self.failures: dict[str, str] = {}
-        self.sidecars: dict[str, dict[str, Any]] = {}
+        self.sidecars: dict[str, Sidecar] = {}
         self.reused: list[str] = []
-        self.anew: frozenset[str] = frozenset()
+        self.redo: frozenset[str] = frozenset()
         self.progress: Any = None
 
-    def run(self, overwrite: bool, started: float) -> dict[str, Any]:
+    def run(self, started: float) -> HarvestSummary:
+        """Makes all shards; `started` is when the harvest began, in seconds of `time.perf_counter`."""
         try:
-            for _ in range(self.workers):
-                self._start_worker()
-            silent = time.monotonic()
-            while self.job is None or self.queue or self.running:
-                references = [*self.starting, *self.running]
-                assert references, "shards are left, and nobody to make them"
-                done, _ = self.ray.wait(references, num_returns=1, timeout=_WAIT_SECONDS)
-                for reference in done:
-                    silent = time.monotonic()
-                    if reference in self.starting:
-                        self._on_start(reference, overwrite)
-                    else:
-                        self._on_shard(reference)
-                self._hand_out()
-                if not self.running and time.monotonic() - silent > _PATIENCE_SECONDS:
-                    silent = time.monotonic()
-                    self._complain()
+            self._make_shards()
         finally:
             if self.progress is not None:
                 self.progress.close()
@@ -169,20 +150,39 @@ class _Driver:
         assert job is not None
         if self.failures:
             raise PoisonShardsError(self.failures, self.max_retries + 1)
-        index = jobs.finish(job)
+        index = finish(job)
         if index is None:
             raise UnfinishedHarvestError(
-                f"workers made all shards, but this process does not see {shards.few(job.missing())} in "
+                f"workers made all shards, but this process does not see {abbreviated(missing_shards(job))} in "
                 f"{job.directory}: runs_dir has to be on a file system that all of them share; or set harvest.output "
                 "to a URL."
             )
-        return {**jobs.summary(job, self.sidecars, self.reused, index), "seconds": time.perf_counter() - started}
+        return summarise(job, self.sidecars, self.reused, index, time.perf_counter() - started)
+
+    def _make_shards(self) -> None:
+        for _ in range(self.workers):
+            self._start_worker()
+        last_answer = time.monotonic()
+        while self.job is None or self.queue or self.running:
+            references = [*self.starting, *self.running]
+            assert references, "shards are left, and there is no worker to make them"
+            done, _ = self.ray.wait(references, num_returns=1, timeout=_WAIT_SECONDS)
+            for reference in done:
+                last_answer = time.monotonic()
+                if reference in self.starting:
+                    self._on_start(reference)
+                else:
+                    self._on_shard(reference)
+            self._hand_out()
+            if not self.running and time.monotonic() - last_answer > _PATIENCE_SECONDS:
+                last_answer = time.monotonic()
+                self._log_resources()
 
     def _start_worker(self) -> None:
         actor = self.actor_class.options(num_cpus=1, num_gpus=self.gpus, max_restarts=0).remote(self.prepare)
         self.starting[actor.plan.remote()] = actor
 
-    def _on_start(self, reference: Any, overwrite: bool) -> None:
+    def _on_start(self, reference: Any) -> None:
         actor = self.starting.pop(reference)
         try:
             job = self.ray.get(reference)
@@ -201,21 +201,21 @@ class _Driver:
             return
         self.failed_starts = 0
         if self.job is None:
-            self._begin(job, overwrite)
+            self._begin(job)
         elif job.settings != self.job.settings:
-            jobs.say("a worker sees another model, other data or other settings than the first one")
-            raise HarvestMismatchError(job.directory, jobs.difference(self.job.settings, job.settings))
+            log("harvest", "a worker sees another model, other data or other settings than the first one")
+            raise HarvestMismatchError(job.directory, difference(self.job.settings, job.settings))
         self.idle.append(actor)
 
-    def _begin(self, job: Job, overwrite: bool) -> None:
+    def _begin(self, job: Job) -> None:
         self.job = job
-        jobs.claim(job, overwrite)
-        self.anew = jobs.shards_to_retry(job, jobs.look(job))
-        missing = job.missing()
-        if missing or self.anew:
-            jobs.say(f"{len(job.plans) - len(missing):,} of {len(job.plans):,} shards are there, to be checked")
-            if job.output is None:  # else it is the workers' disks that count
-                jobs.check_disk(job, missing)
+        claim(job, self.overwrite)
+        self.redo = shards_to_retry(job, find_shards(job))
+        missing = missing_shards(job)
+        if missing or self.redo:
+            log("harvest", f"{len(job.plans) - len(missing):,} of {len(job.plans):,} shards are there, to be checked")
+            if job.output is None:  # else the workers' disks count
+                check_disk(job, missing)
         lacking = set(missing)  # first what has to be made, then what has to be read
         self.queue.extend(sorted(job.plans, key=lambda plan: plan.name not in lacking))
         self.progress = tqdm(total=job.images, desc=f"harvest, {self.workers} workers", unit="image")
@@ -223,7 +223,7 @@ class _Driver:
     def _hand_out(self) -> None:
         while self.queue and self.idle:
             actor, plan = self.idle.pop(), self.queue.popleft()
-            self.running[actor.make.remote(plan, plan.name in self.anew)] = (actor, plan)
+            self.running[actor.make.remote(plan, plan.name in self.redo)] = (actor, plan)
 
     def _on_shard(self, reference: Any) -> None:
         actor, plan = self.running.pop(reference)
@@ -247,22 +247,24 @@ class _Driver:
                 self.reused.append(plan.name)
             self.progress.update(len(sidecar["samples"]))
             assert self.job is not None
-            jobs.check_bad_images(self.sidecars.values(), self.job.allowed_bad)
+            check_bad_images(self.sidecars.values(), self.job.allowed_bad)
 
     def _on_failure(self, plan: ShardPlan, reason: str, final: bool) -> None:
         count = self.attempts[plan.name] = self.attempts.get(plan.name, 0) + 1
         if final or count > self.max_retries:
             self.failures[plan.name] = reason
-            jobs.say(f"shard {plan.name} is given up after {count} attempts: {reason}")
+            log("harvest", f"shard {plan.name} is skipped after {count} attempts: {reason}")
         else:
             self.queue.append(plan)  # behind the others: they are made first
-            jobs.say(f"shard {plan.name} is tried again (attempt {count + 1} of {self.max_retries + 1}): {reason}")
+            attempt = f"attempt {count + 1} of {self.max_retries + 1}"
+            log("harvest", f"shard {plan.name} is tried again ({attempt}): {reason}")
 
-    def _complain(self) -> None:
+    def _log_resources(self) -> None:
         has = {name: int(count) for name, count in self.ray.cluster_resources().items() if name in ("CPU", "GPU")}
-        jobs.say(
+        log(
+            "harvest",
             f"still waiting for a worker to start: {len(self.starting)} are asked for, each takes 1 CPU and "
-            f"{self.gpus:g} GPUs; the cluster has {has}"
+            f"{self.gpus:g} GPUs; the cluster has {has}",
         )
 
 

@@ -1,6 +1,7 @@
 """What can go wrong with images, models and shards. Each message says what to do next.
 
 DataError
+├── SettingsError            settings that contradict each other, the images, or the shards
 ├── AnnotationError          an images folder without (readable) annotations, or annotations without their images
 ├── NotEnoughImagesError     more samples asked than images exist
 ├── CorruptImageError        one image file cannot be decoded
@@ -15,7 +16,7 @@ DataError
 ├── RankError                environment variables of a launcher that contradict each other
 ├── LockTimeoutError         another process held a lock for too long
 └── ClusterError             the Ray engine: it is not installed, its workers do not start
-    └── PoisonShardsError    shards that failed on every worker that tried them; all others are there
+    └── PoisonShardsError    shards that failed on every worker that tried them; all others are whole
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class DataError(Exception):
     """Root of everything that `data` raises on purpose."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # as it stands, not through __init__, whose arguments differ: errors cross process borders
+        # as it is, not through __init__, whose arguments differ: errors cross process borders
         return _restore, (type(self), self.args, self.__dict__)
 
 
@@ -38,6 +39,10 @@ def _restore(kind: type[DataError], args: tuple[Any, ...], state: dict[str, Any]
     error.args = args
     error.__dict__.update(state)
     return error
+
+
+class SettingsError(DataError, ValueError):
+    """A setting is legal by itself, but does not fit the images, the shards, or another setting."""
 
 
 class AnnotationError(DataError):
@@ -49,7 +54,7 @@ class NotEnoughImagesError(DataError, ValueError):
 
 
 class CorruptImageError(DataError):
-    """One image file cannot be decoded: `path` is the file, `reason` what the decoder said."""
+    """One image file cannot be decoded: `path` is the file, `reason` what the decoder reported."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path} cannot be decoded: {reason}. Replace the file or remove it from the annotations.")
@@ -95,7 +100,7 @@ class HarvestMismatchError(DataError):
 
 
 class StoreError(DataError):
-    """Whatever holds the URL of `harvest.output` failed, or is of a kind that is not installed."""
+    """The file system behind the URL of `harvest.output` failed, or its package is not installed."""
 
 
 class DiskTooSmallError(DataError):
@@ -107,11 +112,11 @@ class StatesOverflowError(DataError):
 
 
 class RankError(DataError):
-    """RANK, WORLD_SIZE or SLURM_* say something impossible."""
+    """RANK, WORLD_SIZE or SLURM_* contradict each other."""
 
 
 class LockTimeoutError(DataError):
-    """A lock was not to be had in time."""
+    """A lock could not be acquired in time."""
 
 
 class ClusterError(DataError):
@@ -119,7 +124,7 @@ class ClusterError(DataError):
 
 
 class PoisonShardsError(ClusterError):
-    """Shards that no worker could make: `failures` maps each name to what its last worker ended with."""
+    """Shards that no worker could make: `failures` maps each name to the error of its last worker."""
 
     def __init__(self, failures: Mapping[str, str], attempts: int) -> None:
         lines = "".join(f"\n  {name}: {reason}" for name, reason in sorted(failures.items()))

@@ -19,8 +19,9 @@ from datasets import Dataset, Image
 from PIL.Image import Image as PILImage
 
 from data.errors import AnnotationError, CorruptImageError, LockTimeoutError, NotEnoughImagesError
-from data.ranks import exclusively
-from data.shards import canonical_json, write_atomically
+from data.index import canonical_json
+from data.locks import exclusively
+from scr_runtime.files import write_file
 
 # which key of the configuration sets the size of a split
 _SPLIT_KEYS = {
@@ -30,7 +31,7 @@ _SPLIT_KEYS = {
     "tuning": "harvest.tuning",
 }
 _INDEX_VERSION = 1
-_PARSING_SECONDS = 600.0  # that a process waits at most for another that parses the same annotations
+_PARSING_SECONDS = 600.0  # longest wait for another process that parses the same file
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ class CocoImages:
 
         Raises:
             CorruptImageError: the file is truncated or not an image.
-            OSError: the file cannot be read (gone, no permission, a failing disk). That is not the image's fault, and
-                must not be counted as a bad image.
+            OSError: the file cannot be read (gone, no permission, a failing disk). That is not a bad image, and must
+                not be counted as one.
         """
         stored = self._files[self._row[image_id]]["image"]
         # read here: when datasets opens the file itself, a failed decoding leaves it open
@@ -149,7 +150,7 @@ def read_annotations(file: Path, cache: Path | None = None) -> tuple[AnnotationI
 
     Args:
         file: `instances_*.json`.
-        cache: folder of indices, named after the checksum of the annotations; a damaged one is written anew.
+        cache: folder of indices, named after the checksum of the annotations; a damaged one is re-created.
 
     Returns:
         The index, and the sha256 of the annotations file.
@@ -167,7 +168,7 @@ def read_annotations(file: Path, cache: Path | None = None) -> tuple[AnnotationI
         try:  # of several processes that begin at once, one parses
             with exclusively(stored.with_suffix(".lock"), _PARSING_SECONDS, "reading the annotations"):
                 index = _load_index(stored) or _parse_and_store(file, stored)
-        except LockTimeoutError:  # no locks here, or a holder that hangs: work done twice does no harm
+        except LockTimeoutError:  # a file system without locks, or a holder that hangs: parsing twice does no harm
             index = _parse_and_store(file, stored)
     return index, checksum
 
@@ -176,7 +177,7 @@ def _parse_and_store(file: Path, stored: Path) -> AnnotationIndex:
     index = _parse_annotations(file)
     content = canonical_json({"version": _INDEX_VERSION, **asdict(index)})
     stored.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(stored, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    write_file(stored, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
     return index
 
 

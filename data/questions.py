@@ -4,7 +4,7 @@ A present object gives a question whose answer is yes. The absent ones are chose
 
 - `random`: any absent category;
 - `popular`: the absent categories that the most images show;
-- `adversarial`: the absent categories that stand most often beside what the image does show.
+- `adversarial`: the absent categories that most often occur together with what the image does show.
 
 Everything follows from (seed, image id) alone: no question depends on which other images are asked about.
 """
@@ -15,14 +15,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, cycle, islice
+from typing import get_args
 
+from data.errors import SettingsError
 from data.images import CocoImages, seeded_order
+from data.settings import DEFAULT_MIX, PromptKind
+from data.wording import CAPTION_PROMPT, question_text
 
 STRATEGIES = ("random", "popular", "adversarial")
-PROMPT_KINDS = ("present", *STRATEGIES, "caption")
-# as many yes as no; with two prompts per image each image gets one of both
-DEFAULT_MIX = ("present", "random", "present", "popular", "present", "adversarial")
-CAPTION_PROMPT = "Describe the image."
+PROMPT_KINDS: tuple[str, ...] = get_args(PromptKind)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Question:
         label: "yes" or "no"; None for a caption prompt.
         category: the object asked about; None for a caption prompt.
         strategy: in `pope_questions` the strategy of the whole list (as in POPE's files, where the yes questions
-            belong to a list too); in `mixed_prompts` how this prompt was chosen, one of `PROMPT_KINDS`.
+            belong to a list too); in `image_prompts` how this prompt was chosen, one of `PROMPT_KINDS`.
     """
 
     image_id: int
@@ -70,14 +71,8 @@ def count_objects(index: CocoImages, image_ids: Iterable[int] | None = None) -> 
     return counts
 
 
-def question_text(category: str) -> str:
-    """POPE's wording: `Is there a/an {category} in the image?`."""
-    article = "an" if category[0].lower() in "aeiou" else "a"
-    return f"Is there {article} {category} in the image?"
-
-
 def absent_categories(index: CocoImages, counts: ObjectCounts, image_id: int, strategy: str, seed: int) -> list[str]:
-    """The categories that an image does not show, the first to be asked about first.
+    """The categories that an image does not show, in the order in which questions are made of them.
 
     `adversarial` ranks by the number of images that show the category together with one of this image's
     categories, summed over those; `popular` by frequency. Ties go to the more frequent one, then to the seeded
@@ -146,21 +141,21 @@ def image_prompts(
     """The prompts under which one image's maps are harvested: `mix` in turn, from a seeded start.
 
     No prompt comes twice: a caption is asked for once per image, and no category is asked about twice. When an image
-    has no present (absent) category left, an absent (present) one stands in.
+    has no present (absent) category left, an absent (present) one takes its place.
+
+    Args:
+        index: images and annotations.
+        counts: tables to rank absent categories by.
+        image_id: the image.
+        prompts: how many.
+        mix: kinds of prompts.
+        seed: chooses start and categories.
 
     Raises:
-        ValueError: an unknown kind in `mix`, or more prompts than `mix` and the categories can give.
+        SettingsError: an unknown kind in `mix`, or more prompts than `mix` and the categories can give.
     """
-    unknown = sorted(set(mix) - set(PROMPT_KINDS))
-    if unknown or not mix:
-        raise ValueError(f"unknown prompt kinds {unknown or mix}: use {', '.join(PROMPT_KINDS)}")
+    check_prompts(index, prompts, mix)
     captions = "caption" in mix
-    most = captions + len(index.categories) * (set(mix) != {"caption"})
-    if not 1 <= prompts <= most:
-        raise ValueError(
-            f"harvest.prompts_per_image={prompts}: use 1 to {most}: {len(index.categories)} categories can be asked "
-            "about, and one caption asked for, each once, if harvest.prompts lists questions and caption"
-        )
     order = {kind: absent_categories(index, counts, image_id, kind, seed) for kind in STRATEGIES}
     order["present"] = seeded_order(index.present(image_id), seed, f"present:{image_id}")
     # an even start keeps yes and no alternating in the default mix
@@ -185,15 +180,18 @@ def image_prompts(
     return chosen
 
 
-def mixed_prompts(
-    index: CocoImages,
-    image_ids: Iterable[int],
-    prompts_per_image: int,
-    mix: Sequence[str] = DEFAULT_MIX,
-    seed: int = 0,
-    counts: ObjectCounts | None = None,
-) -> dict[int, list[Question]]:
-    """`image_prompts` for many images, by image id."""
-    if counts is None:
-        counts = count_objects(index)
-    return {i: image_prompts(index, counts, i, prompts_per_image, mix, seed) for i in image_ids}
+def check_prompts(index: CocoImages, prompts: int, mix: Sequence[str]) -> None:
+    """Checks that an image can have so many prompts of these kinds.
+
+    Raises:
+        SettingsError: an unknown kind in `mix`, or more prompts than `mix` and the categories can give.
+    """
+    unknown = sorted(set(mix) - set(PROMPT_KINDS))
+    if unknown or not mix:
+        raise SettingsError(f"harvest.prompts has unknown kinds {unknown or mix}: use {', '.join(PROMPT_KINDS)}")
+    most = ("caption" in mix) + len(index.categories) * (set(mix) != {"caption"})
+    if not 1 <= prompts <= most:
+        raise SettingsError(
+            f"harvest.prompts_per_image={prompts}: use 1 to {most}: {len(index.categories)} categories can be asked "
+            "about, and one caption asked for, each once, if harvest.prompts lists questions and caption"
+        )

@@ -1,24 +1,19 @@
-"""Which part of a job this process has, when a launcher started several of them; and a lock between processes.
+"""Which part of a job this process has, when a launcher started several of them.
 
-Ranks never talk to each other: rank r of n takes the shards r, r + n, r + 2n, ... of the plan. So a rank may start
-hours after the others, die, or be started again with another n: shards that are whole are kept, whoever made them.
+Ranks never exchange messages: rank r of n takes the shards r, r + n, r + 2n, ... of the plan. So a rank may start
+hours after the others, die, or be started again with another n: whole shards are kept, whichever rank made them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
-from data.errors import LockTimeoutError, RankError
+from data.errors import RankError
 
 _T = TypeVar("_T")
-_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -28,19 +23,19 @@ class Rank:
     Attributes:
         number: 0 .. size - 1.
         size: processes of the job.
-        local: number of this process on its machine, if the launcher told.
-        told_by: the environment variables that this was read from.
+        local: number of this process on its machine; None if the launcher does not set it.
+        variables: the environment variables that this was read from, for messages.
     """
 
     number: int = 0
     size: int = 1
     local: int | None = None
-    told_by: str = ""
+    variables: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.number < self.size:
             raise RankError(
-                f"rank {self.number} of {self.size} ({self.told_by or 'given'}): ranks are 0 to "
+                f"rank {self.number} of {self.size} ({self.variables or 'given'}): ranks are 0 to "
                 f"{max(0, self.size - 1)}. Correct or unset these variables."
             )
 
@@ -57,7 +52,7 @@ class Rank:
 
         Args:
             device: as configured.
-            count: CUDA devices that this process sees (a launcher may show each process its own only).
+            count: CUDA devices that this process sees (a launcher may show each process only its own).
         """
         if device not in ("auto", "cuda") or self.local is None or count == 0:
             return device
@@ -74,7 +69,7 @@ def rank_of_this_process(environment: Mapping[str, str] = os.environ) -> Rank:
     array of n tasks with m processes each is n * m ranks. Array numbers may start anywhere and have any step.
 
     Raises:
-        RankError: a variable is no number, its counterpart is missing, or a rank is out of range.
+        RankError: a variable is not a number, its counterpart is missing, or a rank is out of range.
     """
 
     def number(name: str, default: int | None = None) -> int:
@@ -103,36 +98,3 @@ def rank_of_this_process(environment: Mapping[str, str] = os.environ) -> Rank:
         index, count = index * tasks + number("SLURM_PROCID"), count * tasks
         names += ["SLURM_PROCID", "SLURM_NTASKS"]
     return Rank(index, count, local("SLURM_LOCALID"), ", ".join(names)) if names else Rank()
-
-
-@contextlib.contextmanager
-def exclusively(lock: Path, seconds: float, what: str) -> Iterator[None]:
-    """Lets one process at a time into the block; the operating system opens the lock when its holder dies.
-
-    Args:
-        lock: file that stands for the lock; made if missing, and left there.
-        seconds: how long to wait at most.
-        what: what the holder does, for the message.
-
-    Raises:
-        LockTimeoutError: another process held it all the time, or the file system knows no locks.
-    """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + seconds
-    with lock.open("a+b") as stream:
-        while True:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    raise LockTimeoutError(
-                        f"another process has been {what} for {seconds:.0f} s ({lock} is locked). Wait for it, or end "
-                        "it, and start again."
-                    ) from None
-                time.sleep(_POLL_SECONDS)
-            except OSError as error:
-                raise LockTimeoutError(
-                    f"{lock} cannot be locked ({error}): start one process alone first, for {what}."
-                ) from error
-        yield

@@ -1,35 +1,36 @@
 """The folder of a harvest at a URL: what machines without a common file system share, and what outlives them.
 
-Any URL that fsspec knows: s3://bucket/prefix (with s3fs installed), gs://, file:///..., memory://. Files are put there
-when they are whole here, a shard's tar before its sidecar and the index last, so that at the URL, too, a shard with a
-sidecar is whole. Object stores show a file when all of it is there; where that is not so (file://), checksums tell.
+Any URL that fsspec knows: s3://bucket/prefix (with s3fs installed), gs://, file:///..., memory://. Files are uploaded
+when they are whole, a shard's tar before its sidecar and the index last, so that at the URL, too, a shard with a
+sidecar is whole. Object stores show a file when all of it is there; elsewhere (file://) checksums find a cut one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
 
-from data import shards
 from data.errors import DamagedShardError, StoreError
+from data.index import parse_sidecar
+from data.records import Sidecar
+from scr_runtime.files import replace_file, temporary_path, write_file
 
-_SINGLE = 4  # so many files are looked up one by one; for more, the folder is listed
+_SINGLE = 4  # up to this many files are looked up one by one; for more, the folder is listed
 
 
 class Store:
     """Files under one URL.
 
     Args:
-        url: where; credentials and endpoints are the file system's own business (environment, its config files).
+        url: folder; credentials and endpoints come from where its file system looks (environment, config files).
 
     Raises:
-        StoreError: no such kind of URL, or its package is not installed; by each method, if the store fails.
+        StoreError: no such kind of URL, or its package is not installed; also from each method, if the store fails.
     """
 
     def __init__(self, url: str) -> None:
@@ -73,27 +74,27 @@ class Store:
             self._fs.pipe_file(self._path(name), content)
 
     def upload_shard(self, directory: Path, name: str) -> None:
-        """Puts a shard there: its tar, then its sidecar."""
+        """Uploads a shard: its tar, then its sidecar."""
         with self._failing("written"):
             self._make_folder()
             self._fs.put_file(str(directory / f"{name}.tar"), self._path(f"{name}.tar"))
         self.write(f"{name}.json", (directory / f"{name}.json").read_bytes())
 
-    def download_shard(self, directory: Path, name: str) -> dict[str, Any]:
-        """Fetches a shard; nothing under its name is here before every byte has been compared with its sidecar.
+    def download_shard(self, directory: Path, name: str) -> Sidecar:
+        """Downloads a shard; nothing has its name before every byte has been compared with its sidecar.
 
         Returns:
             The sidecar.
 
         Raises:
-            DamagedShardError: it is not what its sidecar says, or vanished.
+            DamagedShardError: it is not what its sidecar says, or it vanished.
         """
         content = self.read([f"{name}.json"]).get(f"{name}.json")
         if content is None:
             raise DamagedShardError(name, "its sidecar is missing")
-        sidecar = shards.parse_sidecar(name, content)
+        sidecar = parse_sidecar(name, content)
         target = directory / f"{name}.tar"
-        temporary = shards.temporary_of(target)
+        temporary = temporary_path(target)
         try:
             try:
                 with self._failing("read"):
@@ -102,13 +103,12 @@ class Store:
                 raise DamagedShardError(name, f"{target.name} is missing") from None
             with temporary.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
-                os.fsync(stream.fileno())
             if digest != sidecar["sha256"]:
                 raise DamagedShardError(name, f"the checksum of {target.name} is wrong")
-            os.replace(temporary, target)
+            replace_file(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-        shards.write_atomically(directory / f"{name}.json", content)
+        write_file(directory / f"{name}.json", content)
         return sidecar
 
     def remove(self, names: Sequence[str]) -> None:
@@ -133,7 +133,7 @@ class Store:
             yield
         except FileNotFoundError:
             raise
-        except Exception as error:  # each store has its own errors (credentials, network, no package for the URL)
+        except Exception as error:  # stores raise errors of many kinds (credentials, network, no package for the URL)
             raise StoreError(
                 f"harvest.output: {self.url} cannot be {verb}: {type(error).__name__}: {error}\nFinished shards are "
                 "kept in runs_dir, and uploaded when the harvest is started again."

@@ -5,10 +5,10 @@ end, sample by sample as the sidecars say, from whatever webdataset's `gopen` op
 
     shards   permuted by (seed, epoch); each process has its share of them
     rows     drawn at random from a buffer of samples
-    batches  of one grid each; what is left of each grid comes last
+    batches  of one grid each; the incomplete batch of each grid comes last
 
 One process sees each row once per epoch. Several see `rows // batch_size` full batches each: a process whose shards
-give more leaves the rest out, and one whose shards give less begins them again.
+give more skips the rest, and one whose shards give less begins them again.
 """
 
 from __future__ import annotations
@@ -27,63 +27,70 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 
-from data.errors import DamagedShardError
-from data.shards import Sample, read_index, read_sidecar
+from data.batches import BEGINNING, Batch, Grid, Start, as_batch, epoch_generator, stack_rows
+from data.errors import DamagedShardError, SettingsError
+from data.index import read_index, read_sidecar
+from data.ranks import Rank
+from data.records import Entry
+from data.sample import Sample
+from data.settings import ReadingSettings
 
 _CHUNK = 1 << 20
 Row = tuple[Sample, int]  # a sample as stored, and the number of one of its prompts
 
 
-class StreamedRows:
-    """Shuffled batches of the train split, as lists of (sample, number of its prompt) on one grid.
-
-    The order depends on seed, epoch, buffer and the number of processes alone.
+class StreamedBatches:
+    """Shuffled batches of the train split; their order depends on seed, epoch, buffer and processes alone.
 
     Args:
         directory: folder with the harvest's index and the sidecars.
-        batch_size: rows per batch, of all processes together.
+        settings: rows per batch, of all processes together; where the tars are; processes that read them.
         seed: of the order.
         buffer: samples among which the next row is drawn.
-        source: where tars are, with `{shard}` for a shard's name; None: in the directory.
-        num_workers: processes that read tars.
-        rank: this process's number.
-        ranks: processes of the fit.
-        start: epoch to begin with, and how many of its batches to leave out; they are read all the same.
+        rank: this process among those of the fit.
+        start: where an interrupted fit resumes; the batches that are skipped are read all the same.
 
     Raises:
-        ValueError: fewer shards than processes.
+        SettingsError: fewer shards than processes.
         DamagedShardError: while reading, if a shard is cut or lacks samples.
     """
 
     def __init__(
         self,
         directory: Path,
-        batch_size: int,
+        settings: ReadingSettings,
+        *,
         seed: int = 0,
         buffer: int = 256,
-        source: str | None = None,
-        num_workers: int = 0,
-        rank: int = 0,
-        ranks: int = 1,
-        start: tuple[int, int] = (0, 0),
+        rank: Rank | None = None,
+        start: Start = BEGINNING,
     ) -> None:
+        self._rank = rank or Rank()
+        ranks = self._rank.size
         names = [shard["name"] for shard in read_index(directory)["shards"] if shard["split"] == "train"]
         if len(names) < ranks:
-            raise ValueError(f"{directory} has {len(names)} train shards for {ranks} processes: lower trainer.devices")
-        self._entries: dict[str, list[dict[str, Any]]] = {}
-        rows: Counter[tuple[int, int]] = Counter()
+            raise SettingsError(
+                f"{directory} has {len(names)} train shards for {ranks} processes: lower trainer.devices"
+            )
+        self._entries: dict[str, list[Entry]] = {}
+        rows: Counter[Grid] = Counter()
         for name in names:
             self._entries[name] = read_sidecar(directory, name)["samples"]
             for entry in self._entries[name]:
                 rows[entry["grid"][0], entry["grid"][1]] += entry["prompts"]
-        self._source = source or f"{directory}/{{shard}}.tar"
-        self._size = -(-batch_size // ranks)
-        self._seed, self._buffer, self._workers = seed, buffer, num_workers
-        self._rank, self._ranks = rank, ranks
+        self._source = settings.stream_from or f"{directory}/{{shard}}.tar"
+        self._workers = settings.num_workers
+        self._size = -(-settings.batch_size // ranks)
+        self._seed, self._buffer = seed, buffer
         self._start = start
-        self._epoch = start[0]
-        whole = sum(-(-count // batch_size) for count in rows.values())
-        self._length = whole if ranks == 1 else max(rows.total() // batch_size, 1)
+        self._epoch = start.epoch
+        whole = sum(-(-count // settings.batch_size) for count in rows.values())
+        self._length = whole if ranks == 1 else max(rows.total() // settings.batch_size, 1)
+
+    @property
+    def sampler(self) -> StreamedBatches:
+        """Itself: Lightning calls `set_epoch` of a loader's sampler."""
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next iteration."""
@@ -92,29 +99,34 @@ class StreamedRows:
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[list[Row]]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        names = list(self._entries)
-        names = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()][self._rank :: self._ranks]
-        passes = itertools.repeat(names) if self._ranks > 1 else [names]
-        rows = (row for names in passes for row in shuffled(self._rows(names), self._buffer, generator))
-        skip = self._start[1] if self._epoch == self._start[0] else 0
-        return itertools.islice(_batches(rows, self._size), skip, self._length)
+    def __iter__(self) -> Iterator[Batch]:
+        for rows in self.rows():
+            yield as_batch(stack_rows(rows), rows[0][0].grid, [sample.key for sample, _ in rows], 1.0)
 
-    def _rows(self, names: list[str]) -> Iterator[Row]:
+    def rows(self) -> Iterator[list[Row]]:
+        """The rows of each batch, before they are stacked."""
+        generator = epoch_generator(self._seed, self._epoch)
+        names = list(self._entries)
+        names = self._rank.share([names[i] for i in torch.randperm(len(names), generator=generator).tolist()])
+        passes = itertools.repeat(names) if self._rank.size > 1 else [names]
+        rows = (row for names in passes for row in shuffled(self._read(names), self._buffer, generator))
+        skip = self._start.batches if self._epoch == self._start.epoch else 0
+        return itertools.islice(_grouped(rows, self._size), skip, self._length)
+
+    def _read(self, names: list[str]) -> Iterator[Row]:
         tars = _Tars([(name, self._source.replace("{shard}", name), self._entries[name]) for name in names])
         workers = min(self._workers, len(names))
-        for sample in DataLoader(tars, batch_size=None, num_workers=workers, collate_fn=_as_it_is):
+        for sample in DataLoader(tars, batch_size=None, num_workers=workers, collate_fn=_unchanged):
             yield from ((sample, prompt) for prompt in range(len(sample.prompts)))
 
 
 class _Tars(IterableDataset[Sample]):
     """Samples of (shard, URL, entries of its sidecar) triples, divided among the workers of a loader.
 
-    The sidecar says where each sample begins and how long it is, so that nothing can be missing unnoticed.
+    The sidecar says where each sample begins and how long it is, so that a missing one is noticed.
     """
 
-    def __init__(self, shards: Sequence[tuple[str, str, list[dict[str, Any]]]]) -> None:
+    def __init__(self, shards: Sequence[tuple[str, str, list[Entry]]]) -> None:
         self._shards = shards
 
     def __iter__(self) -> Iterator[Sample]:
@@ -125,27 +137,25 @@ class _Tars(IterableDataset[Sample]):
             try:
                 yield from _samples(name, stream, entries)
             except BaseException:
-                with contextlib.suppress(OSError):  # a command that is not heard to its end fails too
+                with contextlib.suppress(OSError):  # a command whose output is not read to its end fails too
                     stream.close()
                 raise
             stream.close()
 
 
-def _samples(name: str, stream: Any, entries: list[dict[str, Any]]) -> Iterator[Sample]:
+def _samples(name: str, stream: Any, entries: list[Entry]) -> Iterator[Sample]:
     place = 0
     for entry in entries:
         members = {}
-        for ending in ("json", "safetensors"):  # the order in which they were written
-            offset, size = entry[ending]
+        for ending, (offset, size) in (("json", entry["json"]), ("safetensors", entry["safetensors"])):  # as written
             before = stream.read(offset - place)
             members[ending] = stream.read(size)
             if len(before) < offset - place or len(members[ending]) < size:
                 raise DamagedShardError(name, f"its stream ends in sample {entry['key']}")
             place = offset + size
         try:
-            tensors = safetensors.torch.load(members["safetensors"])
-            facts = json.loads(members["json"])
-            sample = Sample(**tensors, **{**facts, "grid": (facts["grid"][0], facts["grid"][1])})
+            facts, tensors = json.loads(members["json"]), safetensors.torch.load(members["safetensors"])
+            sample = Sample.from_members(facts, tensors)
         except (ValueError, TypeError, KeyError, SafetensorError) as error:
             raise DamagedShardError(name, f"sample {entry['key']} is unreadable ({error})") from error
         yield sample
@@ -153,7 +163,7 @@ def _samples(name: str, stream: Any, entries: list[dict[str, Any]]) -> Iterator[
         pass
 
 
-def _as_it_is(sample: Any) -> Any:
+def _unchanged(sample: Any) -> Any:
     return sample
 
 
@@ -176,8 +186,9 @@ def _draw(buffer: list[Row], generator: torch.Generator) -> Row:
     return buffer.pop()
 
 
-def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    waiting: dict[tuple[int, int], list[Row]] = {}
+def _grouped(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    """Lists of `size` rows that share a grid; the rest of each grid comes last."""
+    waiting: dict[Grid, list[Row]] = {}
     for row in rows:
         grid = row[0].grid
         waiting.setdefault(grid, []).append(row)

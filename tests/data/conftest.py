@@ -6,8 +6,12 @@ from typing import Any
 
 import pytest
 
+from data.folder import HarvestSummary
 from data.harvest import harvest
+from data.harvester import DiagnosticRun, prepare
 from data.images import CocoImages
+from data.ranks import Rank
+from scr_runtime import SCRConfig
 from tests.data import tiny
 
 
@@ -23,19 +27,38 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> CocoImages:
 
 
 @pytest.fixture
-def run_harvest(llava: tuple[Any, Any]) -> Callable[..., dict[str, Any]]:
-    """`harvest` of a tiny LLaVA with fake captures: 20 + 6 + 4 images in shards of 5."""
+def run_harvest(llava: tuple[Any, Any]) -> Callable[..., HarvestSummary]:
+    """Harvests with a tiny LLaVA and fake captures: 20 + 6 + 4 images in shards of 5."""
 
-    def run(directory: Path, images: CocoImages, **changes: Any) -> dict[str, Any]:
+    def run(
+        directory: Path,
+        images: CocoImages,
+        *,
+        scr: SCRConfig = tiny.CONFIG,
+        capture: DiagnosticRun = tiny.fake_capture,
+        output: str | None = None,
+        overwrite: bool = False,
+        rank: Rank | None = None,
+        **changes: Any,
+    ) -> HarvestSummary:
         model, processor = llava
-        settings: dict[str, Any] = {
-            "splits": {"train": 20, "validation": 6, "test": 4},
-            "shard_size": 5,
-            "batch_size": 4,
-            "capture": tiny.fake_capture,
-        }
-        return harvest(
-            directory, model=model, processor=processor, config=tiny.CONFIG, images=images, **{**settings, **changes}
+        job, harvester = prepare(
+            directory,
+            model=model,
+            processor=processor,
+            scr=scr,
+            images=images,
+            settings=tiny.changed(**changes),
+            output=output,
+            capture=capture,
         )
+        return harvest(job, harvester, overwrite=overwrite, rank=rank)
 
     return run
+
+
+@pytest.fixture
+def undisturbed(tmp_path: Path, coco: CocoImages, run_harvest: Callable[..., HarvestSummary]) -> Path:
+    """A finished harvest."""
+    run_harvest(tmp_path / "undisturbed", coco)
+    return tmp_path / "undisturbed"

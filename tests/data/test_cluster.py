@@ -17,15 +17,20 @@ from typing import Any
 import pytest
 
 from data.cluster import harvest_with_ray
-from data.errors import ClusterError, DataError, HarvestMismatchError, PoisonShardsError
-from data.harvest import harvest
+from data.errors import ClusterError, DataError, HarvestMismatchError, PoisonShardsError, SettingsError
 from data.images import CocoImages
-from data.jobs import plan_shards
+from data.index import SPLITS
+from data.plan import plan_shards
+from data.settings import HarvestSettings
 from data.shards import ShardReader
 from tests.data import tiny, victim
-from tests.data.victim import contents
+from tests.data.tiny import contents
 
 PROJECT = Path(__file__).parents[2]
+
+
+def with_ray(workers: int = 1, max_retries: int = 2) -> HarvestSettings:
+    return HarvestSettings(engine="ray", workers=workers, max_retries=max_retries)
 
 
 def test_ray_is_not_imported_unless_it_is_asked_for():
@@ -35,10 +40,10 @@ def test_ray_is_not_imported_unless_it_is_asked_for():
     assert [node for node in ast.walk(tree) if ast.unparse(node) == "importlib.import_module('ray')"]
 
 
-def test_without_ray_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_without_ray_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ClusterError, match=r'pip install -c constraints\.txt -e "\.\[train,ray\]"'):
-        harvest_with_ray(functools.partial(victim.prepared, tmp_path, tmp_path), workers=1)
+        harvest_with_ray(functools.partial(victim.prepared, tmp_path, tmp_path), with_ray())
 
 
 def test_errors_cross_process_borders():
@@ -48,6 +53,7 @@ def test_errors_cross_process_borders():
         HarvestMismatchError(Path("there"), {"seed": (0, 1)}),
         PoisonShardsError({"train-00000": "why"}, 3),
         DataError("plain"),
+        SettingsError("both a DataError and a ValueError"),
     ):
         again = pickle.loads(pickle.dumps(error))
         assert type(again) is type(error) and str(again) == str(error) and again.__dict__ == error.__dict__
@@ -64,7 +70,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> CocoImages:
 @pytest.fixture(scope="module")
 def undisturbed(many: CocoImages, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     target = tmp_path_factory.mktemp("undisturbed")
-    harvest(**victim.arguments(many.images_dir.parent, target, seconds=0))
+    victim.run(many.images_dir.parent, target, seconds=0)
     return contents(target)
 
 
@@ -112,7 +118,7 @@ def test_actors_are_killed_poison_is_reported_and_the_driver_starts_again(
     capsys: pytest.CaptureFixture[str],
 ):
     coco, target = many.images_dir.parent, tmp_path / "shards"
-    poison = plan_shards(many.ids, victim.SPLITS, 3, 0)[5]
+    poison = plan_shards(many.ids, victim.SETTINGS)[5]
 
     # a driver that dies: its shards stay
     driver = subprocess.Popen(
@@ -132,24 +138,24 @@ def test_actors_are_killed_poison_is_reported_and_the_driver_starts_again(
     watcher = kill_the_writer_of("train-00010", target)
     with pytest.raises(PoisonShardsError) as caught:
         harvest_with_ray(
-            functools.partial(victim.prepared, coco, target, 0.05, poison.image_ids[1]), workers=2, max_retries=1
+            functools.partial(victim.prepared, coco, target, 0.05, poison.image_ids[1]), with_ray(2, max_retries=1)
         )
     assert not watcher.is_alive()
     assert caught.value.failures == {poison.name: "its worker died (ActorDiedError)"}
     out = capsys.readouterr().out
     assert "shard train-00010 is tried again (attempt 2 of 2): its worker died" in out
-    assert f"shard {poison.name} is given up after 2 attempts" in out
+    assert f"shard {poison.name} is skipped after 2 attempts" in out
     assert {file.name: file.stat().st_mtime_ns for file in target.glob("*.tar") if file.name in kept} == kept
     assert len(list(target.glob("*.tar"))) == victim.SHARDS - 1 and not (target / "index.json").exists()
     with pytest.raises(DataError, match=rf"1 of {victim.SHARDS} shards are missing: {poison.name}"):
         ShardReader(target, "train")
 
-    # with the image mended, this shard alone is made, by whichever engine
-    summary = harvest(**victim.arguments(coco, target))
-    assert summary["shards_reused"] == victim.SHARDS - 1 and summary["finished"]
+    # with the image repaired, this shard alone is made, by either engine
+    summary = victim.run(coco, target)
+    assert summary.shards_reused == victim.SHARDS - 1 and summary.finished
     assert contents(target) == undisturbed
-    keys = [key for split in victim.SPLITS for key in ShardReader(target, split).keys]
-    assert len(keys) == len(set(keys)) == sum(victim.SPLITS.values())
+    keys = [key for split in SPLITS for key in ShardReader(target, split).keys]
+    assert len(keys) == len(set(keys)) == victim.SETTINGS.images
 
 
 @pytest.mark.slow
@@ -157,17 +163,17 @@ def test_actors_are_killed_poison_is_reported_and_the_driver_starts_again(
 @pytest.mark.filterwarnings("ignore")
 def test_actors_that_share_a_url_alone(tmp_path: Path, many: CocoImages, undisturbed: dict[str, bytes], cluster: str):
     coco, machines, url = many.images_dir.parent, tmp_path / "machines", f"file://{tmp_path}/bucket"
-    summary = harvest_with_ray(functools.partial(victim.prepared_apart, coco, machines, url), workers=2)
-    assert summary["finished"] and summary["shards"] == victim.SHARDS
+    summary = harvest_with_ray(functools.partial(victim.prepared_apart, coco, machines, url), with_ray(2))
+    assert summary.finished and summary.shards == victim.SHARDS
     assert contents(tmp_path / "bucket") == undisturbed
     made = [{file.name for file in machine.glob("*.tar")} for machine in machines.iterdir()]
     assert sum(map(len, made)) == len(set().union(*made)) == victim.SHARDS  # none twice; a late actor may make none
     assert not any((machine / "index.json").exists() for machine in machines.iterdir())
-    fetched = harvest(**victim.arguments(coco, tmp_path / "training"), output=url)
-    assert fetched["shards_reused"] == victim.SHARDS and contents(tmp_path / "training") == undisturbed
+    fetched = victim.run(coco, tmp_path / "training", output=url)
+    assert fetched.shards_reused == victim.SHARDS and contents(tmp_path / "training") == undisturbed
 
 
-def refuse(coco: Path, target: Path) -> Any:
+def broken(coco: Path, target: Path) -> Any:
     raise RuntimeError("no such device")
 
 
@@ -176,14 +182,14 @@ def refuse(coco: Path, target: Path) -> Any:
 @pytest.mark.filterwarnings("ignore")
 def test_workers_that_do_not_start_end_the_job(tmp_path: Path, many: CocoImages, cluster: str):
     with pytest.raises(ClusterError, match=r"workers do not start \(1 in a row failed\).*no such device"):
-        harvest_with_ray(functools.partial(refuse, tmp_path, tmp_path), workers=1, max_retries=0)
+        harvest_with_ray(functools.partial(broken, tmp_path, tmp_path), with_ray(max_retries=0))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_with_ray(tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]):
-    from data.harvest import main
+    from pipeline.harvest import main
 
     images = tiny.write_coco(tmp_path / "coco", 12)
     for part in tiny.build_llava():  # not the shared one: saving changes a model's config

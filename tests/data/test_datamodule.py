@@ -1,31 +1,30 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from data.datamodule import GridBatches, Part, ShardDataModule
-from data.errors import UnfinishedHarvestError
+from data.datamodule import ShardDataModule
+from data.errors import SettingsError, UnfinishedHarvestError
+from data.folder import HarvestSummary
 from data.images import CocoImages
-from data.shards import ShardReader, ShardWriter, write_index
+from data.index import write_index
+from data.settings import Cache, ReadingSettings
+from data.shards import ShardReader, ShardWriter
 from tests.data import tiny
-from tests.data.test_shards import make_sample
-
-
-@pytest.fixture
-def harvested(tmp_path: Path, coco: CocoImages, run_harvest: Callable[..., dict[str, Any]]) -> Path:
-    run_harvest(tmp_path / "shards", coco)
-    return tmp_path / "shards"
+from tests.data.tiny import make_sample
 
 
 @pytest.mark.parametrize("memory_limit", [None, 0])
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_rows_are_what_was_written(harvested: Path, split: str, memory_limit: int | None):
-    module = ShardDataModule(harvested, batch_size=7, memory_limit=memory_limit)
-    written = {(s.key, p): s for s in ShardReader(harvested, split) for p in range(2)}
+def test_rows_are_what_was_written(undisturbed: Path, split: str, memory_limit: int | None):
+    module = ShardDataModule(undisturbed, ReadingSettings(batch_size=7), memory_limit=memory_limit)
+    written = {(s.key, p): s for s in ShardReader(undisturbed, split) for p in range(2)}
     seen = []
     for batch in module.loader(split, shuffle=split == "train"):
         assert batch["states"].dtype == batch["question"].dtype == torch.float16
@@ -41,23 +40,24 @@ def test_rows_are_what_was_written(harvested: Path, split: str, memory_limit: in
     assert sorted(seen) == sorted(written)
 
 
-def test_memory_and_maps_give_the_same_batches_and_tell_which_it_is(
-    harvested: Path, capsys: pytest.CaptureFixture[str]
+def test_memory_and_maps_give_the_same_batches_and_log_which_it_is(
+    undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ):
-    cached, mapped = ShardDataModule(harvested, seed=5), ShardDataModule(harvested, seed=5, memory_limit=1000)
+    cached, mapped = ShardDataModule(undisturbed, seed=5), ShardDataModule(undisturbed, seed=5, memory_limit=1000)
     assert cached.in_memory and not mapped.in_memory
-    said = capsys.readouterr().out
-    assert "kept in memory: 0.1 MB are within" in said and "memory maps: 0.1 MB are over the limit of 0 MB" in said
+    logged = capsys.readouterr().out
+    assert "kept in memory: 0.1 MB are within" in logged
+    assert "memory maps: 0.1 MB are over the limit of 0 MB" in logged
     for one, other in zip(cached.train_dataloader(), mapped.train_dataloader(), strict=True):
         assert torch.equal(one["states"], other["states"]) and one["key"] == other["key"]
 
 
 @pytest.mark.parametrize("cache", ["memory", "none"])
 def test_int8_states_reach_the_batch_as_float32(
-    tmp_path: Path, coco: CocoImages, run_harvest: Callable[..., dict[str, Any]], cache: str
+    tmp_path: Path, coco: CocoImages, run_harvest: Callable[..., HarvestSummary], cache: Cache
 ):
     run_harvest(tmp_path, coco, states_dtype="int8")
-    module = ShardDataModule(tmp_path, cache=cache)
+    module = ShardDataModule(tmp_path, ReadingSettings(cache=cache))
     assert module.in_memory == (cache == "memory")
     states = torch.stack([sample.states for sample in ShardReader(tmp_path, "test") for _ in range(2)])
     [batch] = module.test_dataloader()
@@ -65,12 +65,10 @@ def test_int8_states_reach_the_batch_as_float32(
     assert batch["question"].dtype == torch.float32
 
 
-def test_the_cache_can_be_chosen(harvested: Path, capsys: pytest.CaptureFixture[str]):
-    assert ShardDataModule(harvested, cache="memory", memory_limit=0).in_memory
-    assert not ShardDataModule(harvested, cache="none").in_memory
+def test_the_cache_can_be_chosen(undisturbed: Path, capsys: pytest.CaptureFixture[str]):
+    assert ShardDataModule(undisturbed, ReadingSettings(cache="memory"), memory_limit=0).in_memory
+    assert not ShardDataModule(undisturbed, ReadingSettings(cache="none")).in_memory
     assert "read through memory maps: trainer.cache=none" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"trainer\.cache='gpu': use auto, device, memory, none, stream"):
-        ShardDataModule(harvested, cache="gpu")
 
 
 class _Strategy:
@@ -82,14 +80,14 @@ class _Strategy:
     ("cache", "free", "kept"), [("auto", 10**9, True), ("auto", 1000, False), ("device", 0, True)]
 )
 def test_rows_of_a_fit_live_on_its_device_and_go_with_it(
-    harvested: Path,
+    undisturbed: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    cache: str,
+    cache: Cache,
     free: int,
     kept: bool,
 ):
-    module = ShardDataModule(harvested, cache=cache)
+    module = ShardDataModule(undisturbed, ReadingSettings(cache=cache))
     monkeypatch.setattr(module, "trainer", type("Trainer", (), {"strategy": _Strategy("cuda:0"), "num_devices": 1})())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 10**10))
     monkeypatch.setattr(module, "rows", lambda split, device=None: places.append((split, device)))
@@ -104,20 +102,20 @@ def test_rows_of_a_fit_live_on_its_device_and_go_with_it(
 
 
 def test_a_fit_on_the_cpu_keeps_the_rows_in_its_memory(
-    harvested: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    module = ShardDataModule(harvested, cache="device")
+    module = ShardDataModule(undisturbed, ReadingSettings(cache="device"))
     monkeypatch.setattr(module, "trainer", type("Trainer", (), {"strategy": _Strategy("cpu"), "num_devices": 1})())
     module.setup("fit")
-    assert module._device is None and "that is its memory" in capsys.readouterr().out
+    assert module._device is None and "shards are kept in its memory" in capsys.readouterr().out
     assert next(iter(module.train_dataloader()))["states"].device.type == "cpu"
 
 
 @pytest.mark.parametrize(("devices", "limit", "kept"), [(1, 400_000, True), (2, 400_000, True), (8, 400_000, False)])
 def test_auto_counts_what_all_processes_of_a_fit_would_keep(
-    harvested: Path, monkeypatch: pytest.MonkeyPatch, devices: int, limit: int, kept: bool
+    undisturbed: Path, monkeypatch: pytest.MonkeyPatch, devices: int, limit: int, kept: bool
 ):
-    module = ShardDataModule(harvested, memory_limit=limit)
+    module = ShardDataModule(undisturbed, memory_limit=limit)
     assert module.in_memory and 2 * module.bytes <= limit < 8 * module.bytes
     trainer = type("Trainer", (), {"strategy": _Strategy("cpu"), "num_devices": devices})()
     monkeypatch.setattr(module, "trainer", trainer)
@@ -125,67 +123,20 @@ def test_auto_counts_what_all_processes_of_a_fit_would_keep(
     assert module.in_memory == kept
 
 
-def test_workers_read_the_same_rows(harvested: Path):
-    alone, helped = (ShardDataModule(harvested, num_workers=n, memory_limit=0) for n in (0, 1))
+def test_workers_read_the_same_rows(undisturbed: Path):
+    alone, helped = (ShardDataModule(undisturbed, ReadingSettings(num_workers=n), memory_limit=0) for n in (0, 1))
     keys = [[batch["key"] for batch in module.val_dataloader()] for module in (alone, helped)]
     assert keys[0] == keys[1]
-
-
-def test_shuffle_is_a_new_permutation_per_epoch_and_the_same_per_seed():
-    def epoch(seed: int, number: int) -> list[Sequence[int]]:
-        sampler = GridBatches([(2, 2)] * 50, 8, shuffle=True, seed=seed)
-        sampler.set_epoch(number)
-        return [part.numbers for part in sampler]
-
-    assert epoch(0, 3) == epoch(0, 3)
-    assert epoch(0, 3) != epoch(0, 4) and epoch(0, 3) != epoch(1, 3)
-    assert sorted(row for batch in epoch(0, 3) for row in batch) == list(range(50))
-    assert len(GridBatches([(2, 2)] * 50, 8, shuffle=True)) == len(epoch(0, 0)) == 7
-
-
-MIXED = [(2, 2), (3, 2), (2, 2), (2, 3), (3, 2)] * 7 + [(4, 4)]  # one batch has a single row
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_share_the_batches_of_one_process(ranks: int):
-    whole = list(GridBatches(MIXED, 4, shuffle=True, seed=1))
-    shares = [list(GridBatches(MIXED, 4, shuffle=True, seed=1, rank=rank, ranks=ranks)) for rank in range(ranks)]
-    assert [len(share) for share in shares] == [len(whole)] * ranks
-    for batch, *parts in zip(whole, *shares, strict=True):
-        counted = [row for part in parts if part.weight for row in part.numbers]
-        assert sorted(counted) == sorted(batch.numbers)
-        assert all(part.numbers for part in parts)
-        # the mean over ranks of (weight x mean over own rows) is the mean over the batch's rows
-        mean = sum(part.weight * sum(part.numbers) / len(part.numbers) for part in parts) / ranks
-        assert mean == pytest.approx(sum(batch.numbers) / len(batch.numbers))
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_in_order_each_row_belongs_to_one_rank(ranks: int):
-    samplers = [GridBatches(MIXED, 4, shuffle=False, rank=rank, ranks=ranks) for rank in range(ranks)]
-    parts = [part for sampler in samplers for part in sampler]
-    assert all(part.weight == 1 and len({MIXED[row] for row in part.numbers}) == 1 for part in parts)
-    assert sorted(row for part in parts for row in part.numbers) == list(range(len(MIXED)))
-    assert [len(list(sampler)) for sampler in samplers] == [len(sampler) for sampler in samplers]
-
-
-def test_an_epoch_can_begin_in_its_middle():
-    whole = GridBatches(MIXED, 4, shuffle=True, seed=1)
-    whole.set_epoch(3)
-    cut = GridBatches(MIXED, 4, shuffle=True, seed=1, start=(3, 5))
-    assert list(cut) == list(whole)[5:] and len(cut) == len(whole)
-    for sampler in (whole, cut):
-        sampler.set_epoch(4)
-    assert list(cut) == list(whole)
 
 
 def test_grids_of_any_order_are_gathered_from_memory_as_from_disk(tmp_path: Path):
     with ShardWriter(tmp_path, "train-00000", "settings") as writer:
         for number in range(9):
             sample = make_sample(number, prompts=1 + number % 3)
-            writer.write(type(sample)(**{**sample.__dict__, "grid": (3, 2) if number % 2 else (2, 3)}))
+            writer.write(replace(sample, grid=(3, 2) if number % 2 else (2, 3)))
     write_index(tmp_path, {"train": ["train-00000"]}, {}, {})
-    held, mapped = (ShardDataModule(tmp_path, batch_size=4, cache=cache) for cache in ("memory", "none"))
+    caches: tuple[Cache, ...] = ("memory", "none")
+    held, mapped = (ShardDataModule(tmp_path, ReadingSettings(batch_size=4, cache=cache)) for cache in caches)
     pairs = list(zip(held.train_dataloader(), mapped.train_dataloader(), strict=True))
     assert sum(len(batch["key"]) for batch, _ in pairs) == 18
     for one, other in pairs:
@@ -193,71 +144,82 @@ def test_grids_of_any_order_are_gathered_from_memory_as_from_disk(tmp_path: Path
         assert all(torch.equal(one[name], other[name]) for name in ("states", "attention", "question"))
 
 
-def test_batches_never_mix_grids():
-    grids = MIXED[:20]
-    sampler = GridBatches(grids, 3, shuffle=True)
-    batches = [part.numbers for part in sampler]
-    assert all(len({grids[row] for row in batch}) == 1 for batch in batches)
-    assert sorted(row for batch in batches for row in batch) == list(range(20)) and len(batches) == len(sampler)
-
-
 @pytest.mark.parametrize("cache", ["memory", "none"])
-def test_a_fit_may_see_the_first_images_only(harvested: Path, cache: str):
-    module = ShardDataModule(harvested, batch_size=4, cache=cache, train_images=3)
-    keys = ShardReader(harvested, "train").keys
-    assert module.count("train") == 6 and module.count("test") == 2 * len(ShardReader(harvested, "test"))
+def test_a_fit_may_see_the_first_images_only(undisturbed: Path, cache: Cache):
+    module = ShardDataModule(undisturbed, ReadingSettings(batch_size=4, cache=cache, train_images=3))
+    whole = ShardDataModule(undisturbed, ReadingSettings(batch_size=4))
+    keys = ShardReader(undisturbed, "train").keys
+    assert module.count("train") == 6 and module.count("test") == 2 * len(ShardReader(undisturbed, "test"))
     assert {key for batch in module.train_dataloader() for key in batch["key"]} == set(keys[:3])
-    assert len(module.test_dataloader()) == len(ShardDataModule(harvested, batch_size=4).test_dataloader())
-    assert module.identity != ShardDataModule(harvested, batch_size=4).identity
-    module.choose(None, False)
-    assert {key for batch in module.train_dataloader() for key in batch["key"]} == set(keys)
+    assert len(module.test_dataloader()) == len(whole.test_dataloader())
+    assert module.identity != whole.identity
+    again = module.for_fit(ReadingSettings(batch_size=4, cache=cache), seed=0, mean_maps=False)
+    assert {key for batch in again.train_dataloader() for key in batch["key"]} == set(keys)
+    assert again.identity == whole.identity and module.count("train") == 6  # the first one keeps its choice
 
 
 @pytest.mark.parametrize("cache", ["memory", "none"])
-def test_a_fit_may_see_mean_maps_but_is_judged_by_each_prompts_own(harvested: Path, cache: str):
-    module = ShardDataModule(harvested, batch_size=4, cache=cache, mean_maps=True)
-    maps = {sample.key: sample.attention for sample in ShardReader(harvested, "train")}
+def test_a_fit_may_see_mean_maps_but_is_judged_by_each_prompts_own(undisturbed: Path, cache: Cache):
+    module = ShardDataModule(undisturbed, ReadingSettings(batch_size=4, cache=cache), mean_maps=True)
+    maps = {sample.key: sample.attention for sample in ShardReader(undisturbed, "train")}
     for batch in module.train_dataloader():
         for key, seen in zip(batch["key"], batch["attention"], strict=True):
             wanted = (maps[key][0] / maps[key][0].sum() + maps[key][1] / maps[key][1].sum()) / 2
             torch.testing.assert_close(seen, wanted)
-    plain = ShardDataModule(harvested, batch_size=4)
+    plain = ShardDataModule(undisturbed, ReadingSettings(batch_size=4))
     for one, other in zip(module.val_dataloader(), plain.val_dataloader(), strict=True):
         assert torch.equal(one["attention"], other["attention"])
     assert module.identity != plain.identity
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "mean_maps", "message"),
     [
-        ({"train_images": 0}, r"trainer\.train_images=0: .* has \d+ images"),
-        ({"train_images": 10**6}, "raise harvest.samples"),
-        ({"train_images": 2, "cache": "stream"}, "another cache"),
-        ({"mean_maps": True, "cache": "stream"}, "another cache"),
+        (
+            ReadingSettings(train_images=21),
+            False,
+            r"trainer\.train_images=21: .* has 20 images.*raise harvest\.samples",
+        ),
+        (ReadingSettings(cache="stream"), True, "another cache"),
     ],
 )
-def test_a_choice_that_cannot_be_made_is_refused(harvested: Path, settings: dict[str, Any], message: str):
-    with pytest.raises(ValueError, match=message):
-        ShardDataModule(harvested, **settings)
+def test_a_choice_that_cannot_be_made_is_rejected(
+    undisturbed: Path, settings: ReadingSettings, mean_maps: bool, message: str
+):
+    with pytest.raises(SettingsError, match=message):
+        ShardDataModule(undisturbed, settings, mean_maps=mean_maps)
+    with pytest.raises(SettingsError, match=message):
+        ShardDataModule(undisturbed).for_fit(settings, seed=0, mean_maps=mean_maps)
 
 
-def test_a_batch_of_two_grids_is_refused(tmp_path: Path):
-    with ShardWriter(tmp_path, "train-00000", "settings") as writer:
-        first = make_sample(1)
-        writer.write(first)
-        writer.write(type(first)(**{**first.__dict__, "image_id": 2, "grid": (3, 2)}))
-    write_index(tmp_path, {"train": ["train-00000"]}, {}, {})
-    module = ShardDataModule(tmp_path)
-    assert [batch["grid"] for batch in module.loader("train")] == [(2, 3), (3, 2)]
-    with pytest.raises(ValueError, match=r"rows of one grid, got \[\(2, 3\), \(3, 2\)\]"):
-        module.rows("train")[Part([0, 2])]
+def test_another_choice_shares_what_is_loaded(undisturbed: Path, capsys: pytest.CaptureFixture[str]):
+    first = ShardDataModule(undisturbed, ReadingSettings(batch_size=4))
+    capsys.readouterr()
+    second = first.for_fit(ReadingSettings(batch_size=7), seed=3, mean_maps=True)
+    assert second.rows("train") is first.rows("train") and capsys.readouterr().out == ""
+    assert (second.settings.batch_size, second.seed, second.mean_maps) == (7, 3, True)
+    assert (first.settings.batch_size, first.seed, first.mean_maps) == (4, 0, False)
+    fresh = ShardDataModule(undisturbed, ReadingSettings(batch_size=7), seed=3, mean_maps=True)
+    assert second.identity == fresh.identity
+    for one, other in zip(second.train_dataloader(), fresh.train_dataloader(), strict=True):
+        assert one["key"] == other["key"] and torch.equal(one["attention"], other["attention"])
+    first.teardown("fit")
+    assert second.rows("train") is first.rows("train")  # what lies in memory stays, and stays shared
 
 
-def test_width_and_fingerprint_are_told(harvested: Path):
-    module = ShardDataModule(harvested)
+def test_a_module_travels_to_another_process_without_its_rows(undisturbed: Path):
+    module = ShardDataModule(undisturbed, ReadingSettings(batch_size=4), seed=2)
+    keys = [batch["key"] for batch in module.train_dataloader()]
+    again: ShardDataModule = pickle.loads(pickle.dumps(module))
+    assert len(pickle.dumps(module)) < 50_000
+    assert [batch["key"] for batch in again.train_dataloader()] == keys
+
+
+def test_a_module_knows_width_and_fingerprint(undisturbed: Path):
+    module = ShardDataModule(undisturbed)
     assert module.hidden_size == tiny.WIDTH and len(module.fingerprint) == 64
 
 
-def test_an_unfinished_harvest_is_refused(tmp_path: Path):
+def test_an_unfinished_harvest_is_rejected(tmp_path: Path):
     with pytest.raises(UnfinishedHarvestError, match="no finished harvest"):
         ShardDataModule(tmp_path)

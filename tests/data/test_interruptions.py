@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 
-from data import shards
+from data import inspect
 from data.errors import DataError, DiskTooSmallError, UnfinishedHarvestError
+from data.folder import HarvestSummary
 from data.images import CocoImages, split_ids
-from data.shards import ShardReader, damaged_shards
+from data.index import SPLITS, damaged_shards, write_index
+from data.shards import ShardReader, ShardWriter
 from tests.data import tiny, victim
-from tests.data.victim import contents
+from tests.data.tiny import contents
 
-Run = Callable[..., dict[str, Any]]
+Run = Callable[..., HarvestSummary]
 PROJECT = Path(__file__).parents[2]
 
 
@@ -43,12 +45,12 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> CocoImages:
 
 
 def assert_exactly_what_was_planned(target: Path, images: CocoImages) -> None:
-    keys = [int(key) for split in victim.SPLITS for key in ShardReader(target, split).keys]
-    planned = split_ids(images.ids, victim.SPLITS, 0)
+    keys = [int(key) for split in SPLITS for key in ShardReader(target, split).keys]
+    planned = split_ids(images.ids, victim.SETTINGS.splits, 0)
     assert keys == [image_id for ids in planned.values() for image_id in ids] and len(set(keys)) == len(keys)
     assert json.loads((target / "manifest.json").read_text())["splits"] == planned
     assert contents(target) == contents(target.with_name("undisturbed"))
-    assert shards.main(["verify", str(target)]) == 0
+    assert inspect.main(["verify", str(target)]) == 0
 
 
 @pytest.mark.slow
@@ -69,7 +71,7 @@ def test_killed_while_renaming(tmp_path: Path, many: CocoImages):
 def test_killed_together_with_the_disk(tmp_path: Path, many: CocoImages):
     result = drive("vanishing", many, tmp_path / "last")
     assert result["kills"] >= 6 and result["progress"] == sorted(result["progress"]), result
-    assert result["progress"][-1] > 0 and len(set(result["progress"])) > 3, result  # each goes on from the one before
+    assert result["progress"][-1] > 0 and len(set(result["progress"])) > 3, result  # each resumes the one before
     assert_exactly_what_was_planned(tmp_path / "last", many)
     assert contents(tmp_path / "bucket") == contents(tmp_path / "last")
 
@@ -79,7 +81,7 @@ def test_killed_together_with_the_disk(tmp_path: Path, many: CocoImages):
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """400 KB of memory, as a file system of its own."""
+    """400 KB of memory, as a file system."""
     folder = tmp_path / "small"
     folder.mkdir()
     try:
@@ -100,7 +102,7 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path, small_disk: Path, coco:
     def filling(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 8:  # somebody else needs room, in the third shard
+        if calls == 8:  # another program takes the room, in the third shard
             with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as stream:
                 while True:
                     stream.write(bytes(4096))
@@ -115,7 +117,7 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path, small_disk: Path, coco:
     with pytest.raises(DiskTooSmallError, match=r"0\.0 MB are free"):
         run_harvest(target, coco)
     filler.unlink()
-    assert run_harvest(target, coco)["shards_reused"] == 2
+    assert run_harvest(target, coco).shards_reused == 2
     run_harvest(tmp_path / "undisturbed", coco)
     assert contents(target) == contents(tmp_path / "undisturbed")
 
@@ -130,7 +132,7 @@ def test_a_disk_that_is_too_small_from_the_start(small_disk: Path, coco: CocoIma
 # ---- damage
 
 
-def test_any_flipped_or_cut_byte_is_found_and_mended(tmp_path: Path, coco: CocoImages, run_harvest: Run):
+def test_any_flipped_or_cut_byte_is_found_and_repaired(tmp_path: Path, coco: CocoImages, run_harvest: Run):
     target = tmp_path / "shards"
     run_harvest(target, coco)
     intact = contents(target)
@@ -144,7 +146,7 @@ def test_any_flipped_or_cut_byte_is_found_and_mended(tmp_path: Path, coco: CocoI
         else:
             del content[position:]
         file.write_bytes(content)
-        assert shards.main(["verify", str(target)]) != 0, (name, position)
+        assert inspect.main(["verify", str(target)]) != 0, (name, position)
         if name == "index.json":
             with pytest.raises(DataError):
                 ShardReader(target, "train")
@@ -152,7 +154,7 @@ def test_any_flipped_or_cut_byte_is_found_and_mended(tmp_path: Path, coco: CocoI
         assert contents(target) == intact, (name, position)
 
 
-def test_readers_are_told_which_shards_are_missing(tmp_path: Path, coco: CocoImages, run_harvest: Run):
+def test_readers_name_the_missing_shards(tmp_path: Path, coco: CocoImages, run_harvest: Run):
     run_harvest(tmp_path, coco)
     for name in ("index.json", "train-00001.tar", "test-00000.json"):
         (tmp_path / name).unlink()
@@ -160,25 +162,25 @@ def test_readers_are_told_which_shards_are_missing(tmp_path: Path, coco: CocoIma
         ShardReader(tmp_path, "train")
     run_harvest(tmp_path, coco)
     (tmp_path / "index.json").unlink()
-    with pytest.raises(UnfinishedHarvestError, match="All 7 shards are there, but nobody has listed them"):
+    with pytest.raises(UnfinishedHarvestError, match="All 7 shards are there, but the index is not written yet"):
         ShardReader(tmp_path, "train")
 
 
 def test_a_key_in_two_shards_is_found(tmp_path: Path, coco: CocoImages, run_harvest: Run):
     run_harvest(tmp_path, coco)
-    with shards.ShardWriter(tmp_path, "train-00003", "whatever") as writer:
+    with ShardWriter(tmp_path, "train-00003", "whatever") as writer:
         for sample in list(ShardReader(tmp_path, "train"))[:5]:
             writer.write(sample)
     index = json.loads((tmp_path / "index.json").read_text())
     splits: dict[str, list[str]] = {}
     for shard in index["shards"]:
         splits.setdefault(shard["split"], []).append(shard["name"])
-    shards.write_index(tmp_path, splits, index["settings"], {})
+    write_index(tmp_path, splits, index["settings"], {})
     (problem,) = damaged_shards(tmp_path)
     assert problem.name == "train-00003" and "is in train-00000 already" in str(problem)
 
 
-def test_the_index_tells_where_the_samples_come_from(tmp_path: Path, coco: CocoImages, run_harvest: Run):
+def test_the_index_says_where_the_samples_come_from(tmp_path: Path, coco: CocoImages, run_harvest: Run):
     run_harvest(tmp_path, coco)
     index = json.loads((tmp_path / "index.json").read_text())
     assert index["settings"].keys() == {
@@ -186,11 +188,11 @@ def test_the_index_tells_where_the_samples_come_from(tmp_path: Path, coco: CocoI
         "shard_size", "states_dtype", "tuning", "seed",
     }  # fmt: skip
     assert index["settings"]["model"].keys() >= {"hub_id", "revision", "config_sha256", "weights_sha256", "dtype"}
-    told = index["provenance"]
-    assert told["scr"]["num_sources"] == tiny.CONFIG.num_sources and told["scr"]["attention_layers"] == [1, 2]
-    assert told["image_backend"] in ("pil", "torchvision") and told["device"] == "cpu"
-    assert told["libraries"].keys() >= {"python", "torch", "transformers", "pillow"}
-    # a shard of another batch size, or of another release: both are told
+    made = index["provenance"]
+    assert made["scr"]["num_sources"] == tiny.CONFIG.num_sources and made["scr"]["attention_layers"] == [1, 2]
+    assert made["image_backend"] in ("pil", "torchvision") and made["device"] == "cpu"
+    assert made["libraries"].keys() >= {"python", "torch", "transformers", "pillow"}
+    # a shard of another batch size, or of another release: both values are listed
     (tmp_path / "train-00001.tar").unlink()
     run_harvest(tmp_path, coco, batch_size=3)
     assert json.loads((tmp_path / "index.json").read_text())["provenance"]["batch_size"] == {"mixed": [3, 4]}

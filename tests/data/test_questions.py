@@ -2,17 +2,28 @@ from __future__ import annotations
 
 import pytest
 
+from data.errors import SettingsError
 from data.images import CocoImages
 from data.questions import (
     DEFAULT_MIX,
+    PROMPT_KINDS,
     STRATEGIES,
+    Question,
     count_objects,
     image_prompts,
-    mixed_prompts,
     pope_questions,
-    question_text,
 )
+from data.wording import question_text
 from tests.data import tiny
+
+
+def prompts_of_all(coco: CocoImages, prompts: int) -> dict[int, list[Question]]:
+    counts = count_objects(coco)
+    return {image_id: image_prompts(coco, counts, image_id, prompts) for image_id in coco.ids}
+
+
+def test_strategies_are_kinds_of_prompts():
+    assert set(STRATEGIES) < set(PROMPT_KINDS) and set(DEFAULT_MIX) < set(PROMPT_KINDS)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -58,20 +69,15 @@ def test_an_image_with_few_objects_stays_balanced(coco: CocoImages):
     assert labels == ["yes", "no", "yes", "no"]  # a car and a bus, nothing else
 
 
-def test_article():
-    assert question_text("umbrella") == "Is there an umbrella in the image?"
-    assert question_text("dining table") == "Is there a dining table in the image?"
-
-
 def test_two_prompts_are_one_yes_and_one_no(coco: CocoImages):
-    prompts = mixed_prompts(coco, coco.ids, 2)
+    prompts = prompts_of_all(coco, 2)
     assert all(sorted(q.label or "" for q in questions) == ["no", "yes"] for questions in prompts.values())
     kinds = {question.strategy for questions in prompts.values() for question in questions}
     assert kinds == set(DEFAULT_MIX)
 
 
 def test_prompts_never_repeat_a_category(coco: CocoImages):
-    for image_id, questions in mixed_prompts(coco, coco.ids, len(tiny.CATEGORIES)).items():
+    for image_id, questions in prompts_of_all(coco, len(tiny.CATEGORIES)).items():
         assert sorted(q.category or "" for q in questions) == sorted(tiny.CATEGORIES)
         assert all((q.label == "yes") == (q.category in coco.present(image_id)) for q in questions)
 
@@ -99,7 +105,8 @@ def test_bad_values_name_the_legal_ones(coco: CocoImages):
         pope_questions(coco, [10], "hard")
     with pytest.raises(ValueError, match="even number"):
         pope_questions(coco, [10], "random", per_image=3)
-    with pytest.raises(ValueError, match=r"prompts_per_image=11: use 1 to 10"):
-        mixed_prompts(coco, [10], 11)
-    with pytest.raises(ValueError, match=r"\['presnt'\].*adversarial"):
-        mixed_prompts(coco, [10], 1, mix=("presnt",))
+    counts = count_objects(coco)
+    with pytest.raises(SettingsError, match=r"prompts_per_image=11: use 1 to 10"):
+        image_prompts(coco, counts, 10, 11)
+    with pytest.raises(SettingsError, match=r"\['presnt'\].*adversarial"):
+        image_prompts(coco, counts, 10, 1, mix=("presnt",))

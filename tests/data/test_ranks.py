@@ -6,29 +6,28 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data import shards
+from data import inspect
 from data.errors import (
     HarvestMismatchError,
-    LockTimeoutError,
     RankError,
     TooManyBadImagesError,
     UnfinishedHarvestError,
 )
-from data.harvest import main
+from data.folder import HarvestSummary
 from data.images import CocoImages
-from data.ranks import Rank, exclusively, rank_of_this_process
-from data.shards import ShardReader, create_atomically
+from data.plan import plan_shards
+from data.ranks import Rank, rank_of_this_process
+from data.shards import ShardReader
 from tests.data import tiny
-from tests.data.victim import contents
+from tests.data.tiny import contents
 
-Run = Callable[..., dict[str, Any]]
+Run = Callable[..., HarvestSummary]
 PROJECT = Path(__file__).parents[2]
 
 
@@ -70,7 +69,7 @@ def test_a_rank_is_read_from_its_launcher(environment: dict[str, str], number: i
         ),
     ],
 )
-def test_impossible_ranks_are_refused(environment: dict[str, str], message: str):
+def test_impossible_ranks_are_rejected(environment: dict[str, str], message: str):
     with pytest.raises(RankError, match=message):
         rank_of_this_process(environment)
 
@@ -100,28 +99,30 @@ def test_ranks_fill_one_folder(
     run_harvest(tmp_path / "alone", coco)
     target = tmp_path / "shared"
     if len(sizes) == 2:  # one of two ranks, then three others: what is there is kept
-        assert run_harvest(target, coco, rank=Rank(1, 2))["shards"] == 3
+        assert run_harvest(target, coco, rank=Rank(1, 2)).shards == 3
     last = sizes[-1]
     for number in range(last):
         result = run_harvest(target, coco, rank=Rank(number, last))
-        assert result["shards"] == len(range(number, 7, last))
+        assert result.shards == len(range(number, 7, last))
         done = number >= min(last, 7) - 1
-        assert result["finished"] == done == (target / "index.json").exists()
+        assert result.finished == done == (target / "index.json").exists()
         out = capsys.readouterr().out
         if done:
             assert f"rank {number} of {last} is done, and all 7 shards are there" in out
         else:
-            assert f"rank {number} of {last} is done. {len(result['missing'])} of 7 shards are missing" in out
-            with pytest.raises(UnfinishedHarvestError, match=result["missing"][0]):
+            assert f"rank {number} of {last} is done. {len(result.missing)} of 7 shards are missing" in out
+            with pytest.raises(UnfinishedHarvestError, match=result.missing[0]):
                 ShardReader(target, "train")
     assert contents(target) == contents(tmp_path / "alone")
     before = {file.name: file.stat().st_mtime_ns for file in target.glob("*.tar")}
-    assert run_harvest(target, coco)["shards_reused"] == 7
+    assert run_harvest(target, coco).shards_reused == 7
     assert {file.name: file.stat().st_mtime_ns for file in target.glob("*.tar")} == before
 
 
-def test_a_rank_says_who_is_missing(tmp_path: Path, coco: CocoImages, run_harvest: Run, capsys: Any):
-    run_harvest(tmp_path, coco, rank=Rank(1, 3, told_by="RANK, WORLD_SIZE"))
+def test_a_rank_names_the_missing_shards_and_their_ranks(
+    tmp_path: Path, coco: CocoImages, run_harvest: Run, capsys: Any
+):
+    run_harvest(tmp_path, coco, rank=Rank(1, 3, variables="RANK, WORLD_SIZE"))
     out = capsys.readouterr().out
     missing = "train-00000, train-00002, train-00003, validation-00001, test-00000"
     assert f"5 of 7 shards are missing: {missing} (of ranks 0, 2)" in out
@@ -140,16 +141,14 @@ def test_a_damaged_shard_of_another_rank_is_no_longer_counted(tmp_path: Path, co
 
     with pytest.raises(KeyboardInterrupt):
         run_harvest(tmp_path, coco, rank=Rank(1, 2), capture=interrupted)
-    assert run_harvest(tmp_path, coco, rank=Rank(0, 2))["missing"] == ["train-00001"]
-    assert run_harvest(tmp_path, coco, rank=Rank(1, 2))["finished"]
+    assert run_harvest(tmp_path, coco, rank=Rank(0, 2)).missing == ["train-00001"]
+    assert run_harvest(tmp_path, coco, rank=Rank(1, 2)).finished
     assert contents(tmp_path) == intact
 
 
 def test_ranks_share_the_limit_of_bad_images(tmp_path: Path, run_harvest: Run):
     images = tiny.write_coco(tmp_path / "coco", 40)
-    from data.jobs import plan_shards
-
-    plans = plan_shards(images.ids, {"train": 20, "validation": 6, "test": 4}, 5, 0)
+    plans = plan_shards(images.ids, tiny.SETTINGS)
     bad = [plans[0].image_ids[0], plans[1].image_ids[0]]
     intact = {image_id: images.path(image_id).read_bytes() for image_id in bad}
     for image_id in bad:
@@ -160,40 +159,16 @@ def test_ranks_share_the_limit_of_bad_images(tmp_path: Path, run_harvest: Run):
         run_harvest(target, images, rank=Rank(1, 2))
     for image_id, content in intact.items():
         images.path(image_id).write_bytes(content)
-    assert run_harvest(target, images, rank=Rank(1, 2))["finished"]  # its own shard is redone, and one bad is allowed
-    assert run_harvest(target, images)["skipped"] == 1
+    assert run_harvest(target, images, rank=Rank(1, 2)).finished  # its own shard is redone, and one bad is allowed
+    assert run_harvest(target, images).skipped == 1
 
 
-def test_ranks_of_other_settings_are_refused(tmp_path: Path, coco: CocoImages, run_harvest: Run):
+def test_ranks_of_other_settings_are_rejected(tmp_path: Path, coco: CocoImages, run_harvest: Run):
     run_harvest(tmp_path, coco, rank=Rank(0, 2))
     with pytest.raises(HarvestMismatchError, match=r"seed: 0 -> 1"):
         run_harvest(tmp_path, coco, rank=Rank(1, 2), seed=1)
     with pytest.raises(ValueError, match="overwrite=True with several ranks"):
         run_harvest(tmp_path, coco, rank=Rank(1, 2), seed=1, overwrite=True)
-
-
-def test_one_of_many_creates_a_file(tmp_path: Path):
-    made = []
-    threads = [
-        threading.Thread(target=lambda n=n: made.append(shards.create_atomically(tmp_path / f"f{n % 5}", b"x")))
-        for n in range(5)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert made == [True] * 5
-    assert not create_atomically(tmp_path / "f0", b"other") and (tmp_path / "f0").read_bytes() == b"x"
-    assert sorted(file.name for file in tmp_path.iterdir()) == [f"f{n}" for n in range(5)]
-
-
-def test_a_lock_is_held_by_one_and_waited_for_in_bounded_time(tmp_path: Path):
-    lock = tmp_path / "there" / "lock"
-    waited = pytest.raises(LockTimeoutError, match="another process has been testing for 0 s")
-    with exclusively(lock, 1, "testing"), waited, exclusively(lock, 0.3, "testing"):
-        raise AssertionError("two hold the lock")
-    with exclusively(lock, 0.3, "testing"):
-        pass
 
 
 # ---- real processes
@@ -221,6 +196,8 @@ def command(tmp_path: Path) -> list[str]:
 @pytest.mark.slow
 def test_torchrun_and_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Two processes of torchrun render one world and harvest it; then ranks of other counts, as Slurm starts them."""
+    from pipeline.harvest import main
+
     arguments = command(tmp_path)
     target = tmp_path / "runs" / "harvest" / "scene-llava-scenes"
     plain = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
@@ -234,7 +211,7 @@ def test_torchrun_and_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert "all 10 shards are there: the harvest is finished" in run.stdout
     together = contents(target)
     assert len(json.loads(together["manifest.json"])["splits"]["train"]) == 12
-    assert shards.main(["verify", str(target)]) == 0
+    assert inspect.main(["verify", str(target)]) == 0
 
     for name in [*target.glob("train-0000[135].*"), target / "index.json"]:
         name.unlink()

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 
-from data import jobs
 from data.errors import DiskTooSmallError, HarvestMismatchError, StoreError
+from data.folder import HarvestSummary
 from data.images import CocoImages
+from data.index import damaged_shards
 from data.ranks import Rank
-from data.shards import ShardReader, damaged_shards
+from data.shards import ShardReader
 from data.store import Store
 from tests.data import tiny
-from tests.data.victim import contents
+from tests.data.tiny import contents
 
-Run = Callable[..., dict[str, Any]]
+Run = Callable[..., HarvestSummary]
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -65,7 +67,7 @@ def test_the_copy_is_the_folder_and_another_machine_needs_no_model(
     first = run_harvest(tmp_path / "one", coco, output=url)
     assert contents(tmp_path / "one") == remote(url) == alone
     second = run_harvest(tmp_path / "two", coco, output=url, capture=never)
-    assert (second["shards_reused"], second["fingerprint"]) == (7, first["fingerprint"])
+    assert (second.shards_reused, second.fingerprint) == (7, first.fingerprint)
     assert contents(tmp_path / "two") == alone
     assert damaged_shards(tmp_path / "two") == []
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "two").iterdir()}
@@ -85,12 +87,12 @@ def test_ranks_that_share_the_url_alone(
 ):
     for number in range(3):
         result = run_harvest(tmp_path / f"machine{number}", coco, output=url, rank=Rank(number, 3))
-        assert result["finished"] == (number == 2)
+        assert result.finished == (number == 2)
         assert len(list((tmp_path / f"machine{number}").glob("*.tar"))) == len(range(number, 7, 3))
         assert not (tmp_path / f"machine{number}" / "index.json").exists()  # it would name shards that are elsewhere
     assert "all 7 shards are there: the harvest is finished" in capsys.readouterr().out
     assert remote(url) == alone
-    assert result["fingerprint"] == json.loads(alone["index.json"])["fingerprint"]
+    assert result.fingerprint == json.loads(alone["index.json"])["fingerprint"]
     run_harvest(tmp_path / "training", coco, output=url, capture=never)
     assert contents(tmp_path / "training") == alone
 
@@ -134,14 +136,14 @@ def test_a_machine_that_is_lost_leaves_whole_shards(
     whole = sum(name.endswith(".json") and name.startswith(("train", "val", "test")) for name in there)
     counted = Counted()
     result = run_harvest(tmp_path / "next", coco, output=url, capture=counted)
-    assert result["shards_reused"] == whole and (counted.calls == 0) == (whole == 7)
+    assert result.shards_reused == whole and (counted.calls == 0) == (whole == 7)
     assert contents(tmp_path / "next") == remote(url) == alone
 
 
 @pytest.mark.parametrize(
     "damage", ["flipped", "cut", "sidecar cut", "sidecar flipped", "tar missing", "index missing"]
 )
-def test_a_damaged_copy_is_redone_and_mended(
+def test_a_damaged_copy_is_redone_and_replaced(
     tmp_path: Path, coco: CocoImages, run_harvest: Run, url: str, damage: str, capsys: Any
 ):
     run_harvest(tmp_path / "one", coco, output=url)
@@ -158,16 +160,14 @@ def test_a_damaged_copy_is_redone_and_mended(
     counted = Counted()
     result = run_harvest(tmp_path / "two", coco, output=url, capture=counted)
     redone = damage != "index missing"
-    assert (
-        result["shards_reused"] == 7 - redone and counted.calls == 3 * redone
-    )  # 5 images x 2 prompts in batches of 4
+    assert result.shards_reused == 7 - redone and counted.calls == 3 * redone  # 5 images x 2 prompts in batches of 4
     assert contents(tmp_path / "two") == remote(url) == intact
     if damage == "flipped":
-        said = f"shard train-00002 at {url}: the checksum of train-00002.tar is wrong; it is redone"
-        assert said in capsys.readouterr().out
+        logged = f"shard train-00002 at {url}: the checksum of train-00002.tar is wrong; it is redone"
+        assert logged in capsys.readouterr().out
 
 
-def test_what_is_whole_here_mends_the_copy(tmp_path: Path, coco: CocoImages, run_harvest: Run, url: str):
+def test_what_is_whole_here_repairs_the_copy(tmp_path: Path, coco: CocoImages, run_harvest: Run, url: str):
     run_harvest(tmp_path / "one", coco, output=url)
     store = Store(url)
     store.write("train-00002.tar", b"cut")
@@ -177,11 +177,11 @@ def test_what_is_whole_here_mends_the_copy(tmp_path: Path, coco: CocoImages, run
     intact = contents(tmp_path / "one")
     (tmp_path / "one" / "train-00000.tar").write_bytes(intact["train-00000.tar"][:-700] + b"x" * 700)
     (tmp_path / "one" / "test-00000.json").unlink()
-    assert run_harvest(tmp_path / "one", coco, output=url, capture=never)["shards_reused"] == 7
+    assert run_harvest(tmp_path / "one", coco, output=url, capture=never).shards_reused == 7
     assert contents(tmp_path / "one") == intact
 
 
-def test_other_settings_are_refused_with_their_difference_and_leave_nothing(
+def test_other_settings_are_rejected_with_their_difference_and_leave_nothing(
     tmp_path: Path, coco: CocoImages, run_harvest: Run, url: str
 ):
     run_harvest(tmp_path / "one", coco, output=url)
@@ -200,13 +200,10 @@ def test_other_settings_are_refused_with_their_difference_and_leave_nothing(
 
 
 def test_where_both_have_a_shard_the_urls_counts(tmp_path: Path, coco: CocoImages, run_harvest: Run, url: str):
-    """Two machines made the same shard with other rounding: one of the two has to give way, everywhere."""
+    """Two machines made the same shard with other rounding: one of the two replaces the other, everywhere."""
 
     def rounded(*arguments: Any) -> Any:
-        captures = tiny.fake_capture(*arguments)
-        for capture in captures:
-            capture.attention = capture.attention * 1.001
-        return captures
+        return [replace(capture, attention=capture.attention * 1.001) for capture in tiny.fake_capture(*arguments)]
 
     run_harvest(tmp_path / "one", coco, output=url)
     there = remote(url)
@@ -216,15 +213,7 @@ def test_where_both_have_a_shard_the_urls_counts(tmp_path: Path, coco: CocoImage
     assert contents(tmp_path / "two") == remote(url) == there
 
 
-def test_shards_with_bad_images_at_the_url_are_tried_again_if_there_were_too_many():
-    found = jobs.Found(there={"train-00000": {"skipped": [{}]}, "test-00000": {"skipped": [{}]}, "x": {"skipped": []}})
-    job: Any = type("Job", (), {"allowed_bad": 1})
-    assert jobs.shards_to_retry(job, found) == {"train-00000", "test-00000"}
-    job.allowed_bad = 2
-    assert jobs.shards_to_retry(job, found) == frozenset()
-
-
-def test_a_failing_store_is_told_and_costs_no_shard(
+def test_a_failing_store_is_reported_and_costs_no_shard(
     tmp_path: Path, coco: CocoImages, run_harvest: Run, url: str, monkeypatch: pytest.MonkeyPatch, alone: Any
 ):
     fs = type(Store(url)._fs)
@@ -243,7 +232,7 @@ def test_a_failing_store_is_told_and_costs_no_shard(
             run_harvest(tmp_path / "one", coco, output=url)
     made = len(list((tmp_path / "one").glob("*.tar")))
     assert made >= 2
-    assert run_harvest(tmp_path / "one", coco, output=url)["shards_reused"] == made
+    assert run_harvest(tmp_path / "one", coco, output=url).shards_reused == made
     assert remote(url) == contents(tmp_path / "one") == alone
 
 

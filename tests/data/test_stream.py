@@ -1,18 +1,24 @@
-"""The stream: every row once, an order that a seed gives, shares of equal length, damage that is told."""
+"""The stream: every row once, an order that a seed gives, shares of equal length, damage that is reported."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from data.batches import Start
 from data.datamodule import ShardDataModule
-from data.errors import DamagedShardError
-from data.shards import ShardReader, ShardWriter, write_index
-from data.stream import StreamedRows
-from tests.data.test_shards import make_sample
+from data.errors import DamagedShardError, SettingsError
+from data.index import write_index
+from data.ranks import Rank
+from data.settings import ReadingSettings
+from data.shards import ShardReader, ShardWriter
+from data.stream import StreamedBatches
+from tests.data.tiny import make_sample
 
 SHARDS, EACH = 5, 6
 
@@ -28,13 +34,18 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for _ in range(EACH):
                 number += 1
                 sample = make_sample(number, prompts=1 + number % 3)
-                writer.write(type(sample)(**{**sample.__dict__, "grid": (3, 2) if number % 4 else (2, 3)}))
+                writer.write(replace(sample, grid=(3, 2) if number % 4 else (2, 3)))
     write_index(folder, names, {}, {})
     return folder
 
 
-def rows_of(stream: StreamedRows) -> list[list[tuple[str, int]]]:
-    return [[(sample.key, prompt) for sample, prompt in batch] for batch in stream]
+def streamed(shards: Path, *, workers: int = 0, source: str | None = None, **choice: Any) -> StreamedBatches:
+    settings = ReadingSettings(batch_size=8, num_workers=workers, cache="stream", stream_from=source)
+    return StreamedBatches(shards, settings, **choice)
+
+
+def rows_of(stream: StreamedBatches) -> list[list[tuple[str, int]]]:
+    return [[(sample.key, prompt) for sample, prompt in batch] for batch in stream.rows()]
 
 
 def all_rows(shards: Path) -> list[tuple[str, int]]:
@@ -44,8 +55,8 @@ def all_rows(shards: Path) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_one_process_sees_each_row_once_in_batches_of_one_grid(shards: Path, workers: int) -> None:
-    stream = StreamedRows(shards, 8, seed=1, buffer=4, num_workers=workers)
-    batches = list(stream)
+    stream = streamed(shards, seed=1, buffer=4, workers=workers)
+    batches = list(stream.rows())
     assert len(batches) == len(stream) and all(len({sample.grid for sample, _ in batch}) == 1 for batch in batches)
     assert all(len(batch) <= 8 for batch in batches)
     seen = [row for batch in rows_of(stream) for row in batch]
@@ -54,7 +65,7 @@ def test_one_process_sees_each_row_once_in_batches_of_one_grid(shards: Path, wor
 
 def test_the_order_is_that_of_seed_and_epoch(shards: Path) -> None:
     def order(seed: int, epoch: int) -> list[list[tuple[str, int]]]:
-        stream = StreamedRows(shards, 8, seed=seed, buffer=4)
+        stream = streamed(shards, seed=seed, buffer=4)
         stream.set_epoch(epoch)
         return rows_of(stream)
 
@@ -66,9 +77,9 @@ def test_the_order_is_that_of_seed_and_epoch(shards: Path) -> None:
 
 
 def test_an_epoch_can_begin_in_its_middle(shards: Path) -> None:
-    whole = StreamedRows(shards, 8, seed=1)
+    whole = streamed(shards, seed=1)
     whole.set_epoch(2)
-    cut = StreamedRows(shards, 8, seed=1, start=(2, 3))
+    cut = streamed(shards, seed=1, start=Start(2, 3))
     assert rows_of(cut) == rows_of(whole)[3:]
     for stream in (whole, cut):
         stream.set_epoch(3)
@@ -76,15 +87,15 @@ def test_an_epoch_can_begin_in_its_middle(shards: Path) -> None:
 
 
 def test_processes_have_equally_many_full_batches_of_their_own_shards(shards: Path) -> None:
-    shares = [StreamedRows(shards, 8, seed=1, rank=rank, ranks=2) for rank in range(2)]
+    shares = [streamed(shards, seed=1, rank=Rank(number, 2)) for number in range(2)]
     found = [rows_of(share) for share in shares]
     assert [len(batches) for batches in found] == [len(share) for share in shares] == [7, 7]
     assert {len(batch) for batches in found for batch in batches} == {4}
     keys = [{key for batch in batches for key, _ in batch} for batches in found]
     assert not keys[0] & keys[1]
     assert max(Counter(row for batches in found for batch in batches for row in batch).values()) <= 2
-    with pytest.raises(ValueError, match="5 train shards for 6 processes"):
-        StreamedRows(shards, 8, ranks=6)
+    with pytest.raises(SettingsError, match="5 train shards for 6 processes"):
+        streamed(shards, rank=Rank(0, 6))
 
 
 def test_the_data_module_streams_the_train_split_alone(
@@ -94,7 +105,8 @@ def test_the_data_module_streams_the_train_split_alone(
     for file in shards.iterdir():
         if not file.name.startswith("train") or file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    module = ShardDataModule(tmp_path, batch_size=8, cache="stream", stream_from=f"pipe:cat {shards}/{{shard}}.tar")
+    source = f"pipe:cat {shards}/{{shard}}.tar"
+    module = ShardDataModule(tmp_path, ReadingSettings(batch_size=8, cache="stream", stream_from=source))
     assert "the train split is read from pipe:cat" in capsys.readouterr().out
     assert module.count("train") == 60 and module.hidden_size == 5 and module.identity["stream"]
     stored = {(sample.key, p): sample for sample in ShardReader(shards, "train") for p in range(len(sample.prompts))}
@@ -110,13 +122,8 @@ def test_the_data_module_streams_the_train_split_alone(
             assert sample.grid == batch["grid"]
             seen.append((key, prompt))
     assert sorted(seen) == sorted(stored) and len(loader) == 8
+    assert isinstance(loader, StreamedBatches) and loader.sampler is loader  # Lightning sets its epoch
     assert sum(len(batch["key"]) for batch in module.val_dataloader()) == module.count("validation")
-
-
-@pytest.mark.parametrize("source", ["https://host/folder", "{shard}.tar"])
-def test_a_source_needs_a_stream_and_a_place_for_the_name(shards: Path, source: str) -> None:
-    with pytest.raises(ValueError, match=r"needs trainer\.cache=stream, and \{shard\} in it"):
-        ShardDataModule(shards, stream_from=source, cache="stream" if "host" in source else "auto")
 
 
 def test_a_cut_tar_is_an_error_not_fewer_rows(shards: Path, tmp_path: Path) -> None:
@@ -127,18 +134,18 @@ def test_a_cut_tar_is_an_error_not_fewer_rows(shards: Path, tmp_path: Path) -> N
     for length in (len(whole) // 2, len(whole) // 3 // 512 * 512, 0):
         tar.write_bytes(whole[:length])
         with pytest.raises(DamagedShardError, match=r"train-00002.*ends in sample"):
-            list(StreamedRows(tmp_path, 8))
+            list(streamed(tmp_path))
     tar.write_bytes(bytes(len(whole)))
     with pytest.raises(DamagedShardError, match=r"train-00002.*is unreadable"):
-        list(StreamedRows(tmp_path, 8))
+        list(streamed(tmp_path))
 
 
 def test_a_command_that_fails_is_an_error(shards: Path) -> None:
     source = f"pipe:cat {shards}/{{shard}}.tar; exit 3"
     with pytest.raises(OSError, match="exit 3"):
-        list(StreamedRows(shards, 8, source=source))
+        list(streamed(shards, source=source))
 
 
 def test_a_consumer_may_stop_before_the_end(shards: Path) -> None:
-    stream = StreamedRows(shards, 8, source=f"pipe:cat {shards}/{{shard}}.tar; sleep 0.01", rank=0, ranks=2)
-    assert len(rows_of(stream)) == 7  # in the middle of a tar: the command is not heard to its end
+    stream = streamed(shards, source=f"pipe:cat {shards}/{{shard}}.tar; sleep 0.01", rank=Rank(0, 2))
+    assert len(rows_of(stream)) == 7  # in the middle of a tar: the rest of its output is not read

@@ -1,17 +1,15 @@
-"""A COCO folder of a few small images, and a tiny random LLaVA of the real classes to harvest them with."""
+"""A COCO folder of a few small images, a tiny random LLaVA of the real classes to harvest them with, small shards."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -28,12 +26,17 @@ from transformers import (
 )
 
 from data.images import CocoImages
-from scr_runtime import SCRConfig
+from data.index import write_index
+from data.sample import Sample, quantise, question_dtype
+from data.settings import HarvestSettings
+from data.shards import ShardWriter
+from scr_runtime import Capture, SCRConfig
 
 SIDE, PATCH, WIDTH = 32, 8, 16
 GRID = (SIDE // PATCH, SIDE // PATCH)
 TOKENS = GRID[0] * GRID[1]
 CONFIG = SCRConfig(num_sources=2, edit_layers=(0, 1), attention_layers=(1, 2))
+SETTINGS = HarvestSettings(samples=20, validation=6, test=4, shard_size=5, batch_size=4)
 KITCHEN = ("cup", "fork", "knife", "oven")
 STREET = ("car", "bus", "bench", "umbrella")
 CATEGORIES = (*KITCHEN, *STREET, "person", "zebra")
@@ -121,19 +124,7 @@ def build_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     return model, processor
 
 
-@dataclass
-class FakeCapture:
-    row: int
-    states: Tensor
-    attention: Tensor
-    question: Tensor
-    grid: tuple[int, int]
-    entropy: float
-
-
-def fake_capture(
-    model: Any, config: SCRConfig, inputs: Mapping[str, Any], rows_per_image: int = 1
-) -> list[FakeCapture]:
+def fake_capture(model: Any, config: SCRConfig, inputs: Mapping[str, Any], rows_per_image: int = 1) -> list[Capture]:
     """Captures that follow from each row's own pixels and text, as the real ones do, at no cost."""
     captures = []
     images = inputs["pixel_values"].repeat_interleave(rows_per_image, 0)
@@ -142,8 +133,58 @@ def fake_capture(
         states = patches[:, None] * torch.arange(1, WIDTH + 1)
         text = float((ids.flip(0) * torch.arange(1, len(ids) + 1)).sum()) / 10  # padding is on the left, and 0
         attention = torch.sigmoid(patches * (1 + text / 97))
-        captures.append(FakeCapture(row, states, attention, torch.full((WIDTH,), text / 100), GRID, text / 50))
+        captures.append(Capture(row, states, attention, torch.full((WIDTH,), text / 100), GRID, text / 50))
     return captures
+
+
+def changed(**changes: Any) -> HarvestSettings:
+    """`SETTINGS` with other values, checked."""
+    return HarvestSettings(**{**SETTINGS.model_dump(), **changes})
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def make_sample(image_id: int, prompts: int = 2, dtype: torch.dtype = torch.float16) -> Sample:
+    """6 patches of width 5, on a grid of 2 x 3."""
+    generator = torch.Generator().manual_seed(image_id)
+    states = torch.randn(6, 5, generator=generator)
+    stored, scales = quantise(states) if dtype == torch.int8 else (states.to(dtype), None)
+    return Sample(
+        image_id=image_id,
+        file=f"folder/{image_id}.v2.jpg",
+        states=stored,
+        scales=scales,
+        attention=torch.rand(prompts, 6, generator=generator),
+        question=torch.randn(prompts, 5, generator=generator).to(question_dtype(dtype)),
+        grid=(2, 3),
+        prompts=[
+            {"text": f"A caf\u00e9 {p}?", "label": "no", "category": "c", "strategy": "x"} for p in range(prompts)
+        ],
+        entropy=[1.0 / 3 + p for p in range(prompts)],
+    )
+
+
+def write_shards(directory: Path, dtype: torch.dtype = torch.float16) -> Path:
+    """A finished harvest of two train shards, with images 0, 1, 2 and 10, 11, 12."""
+    directory.mkdir()
+    names = [f"train-{number:05d}" for number in range(2)]
+    for number, name in enumerate(names):
+        with ShardWriter(directory, name, "settings") as writer:
+            for image_id in range(3):
+                writer.write(make_sample(10 * number + image_id, dtype=dtype))
+    write_index(directory, {"train": names}, {}, {})
+    return directory
+
+
+def assert_same(left: Sample, right: Sample) -> None:
+    assert (left.scales is None) == (right.scales is None)
+    for name in ("states", "attention", "question", *(["scales"] if left.scales is not None else [])):
+        one, other = getattr(left, name), getattr(right, name)
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    for name in ("image_id", "file", "grid", "prompts", "entropy", "key"):
+        assert getattr(left, name) == getattr(right, name)
 
 
 class QwenProcessor(Qwen2VLProcessor):

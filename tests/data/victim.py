@@ -21,13 +21,17 @@ from typing import Any
 import torch
 from PIL.Image import Image as PILImage
 
-from data.harvest import Harvester, harvest, prepare
+from data.folder import HarvestSummary
+from data.harvest import harvest
+from data.harvester import Harvester, prepare
 from data.images import CocoImages
-from data.jobs import Job
+from data.plan import Job
+from data.settings import HarvestSettings
 from scr_runtime import SCRConfig, capture
 from tests.data import tiny
+from tests.data.tiny import contents
 
-SPLITS = {"train": 60, "validation": 12, "test": 9}
+SETTINGS = HarvestSettings(samples=60, validation=12, test=9, shard_size=3, batch_size=4)
 SHARDS = 20 + 4 + 3
 KILLS = 20
 
@@ -38,7 +42,7 @@ def slow_capture(seconds: float, model: Any, config: SCRConfig, inputs: Mapping[
 
 
 class PoisonedImages(CocoImages):
-    """Images one of which kills whoever opens it, as a decoder with a bug would."""
+    """Images one of which kills the process that opens it, as a decoder with a bug would."""
 
     poison = -1
 
@@ -53,33 +57,38 @@ def llava() -> tuple[Any, Any]:
     return tiny.build_llava()
 
 
-def arguments(coco: Path, target: Path, seconds: float = 0.01, poison: int = -1) -> dict[str, Any]:
+def prepared(
+    coco: Path, target: Path, seconds: float = 0.01, poison: int = -1, output: str | None = None
+) -> tuple[Job, Harvester]:
+    """What a process starts with; each batch takes so many seconds."""
     torch.set_num_threads(1)
     model, processor = llava()
     images = PoisonedImages(coco / "images", coco / "instances.json")
     images.poison = poison
-    return {
-        "directory": target, "model": model, "processor": processor, "config": tiny.CONFIG, "images": images,
-        "splits": SPLITS, "shard_size": 3, "batch_size": 4, "capture": functools.partial(slow_capture, seconds),
-    }  # fmt: skip
-
-
-def prepared(coco: Path, target: Path, seconds: float = 0.01, poison: int = -1) -> tuple[Job, Harvester]:
-    """What a Ray actor starts with."""
-    return prepare(**arguments(coco, target, seconds, poison))
+    return prepare(
+        target,
+        model=model,
+        processor=processor,
+        scr=tiny.CONFIG,
+        images=images,
+        settings=SETTINGS,
+        output=output,
+        capture=functools.partial(slow_capture, seconds),
+    )
 
 
 def prepared_apart(coco: Path, machines: Path, url: str) -> tuple[Job, Harvester]:
     """`prepared` of an actor whose folder no other process has, as on machines without a common file system."""
-    return prepare(**arguments(coco, machines / str(os.getpid())), output=url)
+    return prepared(coco, machines / str(os.getpid()), output=url)
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
+def run(coco: Path, target: Path, seconds: float = 0.01, output: str | None = None) -> HarvestSummary:
+    """Harvests in this process."""
+    return harvest(*prepared(coco, target, seconds, output=output))
 
 
 def fork(work: Callable[[], object]) -> int:
-    """Runs `work` in a process of its own; returns its number."""
+    """Runs `work` in a child process; returns its number."""
     child = os.fork()
     if child == 0:
         silence = os.open(os.devnull, os.O_WRONLY)
@@ -108,7 +117,7 @@ def at_random_moments(coco: Path, target: Path, seed: int) -> dict[str, Any]:
     moments = random.Random(seed)
     kills, finished_early, leftovers, progress = 0, 0, 0, set()
     while kills < KILLS:
-        child = fork(lambda: harvest(**arguments(coco, target)))
+        child = fork(lambda: run(coco, target))
         tars = len(list(target.glob("*.tar"))) + moments.randrange(3)
         end = time.monotonic() + 10
         while len(list(target.glob("*.tar"))) < tars and time.monotonic() < end:
@@ -125,7 +134,7 @@ def at_random_moments(coco: Path, target: Path, seed: int) -> dict[str, Any]:
         if len(list(target.glob("*.tar"))) > SHARDS - 3:  # there has to be something to kill
             for file in sorted(target.glob("*.tar"))[moments.randrange(3) :: 3]:
                 file.unlink()
-    assert not killed(fork(lambda: harvest(**arguments(coco, target))))
+    assert not killed(fork(lambda: run(coco, target)))
     return {"kills": kills, "finished early": finished_early, "leftovers": leftovers, "shards seen": sorted(progress)}
 
 
@@ -136,7 +145,7 @@ def while_renaming(coco: Path, target: Path) -> dict[str, Any]:
         for after in (False, True):
             shutil.rmtree(target, ignore_errors=True)
 
-            def run(number: int = number, after: bool = after) -> None:
+            def killed_run(number: int = number, after: bool = after) -> None:
                 plain, calls = os.replace, 0
 
                 def replace(source: Any, to: Any) -> None:
@@ -149,10 +158,10 @@ def while_renaming(coco: Path, target: Path) -> dict[str, Any]:
                         os.kill(os.getpid(), signal.SIGKILL)
 
                 os.replace = replace
-                harvest(**arguments(coco, target, seconds=0))
+                run(coco, target, seconds=0)
 
-            kills += killed(fork(run))
-            assert not killed(fork(lambda: harvest(**arguments(coco, target, seconds=0))))
+            kills += killed(fork(killed_run))
+            assert not killed(fork(lambda: run(coco, target, seconds=0)))
             if contents(target) != contents(target.with_name("undisturbed")):
                 raise AssertionError(f"killed {'after' if after else 'before'} rename {number}: other bytes")
     return {"kills": kills}
@@ -165,7 +174,7 @@ def on_machines_that_vanish(coco: Path, target: Path, seed: int) -> dict[str, An
     kills, progress = 0, []
     for number in range(8):
         machine = target.with_name(f"machine{number}")
-        child = fork(lambda: harvest(**arguments(coco, machine), output=f"file://{bucket}"))  # noqa: B023
+        child = fork(lambda: run(coco, machine, output=f"file://{bucket}"))  # noqa: B023
         there = len(list(bucket.glob("*.json"))) + moments.randrange(4)
         end = time.monotonic() + 20
         while len(list(bucket.glob("*.json"))) < there and time.monotonic() < end:
@@ -175,7 +184,7 @@ def on_machines_that_vanish(coco: Path, target: Path, seed: int) -> dict[str, An
         kills += killed(child)
         shutil.rmtree(machine, ignore_errors=True)
         progress.append(len(list(bucket.glob("*.json"))))
-    assert not killed(fork(lambda: harvest(**arguments(coco, target), output=f"file://{bucket}")))
+    assert not killed(fork(lambda: run(coco, target, output=f"file://{bucket}")))
     return {"kills": kills, "progress": progress}
 
 
@@ -185,10 +194,11 @@ def main() -> None:
         from data.cluster import harvest_with_ray
         from tests.data import victim  # not from `__main__`, which workers can't import
 
-        harvest_with_ray(functools.partial(victim.prepared, coco, target, 0.1), workers=1)
+        settings = HarvestSettings(engine="ray")
+        harvest_with_ray(functools.partial(victim.prepared, coco, target, 0.1), settings)
         return
     llava()
-    assert not killed(fork(lambda: harvest(**arguments(coco, target.with_name("undisturbed"), seconds=0))))
+    assert not killed(fork(lambda: run(coco, target.with_name("undisturbed"), seconds=0)))
     ways = {
         "random": lambda: at_random_moments(coco, target, 4),
         "renaming": lambda: while_renaming(coco, target),

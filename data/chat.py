@@ -1,0 +1,127 @@
+"""Turns images and texts into a model's inputs through its chat template, and inputs back into pictures."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL.Image import Image as PILImage
+from transformers.feature_extraction_utils import BatchFeature
+
+
+def chat_inputs(processor: Any, images: Sequence[PILImage], texts: Sequence[str]) -> BatchFeature:
+    """One user turn per row, image first, through the model's chat template.
+
+    Args:
+        processor: as returned by `load_vlm`.
+        images: one RGB image per row.
+        texts: one text per row.
+
+    Returns:
+        The model's inputs on the CPU, left padded: `input_ids` and `attention_mask` [B, S], `pixel_values`, ...
+    """
+    if len(images) != len(texts):
+        raise ValueError(f"{len(images)} images for {len(texts)} texts: give one image per text")
+    conversations = [_conversation(image, text) for image, text in zip(images, texts, strict=True)]
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )
+
+
+def _conversation(image: PILImage, text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+
+
+class TokenCounter:
+    """Counts the tokens of a prompt about an image, without preprocessing every image for it.
+
+    How many of them are visual follows from the image's size alone: an image of each size is preprocessed once.
+
+    Args:
+        processor: as returned by `load_vlm`.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._visual: dict[tuple[int, int], int] = {}  # image size -> tokens beyond those of the text
+
+    def __call__(self, image: PILImage, text: str) -> int:
+        """Visual and text tokens of one row of `chat_inputs`, without padding."""
+        words = self._text_tokens(image, text)
+        if image.size not in self._visual:
+            inputs = chat_inputs(self._processor, [image], [text])
+            self._visual[image.size] = inputs["input_ids"].shape[1] - words
+        return words + self._visual[image.size]
+
+    def _text_tokens(self, image: PILImage, text: str) -> int:
+        written = self._processor.apply_chat_template(_conversation(image, text), add_generation_prompt=True)
+        return len(self._processor.tokenizer(written)["input_ids"])
+
+
+def shared_chat_inputs(
+    processor: Any, images: Sequence[PILImage], texts: Sequence[Sequence[str]]
+) -> tuple[BatchFeature, int]:
+    """`chat_inputs` of several texts about each image, which is preprocessed once.
+
+    Args:
+        processor: as returned by `load_vlm`.
+        images: RGB images.
+        texts: the texts about each image, equally many for all.
+
+    Returns:
+        The inputs, and how many successive rows each image of `pixel_values` serves. Where a processor does not give
+        one array per image (tiles, patches of differing numbers), that is 1, and pixels come once per row.
+    """
+    [repeats] = {len(about) for about in texts}
+    rows = [image for image in images for _ in range(repeats)]
+    flat = [text for about in texts for text in about]
+    if repeats == 1:
+        return chat_inputs(processor, rows, flat), 1
+    once = _EachImageOnce(processor.image_processor, images, repeats)
+    sharing = copy.copy(processor)
+    sharing.image_processor = once
+    inputs = chat_inputs(sharing, rows, flat)
+    if once.pixels is None:
+        return inputs, 1
+    inputs["pixel_values"] = once.pixels
+    return inputs, repeats
+
+
+class _EachImageOnce:
+    """Stands in for an image processor: preprocesses each image once, and repeats the result for its prompts."""
+
+    def __init__(self, image_processor: Any, images: Sequence[PILImage], repeats: int) -> None:
+        self._inner = image_processor
+        self._images = list(images)
+        self._repeats = repeats
+        self.pixels: torch.Tensor | None = None
+
+    def __call__(self, images: Any, **settings: Any) -> BatchFeature:
+        outputs = self._inner(self._images, **settings)
+        pixels = outputs["pixel_values"]
+        one_each = isinstance(pixels, torch.Tensor) and pixels.ndim == 4 and len(pixels) == len(self._images)
+        if outputs.keys() != {"pixel_values"} or not one_each:
+            return self._inner(images, **settings)
+        self.pixels = pixels
+        return BatchFeature({"pixel_values": pixels.repeat_interleave(self._repeats, 0)})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def unprocessed(processor: Any, image: PILImage) -> NDArray[np.uint8]:
+    """The part of an image that the model sees, as it sees it: resized and cropped by the processor, [H, W, 3]."""
+    settings = processor.image_processor
+    pixels = settings(images=image, return_tensors="np")["pixel_values"][0]  # [3, H, W]
+    mean, deviation = np.array(settings.image_mean), np.array(settings.image_std)
+    scaled = pixels.transpose(1, 2, 0) * deviation + mean
+    return (scaled * 255).round().clip(0, 255).astype(np.uint8)

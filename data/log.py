@@ -1,0 +1,10 @@
+"""Lines for a user who watches a progress bar."""
+
+from __future__ import annotations
+
+from tqdm import tqdm
+
+
+def log(topic: str, message: str) -> None:
+    """Prints a line above the progress bars."""
+    tqdm.write(f"{topic}: {message}")

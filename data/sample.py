@@ -1,0 +1,163 @@
+"""One image of a harvest: its states, and one attention map per prompt. Fields, number formats, checks.
+
+At rest a sample is two members of a webdataset tar, keyed by the image id:
+
+    000000000042.safetensors    states     [N, d]  float16 | bfloat16 | float32 | int8: output of block 0 (or of the
+                                                   state layer that harvest.json names), per image
+                                scales     [N]     float32, only beside int8: a state is its integers times its scale
+                                attention  [P, N]  float32, one map per prompt, as captured (not normalised)
+                                question   [P, d]  dtype of the states (float32 beside int8), pooled states of the
+                                                   prompt's text
+    000000000042.json           image_id, file, grid [rows, columns], prompts [P], entropy [P] (nats)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.settings import StatesDtype
+
+STATES_DTYPES: dict[StatesDtype, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+}
+TAR_BLOCK = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One image: its states, and one attention map per prompt.
+
+    Attributes:
+        image_id: COCO image id.
+        file: file name of the image, relative to the images folder.
+        states: output of the state layer at the visual tokens. [N, d], fp16 | bf16 | fp32 | int8
+        attention: attention from text to patches under each prompt, mean over text rows, heads and layers, not
+            normalised. [P, N], fp32
+        question: pooled states of each prompt's text. [P, d], dtype of the states, fp32 beside int8
+        grid: rows and columns of patches; rows * columns = N.
+        prompts: the prompt of each map: dicts with text, label, category, strategy. P of them
+        entropy: credit entropy of the states under each prompt, in nats (eq. 2 of arXiv 2602.22469). P values
+        scales: factor of each token's int8 states; None for other dtypes. [N], fp32
+    """
+
+    image_id: int
+    file: str
+    states: Tensor
+    attention: Tensor
+    question: Tensor
+    grid: tuple[int, int]
+    prompts: Sequence[Mapping[str, Any]]
+    entropy: Sequence[float]
+    scales: Tensor | None = None
+
+    @classmethod
+    def from_members(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sample:
+        """The sample that was stored with these `facts` and `tensors`.
+
+        Raises:
+            KeyError: one of them is missing.
+        """
+        return cls(
+            image_id=facts["image_id"],
+            file=facts["file"],
+            states=tensors["states"],
+            attention=tensors["attention"],
+            question=tensors["question"],
+            grid=(facts["grid"][0], facts["grid"][1]),
+            prompts=facts["prompts"],
+            entropy=facts["entropy"],
+            scales=tensors.get("scales"),
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What the sample's JSON member holds."""
+        return {
+            "image_id": self.image_id,
+            "file": self.file,
+            "grid": list(self.grid),
+            "prompts": [dict(prompt) for prompt in self.prompts],
+            "entropy": list(self.entropy),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the sample's safetensors member holds."""
+        tensors = {"states": self.states, "attention": self.attention, "question": self.question}
+        if self.scales is not None:
+            tensors["scales"] = self.scales
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    def decoded(self) -> Sample:
+        """The sample as it is used: int8 states become float32, all others stay."""
+        if self.scales is None:
+            return self
+        return replace(self, states=self.states * self.scales[:, None], scales=None)
+
+    @property
+    def key(self) -> str:
+        """Name of the sample in the tar; without dots, which would end a webdataset key."""
+        return f"{self.image_id:012d}"
+
+    def check(self) -> None:
+        """Raises ValueError when shapes, dtypes and counts contradict each other."""
+        tokens, width = self.states.shape
+        prompts = len(self.prompts)
+        expected = {"attention": (prompts, tokens), "question": (prompts, width)}
+        wrong = [
+            f"{name} is {tuple(getattr(self, name).shape)}, expected {shape}"
+            for name, shape in expected.items()
+            if tuple(getattr(self, name).shape) != shape
+        ]
+        if self.grid[0] * self.grid[1] != tokens:
+            wrong.append(f"grid {self.grid} has {self.grid[0] * self.grid[1]} patches, states have {tokens}")
+        if len(self.entropy) != prompts:
+            wrong.append(f"{len(self.entropy)} entropies for {prompts} prompts")
+        if self.states.dtype not in STATES_DTYPES.values() or self.question.dtype != question_dtype(self.states.dtype):
+            wrong.append(f"states are {self.states.dtype}, question {self.question.dtype}")
+        scales = None if self.scales is None else (self.scales.dtype, *self.scales.shape)
+        if scales != ((torch.float32, tokens) if self.states.dtype == torch.int8 else None):
+            wrong.append(f"scales of {self.states.dtype} states are {scales}")
+        if self.attention.dtype != torch.float32:
+            wrong.append(f"attention is {self.attention.dtype}, expected torch.float32")
+        if wrong:
+            raise ValueError(f"sample {self.key}: {'; '.join(wrong)}")
+
+
+def sample_bytes(tokens: int, width: int, prompts: int, states_dtype: torch.dtype) -> int:
+    """Bytes of one sample in a tar, by arithmetic: tensors, headers and padding, and 400 bytes of text per prompt.
+
+    Args:
+        tokens: N, patches of the image.
+        width: d, width of the states.
+        prompts: P, maps of the image.
+        states_dtype: storage dtype of the states.
+    """
+    tensors = tokens * width * states_dtype.itemsize + tokens * 4 * (states_dtype == torch.int8)
+    tensors += prompts * (tokens * 4 + width * question_dtype(states_dtype).itemsize)
+    return tensors + 400 * prompts + 8 * TAR_BLOCK
+
+
+def question_dtype(states_dtype: torch.dtype) -> torch.dtype:
+    """Storage dtype of the questions beside states of a dtype."""
+    return torch.float32 if states_dtype == torch.int8 else states_dtype
+
+
+def quantise(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds states to int8 with one scale per token, so that a token's largest entry becomes 127.
+
+    Args:
+        states: [N, d], any floating-point dtype.
+
+    Returns:
+        [N, d] int8, and [N] float32 scales.
+    """
+    wide = states.float()
+    scales = (wide.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (wide / scales[:, None]).round().to(torch.int8), scales

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from data.chat import TokenCounter, chat_inputs, shared_chat_inputs, unprocessed
+from tests.data import tiny
+
+
+def test_rows_are_padded_on_the_left_and_hold_one_image_each(llava: tuple[Any, Any]):
+    _, processor = llava
+    pictures = [Image.new("RGB", (50, 40), colour) for colour in ("red", "blue")]
+    inputs = chat_inputs(processor, pictures, ["Describe the image.", "Is there a cup in the image?"])
+    assert inputs["pixel_values"].shape == (2, 3, tiny.SIDE, tiny.SIDE)
+    image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert (inputs["input_ids"] == image_token).sum(1).tolist() == [tiny.TOKENS, tiny.TOKENS]
+    assert inputs["attention_mask"][:, -1].tolist() == [1, 1]
+    assert inputs["attention_mask"].sum(1).tolist()[0] < inputs["attention_mask"].shape[1]
+    text = processor.tokenizer.decode(inputs["input_ids"][1], skip_special_tokens=True)
+    assert "Is there a cup in the image" in text and text.split()[-2] == "ASSISTANT"
+    with pytest.raises(ValueError, match="2 images for 1 texts"):
+        chat_inputs(processor, pictures, ["Describe the image."])
+
+
+def test_shared_inputs_are_those_of_each_prompt_with_pixels_once(llava: tuple[Any, Any]):
+    _, processor = llava
+    pictures = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    texts = [["Is there a cup ?", "Describe the image ."], ["Is there a bus in the image ?", "car"]]
+    each = chat_inputs(processor, [p for p in pictures for _ in range(2)], [text for about in texts for text in about])
+    shared, repeats = shared_chat_inputs(processor, pictures, texts)
+    assert repeats == 2 and shared.keys() == each.keys()
+    assert torch.equal(shared["pixel_values"], each["pixel_values"][::2])
+    assert torch.equal(shared["input_ids"], each["input_ids"])
+    assert torch.equal(shared["attention_mask"], each["attention_mask"])
+    alone, repeats = shared_chat_inputs(processor, pictures, [about[:1] for about in texts])
+    assert repeats == 1 and len(alone["pixel_values"]) == 2
+
+
+def test_pixels_that_are_not_one_array_per_image_come_once_per_row(
+    llava: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+):
+    _, processor = llava
+    kind = type(processor.image_processor)
+    plain = kind.__call__
+
+    def with_sizes(self: Any, images: Any, *arguments: Any, **settings: Any) -> Any:
+        outputs = plain(self, images, *arguments, **settings)
+        return outputs | {"image_sizes": torch.ones(len(outputs["pixel_values"]), 2)}
+
+    monkeypatch.setattr(kind, "__call__", with_sizes)
+    inputs, repeats = shared_chat_inputs(processor, [Image.new("RGB", (40, 30))], [["a", "an"]])
+    assert repeats == 1 and len(inputs["pixel_values"]) == len(inputs["input_ids"]) == 2
+
+
+@pytest.mark.parametrize("build", [tiny.build_llava, tiny.build_qwen])
+def test_tokens_are_counted_as_the_processor_makes_them(build: Any, monkeypatch: pytest.MonkeyPatch):
+    _, processor = build()
+    runs: list[int] = []
+    plain = type(processor.image_processor).__call__
+    monkeypatch.setattr(type(processor.image_processor), "__call__", lambda *a, **k: runs.append(1) or plain(*a, **k))
+    count = TokenCounter(processor)
+    texts = ["Describe the image.", "Is there a cup in the image?", "Is there an umbrella in the image ? . ."]
+    prompts = [(Image.new("RGB", size), text) for text in texts for size in ((32, 32), (80, 40), (40, 80), (17, 100))]
+    counted = [count(image, text) for image, text in prompts]
+    assert len(runs) == 4  # one image of each size
+    assert counted == [chat_inputs(processor, [image], [text])["input_ids"].shape[1] for image, text in prompts]
+
+
+def test_a_processed_picture_is_turned_back(llava: tuple[Any, Any]):
+    picture = Image.new("RGB", (tiny.SIDE, tiny.SIDE), (200, 30, 90))
+    seen = unprocessed(llava[1], picture)
+    assert seen.shape == (tiny.SIDE, tiny.SIDE, 3) and seen.reshape(-1, 3).tolist() == [[200, 30, 90]] * tiny.SIDE**2
