@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from data.chat import chat_inputs
 from data.images import CocoImages, seeded_order
 from data.questions import STRATEGIES
-from data.vlm import chat_inputs
+from evaluation.errors import EvaluationError
 from evaluation.fidelity import FallbackPoint, Fidelity, fallback_curve, fidelity
 from evaluation.latency import Cost, prefill_costs
 from evaluation.methods import AUTO, ONE_PASS, SHIFT, SWAPPED, TWO_PASS, UNIFORM, VANILLA, Methods
 from evaluation.pope import Answers, Floats, Quiz, Score, ask, make_quiz, score
+from evaluation.settings import EvaluationSettings
 from scr_runtime import SCRConfig, SourcePredictor, load_predictor
 
 METHODS = (VANILLA, TWO_PASS, ONE_PASS, AUTO, UNIFORM, SWAPPED, SHIFT)
@@ -31,24 +33,22 @@ class Reference:
     Attributes:
         model: A supported model in eval mode.
         processor: Its processor.
-        config: The method's settings.
+        scr: The method's settings.
         images: Held-out images with annotations.
+        settings: How the questions were asked.
         quiz: The questions.
         margins: [Q] yes margins of vanilla, two-pass and the controls.
         entropy: [Q] normalised credit entropy of the image, before any edit.
-        batch_size: Questions per forward.
-        seed: Of images, questions and the uniform control.
     """
 
     model: Any
     processor: Any
-    config: SCRConfig
+    scr: SCRConfig
     images: CocoImages
+    settings: EvaluationSettings
     quiz: Quiz
     margins: dict[str, Floats]
     entropy: Floats
-    batch_size: int
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -75,72 +75,75 @@ class Comparison:
 
 
 def measure_reference(
-    model: Any,
-    processor: Any,
-    config: SCRConfig,
-    images: CocoImages,
-    *,
-    num_images: int,
-    questions_per_image: int,
-    batch_size: int,
-    seed: int,
+    model: Any, processor: Any, scr: SCRConfig, images: CocoImages, settings: EvaluationSettings
 ) -> Reference:
     """Asks held-out questions under every method that needs no predictor.
 
     Args:
         model: A supported model in eval mode.
         processor: Its processor.
-        config: The method's settings.
+        scr: The method's settings.
         images: Held-out images with annotations.
-        num_images: How many of them to ask about, drawn by the seed.
-        questions_per_image: Per strategy.
-        batch_size: Questions per forward.
-        seed: Of images, questions and the uniform control.
+        settings: How many images and questions, and the seed of both and of the uniform control.
 
     Raises:
-        ValueError: If there are fewer images than asked for.
+        EvaluationError: If there are fewer images than asked for, or the tokenizer has no single token for yes or no.
     """
-    if num_images > len(images):
-        raise ValueError(f"evaluation.images={num_images}, but there are {len(images)} in {images.images_dir}")
-    chosen = seeded_order(images.ids, seed, "evaluation")[:num_images]
-    quiz = make_quiz(images, chosen, questions_per_image, seed)
-    methods = Methods(model, config, seed=seed)
+    if settings.images > len(images):
+        raise EvaluationError(
+            f"evaluation.images={settings.images}, but there are {len(images)} in {images.images_dir}: lower it"
+        )
+    chosen = seeded_order(images.ids, settings.seed, "evaluation")[: settings.images]
+    quiz = make_quiz(images, chosen, settings)
+    methods = Methods(model, scr, seed=settings.seed)
     names = (VANILLA, TWO_PASS, UNIFORM, SWAPPED)
-    margins, reports = ask(model, processor, methods, names, images, quiz, batch_size)
+    margins, reports = ask(model, processor, methods, names, images, quiz, settings.batch_size)
     margins[SHIFT] = margins[VANILLA] + (margins[TWO_PASS] - margins[VANILLA]).mean()
     entropy = np.array([report.entropy_normalised for report in reports[TWO_PASS]])
-    return Reference(model, processor, config, images, quiz, margins, entropy, batch_size, seed)
+    return Reference(model, processor, scr, images, settings, quiz, margins, entropy)
 
 
-def compare(
-    reference: Reference,
-    predictor: str | Path | SourcePredictor,
-    *,
-    bootstrap: int,
-    latency_repeats: int,
-) -> Comparison:
+def compare(reference: Reference, predictor: str | Path | SourcePredictor, settings: EvaluationSettings) -> Comparison:
     """Compares a predictor with two-pass, vanilla and the controls.
-
-    ``auto`` is not asked anew: each of its answers is one-pass's or two-pass's, as the confidence decides.
 
     Args:
         reference: Everything that needs no predictor.
         predictor: A predictor folder, or a loaded predictor.
-        bootstrap: Resamples behind every interval.
-        latency_repeats: Timed prefills per method.
+        settings: Resamples behind every interval with their seed, and timed prefills per method. Questions are asked
+            as the reference's were.
     """
     loaded = predictor if isinstance(predictor, SourcePredictor) else load_predictor(predictor)
-    model, seed, quiz = reference.model, reference.seed, reference.quiz
-    methods = Methods(model, reference.config, loaded, seed)
-    found, reports = ask(
-        model, reference.processor, methods, (ONE_PASS,), reference.images, quiz, reference.batch_size
+    methods = Methods(reference.model, reference.scr, loaded, reference.settings.seed)
+    answers = _answer(reference, methods, loaded)
+    return Comparison(
+        answers=answers,
+        scores={(name, split): score(answers, name, split, settings) for name in METHODS for split in STRATEGIES},
+        fidelity={name: fidelity(answers, name) for name in METHODS if name != TWO_PASS},
+        curve=fallback_curve(answers, FALLBACKS, settings.seed),
+        costs=_prefill_costs(reference, methods, settings.latency_repeats),
+        images=len(set(answers.image.tolist())),
+        entropy_correlation=_entropy_correlation(answers),
     )
-    limit = math.inf if loaded.drift_limit is None else loaded.drift_limit
+
+
+def _answer(reference: Reference, methods: Methods, predictor: SourcePredictor) -> Answers:
+    """Adds one-pass's answers to the reference's, and auto's: one-pass's or two-pass's, as the confidence decides."""
+    quiz = reference.quiz
+    found, reports = ask(
+        reference.model,
+        reference.processor,
+        methods,
+        (ONE_PASS,),
+        reference.images,
+        quiz,
+        reference.settings.batch_size,
+    )
+    limit = math.inf if predictor.drift_limit is None else predictor.drift_limit
     confidence = np.array([0.0 if (r.drift or 1) > limit else r.confidence or 0.0 for r in reports[ONE_PASS]])
-    falls_back = confidence < loaded.threshold
+    falls_back = confidence < predictor.threshold
     margins = reference.margins | found
     margins[AUTO] = np.where(falls_back, margins[TWO_PASS], margins[ONE_PASS])
-    answers = Answers(
+    return Answers(
         image=quiz.image,
         truth=quiz.truth,
         splits=quiz.splits,
@@ -149,38 +152,23 @@ def compare(
         confidence=confidence,
         fallback=float(falls_back.mean()),
     )
-    scores = {
-        (method, split): score(answers, method, split, bootstrap=bootstrap, seed=seed)
-        for method in METHODS
-        for split in STRATEGIES
-    }
-    asked = quiz.questions[0]
-    inputs = chat_inputs(reference.processor, [reference.images.open(asked.image_id)], [asked.text])
-    costs = prefill_costs(
-        model,
-        inputs.to(model.device, dtype=model.dtype),
-        TIMED,
-        methods.applied,
-        repeats=latency_repeats,
-    )
-    return Comparison(
-        answers=answers,
-        scores=scores,
-        fidelity={method: fidelity(answers, method) for method in METHODS if method != TWO_PASS},
-        curve=fallback_curve(answers, FALLBACKS, seed),
-        costs=costs,
-        images=len(set(answers.image.tolist())),
-        entropy_correlation=_entropy_correlation(answers),
-    )
+
+
+def _prefill_costs(reference: Reference, methods: Methods, repeats: int) -> dict[str, Cost]:
+    """Prefill of the first question's image under each method."""
+    model, first = reference.model, reference.quiz.questions[0]
+    inputs = chat_inputs(reference.processor, [reference.images.open(first.image_id)], [first.text])
+    inputs = inputs.to(model.device, dtype=model.dtype)
+    return prefill_costs(model, inputs, TIMED, methods.applied, repeats=repeats)
 
 
 def _entropy_correlation(answers: Answers) -> float:
     """Over images: r of normalised entropy and the share of absent objects that vanilla affirms."""
     absent = ~answers.truth
-    said = (answers.margins[VANILLA] > 0).astype(float)
+    affirmed = (answers.margins[VANILLA] > 0).astype(float)
     ids = np.unique(answers.image[absent])
     entropy = [answers.entropy[absent & (answers.image == image)].mean() for image in ids]
-    rate = [said[absent & (answers.image == image)].mean() for image in ids]
+    rate = [affirmed[absent & (answers.image == image)].mean() for image in ids]
     if np.std(entropy) == 0 or np.std(rate) == 0:
         return float("nan")
     return float(np.corrcoef(entropy, rate)[0, 1])

@@ -63,7 +63,7 @@ class FallbackPoint:
 
 
 def fallback_curve(answers: Answers, shares: Sequence[float], seed: int = 0, draws: int = 20) -> list[FallbackPoint]:
-    """How ``auto`` follows two-pass as its threshold rises, without asking again: each answer is one of the two's.
+    """How ``auto`` follows two-pass as its threshold rises: each of its answers is one-pass's or two-pass's.
 
     Args:
         answers: With one-pass, two-pass and vanilla.

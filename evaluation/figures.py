@@ -4,6 +4,8 @@ They take plain arrays and return `matplotlib.figure.Figure` objects that no pyp
 safe in any process and need no display.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +19,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from numpy.typing import ArrayLike
 
-from predictor.calibration import (
-    Calibration,
-    ConfidenceRows,
-    expected_calibration_error,
-    reliability_bins,
-    risk_coverage,
-)
+from predictor.calibration import Calibration, ConfidenceRows
 from predictor.losses import normalised_target
-from scr_runtime.config import SCRConfig
-from scr_runtime.redistribute import Grid, claims_of, effective_num_sources, eligible_patches, select_sources
+from predictor.reliability import expected_calibration_error, reliability_bins, risk_coverage
+from scr_runtime.rule import SourceRule
 
 _HIT, _MISSED, _EXTRA = "#00a087", "#f2a900", "#d1478f"
 _INK, _MUTED = "#222222", "#8a8a8a"
@@ -50,36 +46,27 @@ class MapExample:
     """The question."""
 
 
-def map_example(
-    image: ArrayLike,
-    attention: ArrayLike,
-    scores: ArrayLike,
-    grid: Grid,
-    scr: SCRConfig,
-    title: str,
-) -> MapExample:
+def map_example(image: ArrayLike, attention: ArrayLike, scores: ArrayLike, rule: SourceRule, title: str) -> MapExample:
     """Builds a `MapExample` from what a batch and a predictor give.
 
     Args:
         image: [H, W, 3] uint8, the part of the picture that the grid covers.
         attention: [N] true map on any scale.
         scores: [N] of the predictor.
-        grid: Rows and columns, N = rows * columns.
-        scr: How sources are chosen.
+        rule: How sources are chosen on the patch grid.
         title: The question.
     """
-    eligible = eligible_patches(grid, scr.exclude_border)
-    k, claims = effective_num_sources(grid, scr), claims_of(grid, scr)
     truth = torch.as_tensor(np.asarray(attention, dtype=np.float32))[None]  # [1, N]
     logits = torch.as_tensor(np.asarray(scores, dtype=np.float32))[None]  # [1, N]
-    predicted = logits.masked_fill(~eligible, -torch.inf).softmax(dim=-1)
-    blank = ~eligible[None]
+    blank = ~rule.eligible[None]
+    predicted = logits.masked_fill(blank, -torch.inf).softmax(dim=-1)
+    target = normalised_target(truth, rule.eligible)
     return MapExample(
         image=np.asarray(image),
-        true_map=normalised_target(truth, eligible).masked_fill(blank, torch.nan).view(grid).numpy(),
-        predicted_map=predicted.masked_fill(blank, torch.nan).view(grid).numpy(),
-        true_sources=select_sources(truth, eligible, k, claims)[0].numpy(),
-        chosen_sources=select_sources(logits, eligible, k, claims)[0].numpy(),
+        true_map=target.masked_fill(blank, torch.nan).view(rule.grid).numpy(),
+        predicted_map=predicted.masked_fill(blank, torch.nan).view(rule.grid).numpy(),
+        true_sources=rule.choose(truth)[0].numpy(),
+        chosen_sources=rule.choose(logits)[0].numpy(),
         title=title,
     )
 
@@ -133,33 +120,10 @@ def reliability_figure(calibration: Calibration, rows: ConfidenceRows) -> Figure
         calibration: As exported; its threshold is where `auto` falls back to two-pass.
         rows: Rows that it was not fitted on.
     """
-    tempered, recall, threshold = rows.raw(calibration.temperature), rows.recall, calibration.threshold
-    confidence = calibration(tempered)
     figure = Figure(figsize=(10.5, 4.6), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
-
-    left.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    kinds = ((rows.raw(), _MUTED, "raw"), (tempered, _MISSED, "temperature"), (confidence, _HIT, "isotonic"))
-    for values, colour, name in kinds:
-        mean_confidence, mean_recall, _ = reliability_bins(values, recall)
-        error = expected_calibration_error(values, recall)
-        label = f"{name}, ECE {error:.3f}"
-        left.plot(mean_confidence, mean_recall, "o-", color=colour, markersize=6, linewidth=1.6, label=label)
-    left.axvline(threshold, color=_EXTRA, linewidth=1.4, label=f"fallback below {threshold:.2f}")
-    left.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="true share of sources (recall)")
-    left.set_aspect("equal")
-    left.set_title("Reliability on held-out rows", loc="left", fontsize=11)
-
-    coverage, risk = risk_coverage(confidence, recall)
-    kept = float((confidence >= threshold).mean())
-    right.plot(coverage, 1 - risk, color=_HIT, linewidth=2, label="most confident first")
-    right.axhline(recall.mean(), color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), label="in random order")
-    right.axvline(kept, color=_EXTRA, linewidth=1.4, label=f"threshold keeps {kept:.0%}")
-    low = float(np.floor(10 * min(recall.mean(), (1 - risk).min())) / 10)
-    right.set(xlim=(0, 1), ylim=(low - 0.05, 1.02))
-    right.set(xlabel="share of rows that stay one-pass", ylabel="their mean recall")
-    right.set_title("Recall against coverage", loc="left", fontsize=11)
-
+    _draw_reliability(left, calibration, rows)
+    _draw_coverage(right, calibration, rows)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e6e6e6", linewidth=0.8)
@@ -168,7 +132,39 @@ def reliability_figure(calibration: Calibration, rows: ConfidenceRows) -> Figure
     return figure
 
 
-def _show_image(axes: Axes, example: MapExample, title: str, dim: float = 0.0, **kwargs: Any) -> None:
+def _draw_reliability(axes: Axes, calibration: Calibration, rows: ConfidenceRows) -> None:
+    tempered = rows.raw(calibration.temperature)
+    axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    kinds = (
+        (rows.raw(), _MUTED, "raw"),
+        (tempered, _MISSED, "temperature"),
+        (calibration(tempered), _HIT, "isotonic"),
+    )
+    for values, colour, name in kinds:
+        mean_confidence, mean_recall, _ = reliability_bins(values, rows.recall)
+        label = f"{name}, ECE {expected_calibration_error(values, rows.recall):.3f}"
+        axes.plot(mean_confidence, mean_recall, "o-", color=colour, markersize=6, linewidth=1.6, label=label)
+    threshold = calibration.threshold
+    axes.axvline(threshold, color=_EXTRA, linewidth=1.4, label=f"fallback below {threshold:.2f}")
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="true share of sources (recall)")
+    axes.set_aspect("equal")
+    axes.set_title("Reliability on held-out rows", loc="left", fontsize=11)
+
+
+def _draw_coverage(axes: Axes, calibration: Calibration, rows: ConfidenceRows) -> None:
+    confidence = calibration(rows.raw(calibration.temperature))
+    coverage, risk = risk_coverage(confidence, rows.recall)
+    kept, mean = float((confidence >= calibration.threshold).mean()), rows.recall.mean()
+    axes.plot(coverage, 1 - risk, color=_HIT, linewidth=2, label="most confident first")
+    axes.axhline(mean, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), label="in random order")
+    axes.axvline(kept, color=_EXTRA, linewidth=1.4, label=f"threshold keeps {kept:.0%}")
+    low = float(np.floor(10 * min(mean, (1 - risk).min())) / 10)
+    axes.set(xlim=(0, 1), ylim=(low - 0.05, 1.02))
+    axes.set(xlabel="share of rows that stay one-pass", ylabel="their mean recall")
+    axes.set_title("Recall against coverage", loc="left", fontsize=11)
+
+
+def _show_image(axes: Axes, example: MapExample, title: str, dim: float = 0.0) -> None:
     """The picture in units of patches, mixed with white by `dim`."""
     image = example.image.astype(np.float32) / 255
     rows, columns = example.true_map.shape

@@ -1,4 +1,4 @@
-"""Tells a fit: its table between floors and ceiling, and its numbers under stable names."""
+"""Reports a fit: its table between floors and ceiling, and its numbers under stable names."""
 
 from __future__ import annotations
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,30 @@ class Cost:
     high: float
 
 
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], clock: Callable[[Callable[[], Any]], T], repeats: int, warm_up: int = 2
+) -> dict[str, list[T]]:
+    """Times calls round after round, so that a noisy machine disturbs all alike.
+
+    Args:
+        calls: Name -> what is timed.
+        clock: Runs a call and returns what it took, as ``thread_clock`` does; ``operator.call`` for calls that time
+            themselves.
+        repeats: Timed rounds, in each of which every call runs once, in their order.
+        warm_up: Rounds before them.
+
+    Returns:
+        Name -> what the clock returned in each round.
+    """
+    times: dict[str, list[T]] = {name: [] for name in calls}
+    for turn in range(warm_up + repeats):
+        for name, call in calls.items():
+            elapsed = clock(call)
+            if turn >= warm_up:
+                times[name].append(elapsed)
+    return times
+
+
 def prefill_costs(
     model: Any,
     inputs: Mapping[str, Any],
@@ -38,7 +66,7 @@ def prefill_costs(
     repeats: int,
     warm_up: int = 2,
 ) -> dict[str, Cost]:
-    """Times one prefill under each method, round after round, so that a noisy machine hits all alike.
+    """Times one prefill under each method, interleaved.
 
     Args:
         model: The model.
@@ -51,15 +79,14 @@ def prefill_costs(
     Returns:
         Method -> its cost.
     """
-    clock = _device_clock if model.device.type == "cuda" else _thread_clock
-    times: dict[str, list[float]] = {name: [] for name in methods}
+    clock = device_clock if model.device.type == "cuda" else thread_clock
+
+    def prefill(name: str) -> float:
+        with applied(name):  # to attach a method is not part of the prefill
+            return clock(lambda: model(**inputs, logits_to_keep=1))
+
     with _one_thread(), torch.no_grad():
-        for turn in range(warm_up + repeats):
-            for name in methods:
-                with applied(name):
-                    elapsed = clock(lambda: model(**inputs, logits_to_keep=1))
-                if turn >= warm_up:
-                    times[name].append(elapsed)
+        times = interleaved({name: partial(prefill, name) for name in methods}, operator.call, repeats, warm_up)
     base = times[methods[0]]
     costs: dict[str, Cost] = {}
     for name, mine in times.items():
@@ -69,14 +96,15 @@ def prefill_costs(
     return costs
 
 
-def _thread_clock(call: Callable[[], object]) -> float:
+def thread_clock(call: Callable[[], Any]) -> float:
     """Milliseconds of CPU time of this thread: other processes on shared cores don't count."""
     start = time.thread_time_ns()
     call()
     return (time.thread_time_ns() - start) / 1e6
 
 
-def _device_clock(call: Callable[[], object]) -> float:
+def device_clock(call: Callable[[], Any]) -> float:
+    """Milliseconds between two events on the current CUDA device."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

@@ -17,15 +17,8 @@ from torch import Tensor
 
 from scr_runtime import SCR, ImageReport, PredictorConfig, SCRConfig, SourcePredictor, load_predictor
 
-VANILLA, TWO_PASS, ONE_PASS, AUTO, UNIFORM, SWAPPED, SHIFT = (
-    "vanilla",
-    "two-pass",
-    "one-pass",
-    "auto",
-    "uniform",
-    "swapped",
-    "shift",
-)
+VANILLA, TWO_PASS, ONE_PASS, AUTO = "vanilla", "two-pass", "one-pass", "auto"
+UNIFORM, SWAPPED, SHIFT = "uniform", "swapped", "shift"
 
 DESCRIPTIONS = {
     VANILLA: "the model as it is",
@@ -39,7 +32,7 @@ DESCRIPTIONS = {
 
 
 class GivenSources(SourcePredictor):
-    """Stands in for a predictor and chooses the sources it is given, in their order.
+    """Takes a predictor's place and chooses the sources it is given, in their order.
 
     Attributes:
         sources: One list of patches per image of the next prefill.
@@ -66,7 +59,7 @@ class Methods:
 
     Args:
         model: A supported model in eval mode, without an SCR attached.
-        config: The method's settings.
+        scr: The method's settings.
         predictor: A predictor folder, or a loaded predictor; without it there is no one-pass and no auto.
         seed: Of the uniform control.
     """
@@ -74,20 +67,20 @@ class Methods:
     def __init__(
         self,
         model: Any,
-        config: SCRConfig,
+        scr: SCRConfig,
         predictor: str | Path | SourcePredictor | None = None,
         seed: int = 0,
     ) -> None:
         self._given = GivenSources(model.config.get_text_config().hidden_size)
         self._runtimes = {
-            TWO_PASS: SCR(model, config=config, mode="two-pass"),
-            UNIFORM: SCR(model, config=config, mode="uniform", seed=seed),
-            SWAPPED: SCR(model, config=config, mode="one-pass", predictor=self._given),
+            TWO_PASS: SCR(model, config=scr, mode="two-pass"),
+            UNIFORM: SCR(model, config=scr, mode="uniform", seed=seed),
+            SWAPPED: SCR(model, config=scr, mode="one-pass", predictor=self._given),
         }
         if predictor is not None:
             loaded = predictor if isinstance(predictor, SourcePredictor) else load_predictor(predictor)
-            self._runtimes[ONE_PASS] = SCR(model, config=config, mode="one-pass", predictor=loaded)
-            self._runtimes[AUTO] = SCR(model, config=config, mode="auto", predictor=loaded)
+            self._runtimes[ONE_PASS] = SCR(model, config=scr, mode="one-pass", predictor=loaded)
+            self._runtimes[AUTO] = SCR(model, config=scr, mode="auto", predictor=loaded)
 
     @contextmanager
     def applied(self, name: str) -> Iterator[SCR | None]:
@@ -116,8 +109,8 @@ class Methods:
         reports: dict[str, list[ImageReport]] = {}
         for name in names:
             if name == SWAPPED:  # each row gets the sources of the row before it
-                found = [report.sources for report in reports[TWO_PASS]]
-                self._given.sources = found[-1:] + found[:-1]
+                own = [report.sources for report in reports[TWO_PASS]]
+                self._given.sources = own[-1:] + own[:-1]
             with self.applied(name) as scr:
                 logits[name] = model(**inputs, logits_to_keep=1).logits[:, -1].float()
                 reports[name] = scr.reports if scr is not None else []

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
+from data.chat import chat_inputs
 from data.images import CocoImages
 from data.questions import STRATEGIES, Question, count_objects, pope_questions
-from data.vlm import chat_inputs
+from evaluation.errors import EvaluationError
 from evaluation.methods import VANILLA, Methods
+from evaluation.settings import EvaluationSettings
 from predictor.metrics import Interval, bootstrap_interval
 from scr_runtime import ImageReport
 
@@ -58,7 +60,6 @@ class Score:
         accuracy: Share of right answers.
         auc: Area under the ROC curve of the yes margin.
         hr_change: HR minus vanilla's, with a paired bootstrap interval over images; ``None`` for vanilla.
-        accuracy_change: The same of the accuracy.
     """
 
     hr: float
@@ -66,14 +67,13 @@ class Score:
     accuracy: float
     auc: float
     hr_change: Interval | None
-    accuracy_change: Interval | None
 
 
 def yes_no_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Token ids that start the answers "yes" and "no", in any case, with or without a space before.
 
     Raises:
-        ValueError: If the tokenizer has no single token for one of them.
+        EvaluationError: If the tokenizer has no single token for one of them.
     """
     found: list[list[int]] = []
     for word in ("yes", "no"):
@@ -83,7 +83,10 @@ def yes_no_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
             if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id:
                 ids.add(tokens[0])
         if not ids:
-            raise ValueError(f"this tokenizer has no single token for {word!r}: the yes margin can't be read")
+            raise EvaluationError(
+                f"this model's tokenizer has no single token for {word!r}, so that yes and no can't be compared; "
+                "evaluation.images=0 skips the comparison"
+            )
         found.append(sorted(ids))
     return found[0], found[1]
 
@@ -93,7 +96,7 @@ class Quiz:
     """Which questions are asked.
 
     Attributes:
-        questions: Each once, dealt so that neighbours are about different images.
+        questions: Each once, in an order in which neighbours are about different images.
         splits: Strategy -> indices of its questions. Present objects belong to all strategies.
     """
 
@@ -111,23 +114,25 @@ class Quiz:
         return np.array([question.label == "yes" for question in self.questions])
 
 
-def make_quiz(images: CocoImages, image_ids: Sequence[int], questions_per_image: int, seed: int) -> Quiz:
-    """Random, popular and adversarial questions.
+def make_quiz(images: CocoImages, image_ids: Sequence[int], settings: EvaluationSettings) -> Quiz:
+    """Random, popular and adversarial questions, as many per image as the settings say.
 
     Args:
         images: Held-out images with annotations.
         image_ids: Which of them.
-        questions_per_image: Per strategy; half of them about present objects.
-        seed: Chooses the questions.
+        settings: Questions per image, and the seed that chooses them.
+
+    Raises:
+        EvaluationError: If the questions are about fewer than two images.
     """
     counts = count_objects(images)
     asked: dict[tuple[int, str], Question] = {}
     members: dict[str, list[tuple[int, str]]] = {}
     for strategy in STRATEGIES:
-        listed = pope_questions(images, image_ids, strategy, questions_per_image, seed, counts)
+        listed = pope_questions(images, image_ids, strategy, settings.questions_per_image, settings.seed, counts)
         members[strategy] = [(question.image_id, question.text) for question in listed]
         asked |= {(question.image_id, question.text): question for question in listed}
-    questions = _deal(list(asked.values()))
+    questions = _alternate_images(list(asked.values()))
     place = {(question.image_id, question.text): index for index, question in enumerate(questions)}
     return Quiz(questions, {name: np.array([place[key] for key in keys]) for name, keys in members.items()})
 
@@ -175,44 +180,42 @@ def ask(
     return {name: np.array(values) for name, values in margins.items()}, reports
 
 
-def score(answers: Answers, method: str, split: str, *, bootstrap: int, seed: int) -> Score:
+def score(answers: Answers, method: str, split: str, settings: EvaluationSettings) -> Score:
     """Scores one method on one split.
 
     Args:
         answers: All answers.
         method: A method of ``answers.margins``.
         split: A strategy of ``answers.splits``.
-        bootstrap: Resamples of the images.
-        seed: Of the resamples.
+        settings: Resamples of the images behind the interval, and their seed.
     """
     rows = answers.splits[split]
     truth, image = answers.truth[rows], answers.image[rows]
     margin = answers.margins[method][rows]
-    said = margin > 0
-    changes: dict[str, Interval | None] = {"hr": None, "accuracy": None}
+    affirmed, absent = margin > 0, ~truth
+    change = None
     if method != VANILLA:
         before = answers.margins[VANILLA][rows] > 0
-        absent = ~truth
-        hallucinated = said[absent].astype(float) - before[absent]
-        correct = (said == truth).astype(float) - (before == truth)
-        changes["hr"] = bootstrap_interval(hallucinated, image[absent], bootstrap, seed)
-        changes["accuracy"] = bootstrap_interval(correct, image, bootstrap, seed)
+        hallucinated = affirmed[absent].astype(float) - before[absent]
+        change = bootstrap_interval(hallucinated, image[absent], settings.bootstrap, settings.seed)
     return Score(
-        hr=float(said[~truth].mean()),
-        tpr=float(said[truth].mean()),
-        accuracy=float((said == truth).mean()),
+        hr=float(affirmed[absent].mean()),
+        tpr=float(affirmed[truth].mean()),
+        accuracy=float((affirmed == truth).mean()),
         auc=float(roc_auc_score(truth, margin)),
-        hr_change=changes["hr"],
-        accuracy_change=changes["accuracy"],
+        hr_change=change,
     )
 
 
-def _deal(questions: list[Question]) -> list[Question]:
+def _alternate_images(questions: list[Question]) -> list[Question]:
     """Orders questions so that neighbours are about different images, as the swapped control needs."""
     by_image: dict[int, list[Question]] = {}
     for question in questions:
         by_image.setdefault(question.image_id, []).append(question)
     if len(by_image) < 2:
-        raise ValueError("a comparison needs questions about at least 2 images; set evaluation.images")
+        raise EvaluationError(
+            f"a comparison needs questions about at least 2 images, and there are {len(by_image)}: "
+            "raise evaluation.images"
+        )
     rounds = max(map(len, by_image.values()))
     return [own[turn] for turn in range(rounds) for own in by_image.values() if turn < len(own)]

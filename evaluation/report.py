@@ -1,25 +1,23 @@
-"""Tells a comparison: tables for the terminal and for files, figures, the honest reading, and MLflow."""
+"""Reports a comparison: its table, what the numbers show and what they don't, figure, files, metrics."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import textwrap
-import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from mlflow import MlflowClient
-from mlflow.entities import Metric
 
 from data.questions import STRATEGIES
 from evaluation.compare import METHODS, Comparison
 from evaluation.methods import AUTO, DESCRIPTIONS, ONE_PASS, SHIFT, SWAPPED, TWO_PASS, UNIFORM, VANILLA
+from evaluation.tables import markdown
 from predictor.metrics import Interval
+from scr_runtime.files import whole_file, write_file
 
 _COLOURS = {
     VANILLA: "#6b7280",
@@ -30,28 +28,7 @@ _COLOURS = {
     SWAPPED: "#b45309",
     SHIFT: "#9ca3af",
 }
-
-
-_TOLD = (0.1, 0.2, 0.3, 0.5)  # shares of fallback
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligns rows of text under their header: the first column left, the others right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """The same rows as a Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+_REPORTED_SHARES = (0.1, 0.2, 0.3, 0.5)  # of the questions, handed to the diagnostic run
 
 
 def answer_rows(comparison: Comparison) -> list[list[str]]:
@@ -93,11 +70,13 @@ def reading(comparison: Comparison, *, embedded: bool) -> list[str]:
     two, swapped, uniform, shift = (change[name] for name in (TWO_PASS, SWAPPED, UNIFORM, SHIFT))
     assert two is not None and swapped is not None and uniform is not None and shift is not None
     one, auto = comparison.fidelity[ONE_PASS], comparison.fidelity[AUTO]
+    beyond_noise = two.high < 0 or two.low > 0
+    points = [point for point in comparison.curve if point.share in _REPORTED_SHARES]
     lines = [
         f"{comparison.images} held-out images, {questions} {split} questions; HR, TPR and accuracy in percent, "
         "changes in percentage points against vanilla.",
         f"Two-pass changes adversarial HR by {_points(two)}: "
-        + ("an effect beyond noise." if two.high < 0 or two.low > 0 else "not distinguishable from none."),
+        + ("an effect beyond noise." if beyond_noise else "not distinguishable from none."),
         f"The same dose in the wrong places (swapped) changes it by {_points(swapped)}, random sources by "
         f"{_points(uniform)}, a constant shift of the margin by {_points(shift)}: only what two-pass gains beyond "
         "these comes from where its sources are.",
@@ -107,15 +86,11 @@ def reading(comparison: Comparison, *, embedded: bool) -> list[str]:
         f"diagnostic run. (Doing nothing agrees with two-pass on {one.agreement_of_vanilla:.1%} of all answers, so "
         "plain agreement says nothing.)",
         f"Of two-pass's change of the adversarial HR one-pass keeps {_share(hr_kept(comparison, ONE_PASS))}"
-        + (
-            "."
-            if two.high < 0 or two.low > 0
-            else ", which says nothing while that change is not distinguishable from none."
-        ),
+        + ("." if beyond_noise else ", which says nothing while that change is not distinguishable from none."),
         "With more fallback, auto follows with "
-        + ", ".join(f"r = {p.shift_correlation:.2f} at {p.share:.0%}" for p in comparison.curve if p.share in _TOLD)
+        + ", ".join(f"r = {point.shift_correlation:.2f} at {point.share:.0%}" for point in points)
         + "; of the same shares drawn at random, "
-        + ", ".join(f"{p.shift_correlation_random:.2f}" for p in comparison.curve if p.share in _TOLD)
+        + ", ".join(f"{point.shift_correlation_random:.2f}" for point in points)
         + ".",
         f"Credit entropy against vanilla's hallucination rate, over images: r = {comparison.entropy_correlation:.2f}.",
     ]
@@ -129,23 +104,27 @@ def reading(comparison: Comparison, *, embedded: bool) -> list[str]:
     return lines
 
 
-def bullets(lines: Sequence[str], width: int = 110) -> str:
-    """Wraps sentences for a terminal, one bullet each."""
-    return "\n".join(textwrap.fill(line, width, initial_indent="- ", subsequent_indent="  ") for line in lines)
-
-
 def figure(comparison: Comparison) -> Figure:
     """Change of HR by split with intervals; margin shifts of one-pass against two-pass; fidelity by fallback share."""
     result = Figure(figsize=(15.5, 4.4), layout="constrained")
     FigureCanvasAgg(result)
-    left, right, last = result.subplots(1, 3, width_ratios=(1.35, 1, 1.1))
+    left, middle, right = result.subplots(1, 3, width_ratios=(1.35, 1, 1.1))
+    _draw_rates(left, comparison)
+    _draw_shifts(middle, comparison)
+    _draw_fallback(right, comparison)
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return result
+
+
+def _draw_rates(axes: Axes, comparison: Comparison) -> None:
     names = [name for name in METHODS if name != VANILLA]
     for place, name in enumerate(names):
         offset = (place - (len(names) - 1) / 2) * 0.13
         for column, split in enumerate(STRATEGIES):
             change = comparison.scores[name, split].hr_change
             assert change is not None
-            left.errorbar(
+            axes.errorbar(
                 column + offset,
                 100 * change.mean,
                 yerr=[[100 * (change.mean - change.low)], [100 * (change.high - change.mean)]],
@@ -155,47 +134,48 @@ def figure(comparison: Comparison) -> Figure:
                 linewidth=1.6,
                 label=name if column == 0 else None,
             )
-    left.axhline(0, color="#111827", linewidth=0.8)
-    left.set_xticks(range(len(STRATEGIES)), STRATEGIES)
-    left.set_ylabel("change of hallucination rate\nagainst vanilla (points, 95 %)")
-    left.set_title("Hallucination rate", loc="left")
-    left.legend(ncols=3, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    axes.axhline(0, color="#111827", linewidth=0.8)
+    axes.set_xticks(range(len(STRATEGIES)), STRATEGIES)
+    axes.set_ylabel("change of hallucination rate\nagainst vanilla (points, 95 %)")
+    axes.set_title("Hallucination rate", loc="left")
+    axes.legend(ncols=3, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1))
 
+
+def _draw_shifts(axes: Axes, comparison: Comparison) -> None:
     margins = comparison.answers.margins
     wanted = margins[TWO_PASS] - margins[VANILLA]
     mine = margins[ONE_PASS] - margins[VANILLA]
     bound = float(np.quantile(np.abs(np.r_[wanted, mine]), 0.999)) or 1.0
-    right.plot([-bound, bound], [-bound, bound], color="#9ca3af", linewidth=1)
-    right.scatter(wanted, mine, s=5, alpha=0.35, color=_COLOURS[ONE_PASS], linewidths=0)
-    right.set_xlim(-bound, bound)
-    right.set_ylim(-bound, bound)
-    right.set_aspect("equal")
-    right.set_xlabel("two-pass: shift of the yes margin (logits)")
-    right.set_ylabel("one-pass")
-    right.set_title(f"Fidelity, r = {comparison.fidelity[ONE_PASS].shift_correlation:.2f}", loc="left")
+    axes.plot([-bound, bound], [-bound, bound], color="#9ca3af", linewidth=1)
+    axes.scatter(wanted, mine, s=5, alpha=0.35, color=_COLOURS[ONE_PASS], linewidths=0)
+    axes.set_xlim(-bound, bound)
+    axes.set_ylim(-bound, bound)
+    axes.set_aspect("equal")
+    axes.set_xlabel("two-pass: shift of the yes margin (logits)")
+    axes.set_ylabel("one-pass")
+    axes.set_title(f"Fidelity, r = {comparison.fidelity[ONE_PASS].shift_correlation:.2f}", loc="left")
 
+
+def _draw_fallback(axes: Axes, comparison: Comparison) -> None:
     share = [100 * point.share for point in comparison.curve]
-    last.plot(
+    axes.plot(
         share, [p.shift_correlation for p in comparison.curve], color=_COLOURS[AUTO], label="least confident first"
     )
-    drawn = [point.shift_correlation_random for point in comparison.curve]
-    last.plot(share, drawn, color=_COLOURS[SHIFT], linestyle=(0, (4, 3)), label="drawn at random")
+    at_random = [point.shift_correlation_random for point in comparison.curve]
+    axes.plot(share, at_random, color=_COLOURS[SHIFT], linestyle=(0, (4, 3)), label="drawn at random")
     chosen = 100 * comparison.answers.fallback
-    last.axvline(chosen, color=_COLOURS[UNIFORM], linewidth=1.2, label=f"auto's threshold: {chosen:.0f} %")
-    last.set(
+    axes.axvline(chosen, color=_COLOURS[UNIFORM], linewidth=1.2, label=f"auto's threshold: {chosen:.0f} %")
+    axes.set(
         xlim=(0, 100),
         xlabel="questions handed to the diagnostic run (%)",
         ylabel="r of the margin shifts with two-pass's",
     )
-    last.set_title("auto: fidelity and cost", loc="left")
-    last.grid(color="#e5e7eb", linewidth=0.8)
-    last.legend(fontsize=8, frameon=False, loc="lower right")
-    price = last.secondary_xaxis("top", functions=_prices(comparison))
-    price.set_xlabel("cost of a prefill against vanilla", fontsize=8, loc="right")
-    price.tick_params(labelsize=8)
-    for axes in (left, right, last):
-        axes.spines[["top", "right"]].set_visible(False)
-    return result
+    axes.set_title("auto: fidelity and cost", loc="left")
+    axes.grid(color="#e5e7eb", linewidth=0.8)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    cost = axes.secondary_xaxis("top", functions=_cost_axis(comparison))
+    cost.set_xlabel("cost of a prefill against vanilla", fontsize=8, loc="right")
+    cost.tick_params(labelsize=8)
 
 
 def prefill_cost(comparison: Comparison, share: float) -> float:
@@ -203,7 +183,7 @@ def prefill_cost(comparison: Comparison, share: float) -> float:
     return comparison.costs[ONE_PASS].ratio + share * (comparison.costs[TWO_PASS].ratio - 1)
 
 
-def _prices(comparison: Comparison) -> tuple[Any, Any]:
+def _cost_axis(comparison: Comparison) -> tuple[Any, Any]:
     """Maps percent handed over to cost, and back; strictly rising, as an axis has to be."""
     start = prefill_cost(comparison, 0)
     slope = max((prefill_cost(comparison, 1) - start) / 100, 1e-6)
@@ -246,23 +226,11 @@ def write(folder: Path, comparison: Comparison, *, embedded: bool) -> dict[str, 
     paths = {kind: folder / f"evaluation.{kind}" for kind in ("md", "json", "png")}
     methods = [["method", "what it is"], *([name, DESCRIPTIONS[name]] for name in METHODS)]
     text = [markdown(answer_rows(comparison)), "", *(f"- {line}" for line in reading(comparison, embedded=embedded))]
-    paths["md"].write_text("\n".join(["# Comparison", "", *text, "", markdown(methods), ""]))
-    paths["json"].write_text(json.dumps(metrics(comparison), indent=1) + "\n")
-    figure(comparison).savefig(paths["png"], dpi=130)
+    write_file(paths["md"], "\n".join(["# Comparison", "", *text, "", markdown(methods), ""]).encode())
+    write_file(paths["json"], (json.dumps(metrics(comparison), indent=1) + "\n").encode())
+    with whole_file(paths["png"]) as stream:
+        figure(comparison).savefig(stream, format="png", dpi=130)
     return paths
-
-
-def log(
-    run_id: str, tracking_uri: str, values: Mapping[str, float], files: Sequence[Path], model_id: str | None = None
-) -> None:
-    """Logs metrics and files of a report to an MLflow run, the metrics to its LoggedModel too if there is one."""
-    client = MlflowClient(tracking_uri)
-    now = int(1000 * time.time())
-    entities = [Metric(key, value, now, 0, model_id=model_id) for key, value in values.items()]
-    for start in range(0, len(entities), 500):
-        client.log_batch(run_id, metrics=entities[start : start + 500])
-    for file in files:
-        client.log_artifact(run_id, str(file), "reports")
 
 
 def _ends(interval: Interval) -> list[tuple[str, float]]:

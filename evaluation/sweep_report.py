@@ -1,4 +1,4 @@
-"""Tells a sweep: one row per combination with means over seeds, the same as a figure, and stable metric names.
+"""Reports a sweep: one row per combination with means over seeds, the same as a figure, and stable metric names.
 
 Means come with 95 % intervals of Student's t over seeds: they say how much another seed would move the mean, on these
 very images. How much other images would move it, the intervals of each child say.
@@ -7,20 +7,23 @@ very images. How much other images would move it, the intervals of each child sa
 from __future__ import annotations
 
 import csv
+import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy import stats
 
-from evaluation.report import markdown
+from evaluation.tables import markdown
+from scr_runtime.files import whole_file, write_file
 
 SEED = "seed"
-# What the summary shows, where a run has it: metric -> (column, digits).
 HEADLINES = {
     "test/recall": ("recall@K", 3),
     "test/ndcg": ("NDCG@K", 3),
@@ -34,14 +37,10 @@ HEADLINES = {
     "eval/auto_30/shift_correlation": ("r at 30 % fallback", 3),
     "predictor/parameters": ("parameters", 0),
 }
+"""What the summary shows, where a run has it: metric -> (column, digits)."""
 NOTE = "Means over seeds, ± half of the 95 % interval (Student's t)."
 _DRAWN = ("test/mass", "test/recall", "eval/one-pass/shift_correlation")
 _COLOURS = ("#1d4ed8", "#059669", "#d97706", "#b91c1c", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; the normal's 1.96 is reached slowly.
-_T = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,8 @@ def mean_over_seeds(values: Sequence[float]) -> Mean:
     count = len(values)
     if count < 2:
         return Mean(float(values[0]), math.nan, tuple(values))
-    quantile = _T[min(count - 1, len(_T)) - 1]
-    return Mean(float(np.mean(values)), float(quantile * np.std(values, ddof=1) / math.sqrt(count)), tuple(values))
+    half = stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count)
+    return Mean(float(np.mean(values)), float(half), tuple(values))
 
 
 def cells(trials: Sequence[Trial]) -> list[Cell]:
@@ -124,25 +123,25 @@ def summary_rows(trials: Sequence[Trial], names: Mapping[str, str]) -> list[list
         names: Swept key -> how the column is called.
     """
     found = cells(trials)
-    swept = [key for key in trials[0].choices if key != SEED]
+    swept = _swept(trials)
     seeds = SEED in trials[0].choices
-    shown = [name for name in HEADLINES if any(name in cell.means for cell in found)]
+    shown = _headlines(found)
     header = [names[key] for key in swept] or ["settings"]
     rows = [[*header, *(["seeds"] if seeds else []), *(HEADLINES[name][0] for name in shown)]]
     for cell in found:
         row = [cell.choices[key] for key in swept] or ["as given"]
         if seeds:
             row.append(f"{cell.finished}" if cell.finished == cell.planned else f"{cell.finished} of {cell.planned}")
-        for name in shown:
-            mean, digits = cell.means.get(name), HEADLINES[name][1]
-            if mean is None:
-                row.append("-")
-            elif math.isnan(mean.half) or digits == 0:
-                row.append(f"{mean.value:,.{digits}f}")
-            else:
-                row.append(f"{mean.value:.{digits}f} ± {mean.half:.{digits}f}")
-        rows.append(row)
+        rows.append(row + [_shown(cell.means.get(name), HEADLINES[name][1]) for name in shown])
     return rows
+
+
+def _shown(mean: Mean | None, digits: int) -> str:
+    if mean is None:
+        return "-"
+    if math.isnan(mean.half) or digits == 0:
+        return f"{mean.value:,.{digits}f}"
+    return f"{mean.value:.{digits}f} ± {mean.half:.{digits}f}"
 
 
 def summary_metrics(trials: Sequence[Trial], names: Mapping[str, str]) -> dict[str, float]:
@@ -162,8 +161,8 @@ def summary_metrics(trials: Sequence[Trial], names: Mapping[str, str]) -> dict[s
 def figure(trials: Sequence[Trial], names: Mapping[str, str]) -> Figure | None:
     """Metric against swept value: a small point per seed, the mean with its interval beside it.
 
-    The key with most values is the axis, the next one the colour, a third one the columns; whatever is left is part of
-    the colour's label. Numbers lie where they are, on a logarithmic axis if they span a factor of 20.
+    The key with most values is the axis, the next one the colour, a third one the columns; further keys are in the
+    colour's label. Numbers lie to scale, on a logarithmic axis if they span a factor of 20.
 
     Returns:
         None if no child has finished.
@@ -172,11 +171,10 @@ def figure(trials: Sequence[Trial], names: Mapping[str, str]) -> Figure | None:
     drawn = [name for name in _DRAWN if any(name in cell.means for cell in found)]
     if not drawn:
         return None
-    swept = [key for key in trials[0].choices if key != SEED]
+    swept = _swept(trials)
     options = {key: list(dict.fromkeys(cell.choices[key] for cell in found)) for key in swept}
     order = sorted(swept, key=lambda key: -len(options[key]))  # stable: of equals, the first that was typed
-    axis = order[0] if order else None
-    facet = order[2] if len(order) > 2 else None
+    axis, facet = (order[0] if order else None), (order[2] if len(order) > 2 else None)
     rest = [key for key in order[1:] if key != facet]
     facets = options[facet] if facet else [""]
     lines = list(dict.fromkeys(tuple(cell.choices[key] for key in rest) for cell in found))
@@ -190,19 +188,13 @@ def figure(trials: Sequence[Trial], names: Mapping[str, str]) -> Figure | None:
     for row, name in enumerate(drawn):
         for column, option in enumerate(facets):
             axes: Axes = grid[row][column]
+            members = [cell for cell in found if name in cell.means and (not facet or cell.choices[facet] == option)]
             for number, line in enumerate(lines):
-                members = [
-                    cell
-                    for cell in found
-                    if name in cell.means
-                    and tuple(cell.choices[key] for key in rest) == line
-                    and (not facet or cell.choices[facet] == option)
-                ]
+                own = [cell for cell in members if tuple(cell.choices[key] for key in rest) == line]
                 shift = 0.0 if numeric or len(lines) == 1 else 0.5 * (number / (len(lines) - 1) - 0.5)
-                at = [places[cell.choices[axis] if axis else ticks[0]] + shift for cell in members]
+                at = [places[cell.choices[axis] if axis else ticks[0]] + shift for cell in own]
                 label = " ".join(f"{names[key]}={value}" for key, value in zip(rest, line, strict=True))
-                beside = 0.0 if numeric else -0.06
-                _draw(axes, at, [cell.means[name] for cell in members], _COLOURS[number % 8], label, numeric, beside)
+                _draw(axes, at, [cell.means[name] for cell in own], _COLOURS[number % 8], label, numeric)
             _mark(axes, places, numeric)
             if row == len(drawn) - 1:
                 axes.set_xlabel(names[axis] if axis else "")
@@ -219,42 +211,73 @@ def figure(trials: Sequence[Trial], names: Mapping[str, str]) -> Figure | None:
 def write(folder: Path, trials: Sequence[Trial], names: Mapping[str, str], title: str) -> list[Path]:
     """Writes summary.md, summary.csv (means), children.csv (every number of every child) and, if any, summary.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = summary_rows(trials, names)
-    lines = [f"# {title}", "", markdown(rows)]
+    paths = [folder / name for name in ("summary.md", "summary.csv", "children.csv", "summary.png")]
+    write_file(paths[0], _summary_text(trials, names, title).encode())
+    write_file(paths[1], _csv(_mean_records(trials)))
+    write_file(paths[2], _csv(_child_records(trials)))
+    picture = figure(trials, names)
+    if picture is None:
+        return paths[:3]
+    with whole_file(paths[3]) as stream:
+        picture.savefig(stream, format="png", dpi=130)
+    return paths
+
+
+def _summary_text(trials: Sequence[Trial], names: Mapping[str, str], title: str) -> str:
+    lines = [f"# {title}", "", markdown(summary_rows(trials, names))]
     if SEED in trials[0].choices:
         lines += ["", NOTE]
     lost = [[*trial.choices.values(), trial.status, trial.run_id] for trial in trials if trial.status != "FINISHED"]
     if lost:
         lines += ["", "Without a result:", "", markdown([[*trials[0].choices, "status", "run"], *lost])]
-    (folder / "summary.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    found = cells(trials)
-    swept = [key for key in trials[0].choices if key != SEED]
-    shown = [name for name in HEADLINES if any(name in cell.means for cell in found)]
-    with (folder / "summary.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        ends = [f"{name}{end}" for name in shown for end in ("", "_low", "_high")]
-        writer.writerow([*swept, "finished", "planned", *ends])
-        for cell in found:
-            numbers: list[float | str] = []
-            for name in shown:
-                mean = cell.means.get(name)
-                one = mean is None or math.isnan(mean.half)
-                numbers.append("" if mean is None else mean.value)
-                numbers += ["", ""] if one or mean is None else [mean.value - mean.half, mean.value + mean.half]
-            writer.writerow([*(cell.choices[key] for key in swept), cell.finished, cell.planned, *numbers])
+    return "\n".join([*lines, ""])
+
+
+def _csv(records: Iterable[Sequence[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(records)
+    return text.getvalue().encode()
+
+
+def _mean_records(trials: Sequence[Trial]) -> list[list[Any]]:
+    """Header, and the means of each combination with the ends of their intervals; empty where there are none."""
+    found, swept = cells(trials), _swept(trials)
+    shown = _headlines(found)
+    records: list[list[Any]] = [
+        [*swept, "finished", "planned", *(f"{name}{end}" for name in shown for end in ("", "_low", "_high"))]
+    ]
+    for cell in found:
+        record: list[Any] = [*(cell.choices[key] for key in swept), cell.finished, cell.planned]
+        for name in shown:
+            mean = cell.means.get(name)
+            if mean is None:
+                record += ["", "", ""]
+            elif math.isnan(mean.half):
+                record += [mean.value, "", ""]
+            else:
+                record += [mean.value, mean.value - mean.half, mean.value + mean.half]
+        records.append(record)
+    return records
+
+
+def _child_records(trials: Sequence[Trial]) -> list[list[Any]]:
+    """Header, and every number of every child."""
     columns = sorted({name for trial in trials for name in trial.metrics if not name.startswith("system/")})
-    with (folder / "children.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*trials[0].choices, "status", "run", *columns])
-        for trial in trials:
-            numbers = [trial.metrics.get(name, "") for name in columns]
-            writer.writerow([*trial.choices.values(), trial.status, trial.run_id, *numbers])
-    picture = figure(trials, names)
-    files = [folder / "summary.md", folder / "summary.csv", folder / "children.csv"]
-    if picture is None:
-        return files
-    picture.savefig(folder / "summary.png", dpi=130)
-    return [*files, folder / "summary.png"]
+    records: list[list[Any]] = [[*trials[0].choices, "status", "run", *columns]]
+    for trial in trials:
+        numbers = [trial.metrics.get(name, "") for name in columns]
+        records.append([*trial.choices.values(), trial.status, trial.run_id, *numbers])
+    return records
+
+
+def _swept(trials: Sequence[Trial]) -> list[str]:
+    """The swept keys but the seed."""
+    return [key for key in trials[0].choices if key != SEED]
+
+
+def _headlines(found: Sequence[Cell]) -> list[str]:
+    """The headline metrics that some combination has."""
+    return [name for name in HEADLINES if any(name in cell.means for cell in found)]
 
 
 def _places(ticks: Sequence[str]) -> tuple[dict[str, float], bool]:
@@ -281,9 +304,9 @@ def _mark(axes: Axes, places: Mapping[str, float], numeric: bool) -> None:
     axes.set_axisbelow(True)
 
 
-def _draw(
-    axes: Axes, at: Sequence[float], means: Sequence[Mean], colour: str, label: str, joined: bool, beside: float
-) -> None:
+def _draw(axes: Axes, at: Sequence[float], means: Sequence[Mean], colour: str, label: str, numeric: bool) -> None:
+    """A small point per seed, and the means with their intervals; numbers are joined by a line."""
+    beside = 0.0 if numeric else -0.06
     for place, mean in zip(at, means, strict=True):
         if len(mean.values) > 1:
             axes.plot([place + beside] * len(mean.values), mean.values, "o", color=colour, markersize=3.5, alpha=0.4)
@@ -291,7 +314,7 @@ def _draw(
         at,
         [mean.value for mean in means],
         yerr=[0 if math.isnan(mean.half) else mean.half for mean in means],
-        fmt="o-" if joined else "o",
+        fmt="o-" if numeric else "o",
         color=colour,
         markersize=6,
         linewidth=1.4,

@@ -1,4 +1,4 @@
-"""Packs a fitted checkpoint: calibrates it, writes the folder, reads it back and compares before it says done."""
+"""Packs a fitted checkpoint: calibrates it, writes the folder, and reads it back before it takes its place."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from predictor.calibration import Calibration, ConfidenceRows, calibrate, confidence_rows, fit_drift, spread_rows
-from predictor.module import SourceModule
+from predictor.batch import Batch
+from predictor.calibration import Calibration, calibrate, confidence_rows, fit_drift, spread_rows
+from predictor.module import SourceModule, load_module
+from predictor.settings import PredictorSettings
 from scr_runtime import SCRConfig, SourcePredictor, load_predictor, save_predictor
-
-Batch = Mapping[str, Any]
+from scr_runtime.files import sync_folder
 
 
 class ExportError(RuntimeError):
-    """The folder that was written does not give the checkpoint's outputs."""
+    """There is nothing to export, or the folder that was written does not give the checkpoint's outputs."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,11 @@ class Exported:
         folder: Where it lies.
         predictor: As read back from it.
         calibration: Its confidence map.
-        validation: The rows that the map was fitted on.
     """
 
     folder: Path
     predictor: SourcePredictor
     calibration: Calibration
-    validation: ConfidenceRows
 
 
 def export_predictor(
@@ -46,12 +44,11 @@ def export_predictor(
     scr: SCRConfig,
     model: Mapping[str, Any],
     validation: Iterable[Batch],
-    target_fallback: float | None,
-    target_fidelity: float | None = None,
+    settings: PredictorSettings,
     metrics: Mapping[str, float] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Exported:
-    """Writes a predictor folder from a Lightning checkpoint, and proves it before it takes the folder's place.
+    """Writes a predictor folder from a Lightning checkpoint, and checks it before it takes the folder's place.
 
     Args:
         checkpoint: A checkpoint of ``SourceModule``.
@@ -59,50 +56,61 @@ def export_predictor(
         scr: The settings that the targets were made with.
         model: ``scr_runtime.describe_model`` of the VLM.
         validation: Batches of the validation split: confidence and drift guard are calibrated on them.
-        target_fallback: Share of them that ``auto`` would hand to the diagnostic run.
-        target_fidelity: Instead of it: expected share of true sources that those which stay shall have on average.
+        settings: How much of them ``auto`` would hand to the diagnostic run, see ``fit_calibration``.
         metrics: Numbers for the card.
         provenance: Where it comes from.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint.
+        CheckpointMissingError: If there is no such checkpoint.
+        FitError: If it can't be read, or its scores on the validation split are not finite.
         ExportError: If the folder's outputs differ from the checkpoint's; the former folder is left as it was.
     """
-    checkpoint, folder = Path(checkpoint), Path(folder)
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"no checkpoint at {checkpoint}: run train.py first")
-    module = SourceModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
-    rows = confidence_rows(module.score, validation, scr)
-    calibration = calibrate(rows, target_fallback, target_fidelity)
-    predictor = module.predictor
-    predictor.set_calibration(
+    folder = Path(folder)
+    module = load_module(checkpoint)
+    calibration = _calibrate(module, validation, scr, settings)
+    staged = folder.with_name(f".{folder.name}.staged")
+    shutil.rmtree(staged, ignore_errors=True)
+    save_predictor(staged, module.predictor, scr=scr, model=model, metrics=metrics, provenance=provenance)
+    reloaded = load_predictor(staged)
+    _check_scores(module, reloaded, validation)
+    _check_calibration(module.predictor, reloaded, staged)
+    if folder.exists():
+        shutil.rmtree(folder)
+    staged.rename(folder)
+    sync_folder(folder.parent)
+    return Exported(folder, reloaded, calibration)
+
+
+def _calibrate(
+    module: SourceModule, validation: Iterable[Batch], scr: SCRConfig, settings: PredictorSettings
+) -> Calibration:
+    """Fits confidence and drift guard, and stores them in the module's predictor."""
+    calibration = calibrate(confidence_rows(module.score, validation, scr), settings)
+    module.predictor.set_calibration(
         torch.tensor(calibration.raw),
         torch.tensor(calibration.expected),
         calibration.threshold,
         calibration.temperature,
     )
-    predictor.set_drift(*fit_drift(spread_rows(module.spread, validation)))
-    staged = folder.with_name(f".{folder.name}.staged")
-    shutil.rmtree(staged, ignore_errors=True)
-    save_predictor(staged, predictor, scr=scr, model=model, metrics=metrics, provenance=provenance)
-    again = load_predictor(staged)
-    with torch.inference_mode():
-        for batch in validation:
-            _compare(module(batch["states"], batch["grid"], batch["question"]), again, batch)
-            break
-    for name in ("temperature", "calibration_raw", "calibration_expected"):
-        if not torch.equal(getattr(predictor, name), getattr(again, name)) or again.threshold != predictor.threshold:
-            raise ExportError(f"{staged}: the confidence calibration changed on its way through the folder")
-    if (again.drift_typical, again.drift_limit) != (predictor.drift_typical, predictor.drift_limit):
-        raise ExportError(f"{staged}: the drift guard changed on its way through the folder")
-    if folder.exists():
-        shutil.rmtree(folder)
-    staged.rename(folder)
-    return Exported(folder, again, calibration, rows)
+    module.predictor.set_drift(*fit_drift(spread_rows(module.spread, validation)))
+    return calibration
 
 
-def _compare(expected: Tensor, predictor: SourcePredictor, batch: Batch) -> None:
-    found = predictor(batch["states"], batch["grid"], batch["question"])
+@torch.inference_mode()
+def _check_scores(module: SourceModule, reloaded: SourcePredictor, validation: Iterable[Batch]) -> None:
+    """Compares the scores of the first batch, bit for bit."""
+    batch = next(iter(validation))
+    expected, found = (scores(batch["states"], batch["grid"], batch["question"]) for scores in (module, reloaded))
     if not torch.equal(found, expected):
         worst = (found - expected).abs().max()
         raise ExportError(f"the reloaded predictor's scores differ from the checkpoint's by up to {worst:.3g}")
+
+
+def _check_calibration(predictor: SourcePredictor, reloaded: SourcePredictor, staged: Path) -> None:
+    for name in ("temperature", "calibration_raw", "calibration_expected"):
+        if not torch.equal(getattr(predictor, name), getattr(reloaded, name)):
+            raise ExportError(f"{staged}: the confidence calibration changed on its way through the folder")
+    if reloaded.threshold != predictor.threshold:
+        raise ExportError(f"{staged}: the confidence calibration changed on its way through the folder")
+    if (reloaded.drift_typical, reloaded.drift_limit) != (predictor.drift_typical, predictor.drift_limit):
+        raise ExportError(f"{staged}: the drift guard changed on its way through the folder")

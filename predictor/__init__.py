@@ -1,1 +1,1 @@
-"""Fits the one-pass predictor: losses, metrics, baselines, Lightning module, calibration, figures."""
+"""Fits the one-pass predictor: losses, metrics, baselines, Lightning module, checkpoints, calibration."""

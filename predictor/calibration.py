@@ -1,32 +1,32 @@
 """Turns scores into "expected share of true sources", and picks the threshold under which `auto` falls back.
 
-The raw confidence of an image is `scr_runtime.network.raw_confidence`: how far its chosen patches stand out from the
-first that was not chosen, in units of a temperature. Temperature and an isotonic map of the result to the recall are
-both fitted on validation rows, and go into the predictor folder (`SourcePredictor.set_calibration`).
+The raw confidence of an image is `SourceRule.confidence`: how far its sources stand out from the first patch that was
+not chosen, in units of a temperature. Temperature and an isotonic map of the result to the recall are both fitted on
+validation rows, and go into the predictor folder (`SourcePredictor.set_calibration`). `predictor.reliability` judges
+what comes out.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit
 from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from predictor.batch import Batch, Score, progress, rule_of
+from predictor.errors import FitError
+from predictor.metrics import hits
+from predictor.settings import PredictorSettings
 from scr_runtime.config import SCRConfig
-from scr_runtime.redistribute import (
-    claims_of,
-    effective_num_sources,
-    eligible_patches,
-    rank_patches,
-    select_sources,
-)
 
-Array = np.ndarray
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -38,45 +38,44 @@ class Calibration:
     expected: list[float]
     """Expected share of true sources at each knot, not decreasing; constant beyond the end knots."""
     threshold: float
-    """`auto` falls back to two-pass where the expected share is below it."""
+    """`auto` falls back to two-pass where the expected share is below it. A float32, as the shares at run time are."""
     temperature: float = 1.0
     """Of the raw confidences: spread of the scores' errors."""
 
-    def __call__(self, raw: ArrayLike) -> Array:
-        """Maps raw confidences to expected shares, as the runtime does."""
-        return np.interp(np.asarray(raw, dtype=np.float64), self.raw, self.expected)
+    def __call__(self, raw: ArrayLike) -> Floats:
+        """Maps raw confidences to expected shares in float32, step by step as `SourcePredictor.calibrate` does.
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain containers, for JSON."""
-        return asdict(self)
+        So the same rows are under the threshold here and at run time, also where shares are equal to it.
+        """
+        x, knots, values = (np.asarray(given, dtype=np.float32) for given in (raw, self.raw, self.expected))
+        right = np.searchsorted(knots, x).clip(1, len(knots) - 1)
+        left = right - 1
+        step = ((x - knots[left]) / (knots[right] - knots[left])).clip(0, 1)
+        return (values[left] + step * (values[right] - values[left])).astype(np.float64)
 
 
 class ConfidenceRows(NamedTuple):
-    """What calibration is fitted on, and checked on: one row per map, its K chosen patches side by side."""
+    """What calibration is fitted on, and checked on: one row per map, its K sources side by side."""
 
-    gaps: Array
-    """[R, K] score of each chosen patch over the cut (halfway to the first that was not chosen); nan where a small
+    gaps: Floats
+    """[R, K] score of each source over the cut (see `SourceRule.gaps`), for the largest K of all grids; nan where a
     grid has fewer sources."""
-    hits: Array
+    hits: Floats
     """[R, K] whether two-pass chooses it too; nan as in `gaps`."""
 
     @property
-    def recall(self) -> Array:
+    def recall(self) -> Floats:
         """[R] true share of the chosen sources."""
         return np.nanmean(self.hits, axis=1)
 
-    def raw(self, temperature: float = 1.0) -> Array:
-        """[R] raw confidence, as `scr_runtime.network.raw_confidence` gives it."""
-        return np.nanmean(_sigmoid(self.gaps / temperature), axis=1)
+    def raw(self, temperature: float = 1.0) -> Floats:
+        """[R] raw confidence, as `SourceRule.confidence` gives it."""
+        return np.nanmean(expit(self.gaps / temperature), axis=1)
 
 
 @torch.inference_mode()
-def confidence_rows(
-    score: Callable[[Mapping[str, Any]], Tensor],
-    dataloader: Iterable[Mapping[str, Any]],
-    scr: SCRConfig,
-) -> ConfidenceRows:
-    """Scores a set and returns how each row's chosen patches stand out, and which of them are true.
+def confidence_rows(score: Score, dataloader: Iterable[Batch], scr: SCRConfig) -> ConfidenceRows:
+    """Scores a set and returns how each row's sources stand out, and which of them are true.
 
     Args:
         score: `batch -> scores [B, N]`, e.g. `SourceModule.score`.
@@ -84,66 +83,55 @@ def confidence_rows(
         scr: How sources are chosen.
 
     Raises:
-        ValueError: No rows.
+        FitError: No rows, or a score is not finite.
     """
     gaps: list[Tensor] = []
-    hits: list[Tensor] = []
-    for batch in tqdm(dataloader, desc="confidence", unit="batch", leave=False, delay=2):
-        rows, columns = batch["grid"]
-        grid = (int(rows), int(columns))
+    true: list[Tensor] = []
+    for batch in progress(dataloader, "confidence"):
+        rule = rule_of(batch, scr)
         scores = score(batch)
-        eligible = eligible_patches(grid, scr.exclude_border, scores.device)
-        k, claims = effective_num_sources(grid, scr), claims_of(grid, scr, scores.device)
-        values, chosen = rank_patches(scores, eligible, k + 1, claims)
-        true = select_sources(batch["attention"].to(scores.device), eligible, k, claims)
-        hit = (chosen[:, :k, None] == true[:, None, :]).any(-1).double()
-        spare = (0, scr.num_sources - k)
-        gaps.append(F.pad(values[:, :k] - values[:, k - 1 : k + 1].mean(-1, keepdim=True), spare, value=torch.nan))
-        hits.append(F.pad(hit, spare, value=torch.nan))
+        if not scores[:, rule.eligible].isfinite().all():
+            raise FitError("scores are inf or nan: the fit diverged; lower trainer.learning_rate")
+        gap, chosen = rule.gaps(scores)
+        gaps.append(gap)
+        true.append(hits(chosen, rule.choose(batch["attention"])))
     if not gaps:
-        raise ValueError("confidence_rows got an empty set: calibration needs held-out rows.")
-    return ConfidenceRows(torch.cat(gaps).double().cpu().numpy(), torch.cat(hits).cpu().numpy())
+        raise FitError("calibration needs held-out rows, and the split is empty; see harvest.validation, harvest.test")
+    return ConfidenceRows(_side_by_side(gaps), _side_by_side(true))
+
+
+def _side_by_side(batches: list[Tensor]) -> Floats:
+    """Batches [B, K] of several K -> [R, largest K] float64, filled up with nan."""
+    most = max(batch.shape[1] for batch in batches)
+    filled = [F.pad(batch.double(), (0, most - batch.shape[1]), value=torch.nan) for batch in batches]
+    return torch.cat(filled).cpu().numpy()
 
 
 def fit_temperature(rows: ConfidenceRows) -> float:
     """Fits the spread of the scores' errors: the likeliest temperature of `sigmoid(gap / temperature)` for the hits.
 
-    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, for membership of the top K.
-
-    Raises:
-        ValueError: A gap is infinite, or all are missing.
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, for membership of the top K. Infinite gaps (of
+    grids with a single eligible patch, which can't be missed) fit any temperature; 1 if there are no others.
     """
-    kept = ~np.isnan(rows.hits)
-    gaps, hits = rows.gaps[kept], rows.hits[kept]
-    if not len(gaps) or not np.isfinite(gaps).all():
-        raise ValueError("scores are inf or nan: the fit diverged; lower trainer.learning_rate.")
+    kept = np.isfinite(rows.gaps)
+    gaps, found = rows.gaps[kept], rows.hits[kept]
+    if not len(gaps):
+        return 1.0
     scale = float(np.abs(gaps).mean()) or 1.0
     temperatures = scale * np.logspace(-3, 3, 241)
-    losses = [np.logaddexp(0, np.where(hits > 0, -gaps, gaps) / t).mean() for t in temperatures]
+    losses = [np.logaddexp(0, np.where(found > 0, -gaps, gaps) / t).mean() for t in temperatures]
     return float(temperatures[int(np.argmin(losses))])
 
 
-def calibrate(
-    rows: ConfidenceRows, target_fallback: float | None = 0.2, target_fidelity: float | None = None
-) -> Calibration:
-    """Fits temperature, isotonic map and threshold on validation rows.
-
-    Args:
-        rows: Of the validation split.
-        target_fallback: See `fit_calibration`.
-        target_fidelity: See `fit_calibration`.
-    """
+def calibrate(rows: ConfidenceRows, settings: PredictorSettings) -> Calibration:
+    """Fits temperature, isotonic map and threshold on rows of the validation split, see `fit_calibration`."""
     temperature = fit_temperature(rows)
-    found = fit_calibration(rows.raw(temperature), rows.recall, target_fallback, target_fidelity)
+    found = fit_calibration(rows.raw(temperature), rows.recall, settings)
     return replace(found, temperature=temperature)
 
 
 def fit_calibration(
-    raw: ArrayLike,
-    recall: ArrayLike,
-    target_fallback: float | None = 0.2,
-    target_fidelity: float | None = None,
-    max_knots: int = 32,
+    raw: ArrayLike, recall: ArrayLike, settings: PredictorSettings, max_knots: int = 32
 ) -> Calibration:
     """Fits the isotonic map from raw confidence to recall on validation rows, and the threshold.
 
@@ -156,54 +144,50 @@ def fit_calibration(
     Args:
         raw: [R] raw confidences.
         recall: [R] true shares in [0, 1].
-        target_fallback: Share of validation rows that `auto` shall hand to two-pass, 0..1.
-        target_fidelity: Instead of it (which then is None): what the rows that stay one-pass shall have as mean
-            expected share of true sources; the most rows that can have it stay.
+        settings: `target_fallback`, the share of these rows that `auto` would hand to two-pass; or `target_fidelity`,
+            the mean expected share of true sources of the rows that stay one-pass, of which as many as possible stay.
         max_knots: Most knots to keep, at least 4; a step holds at least 1 / max_knots of the rows.
 
     Raises:
-        ValueError: Rows are missing, not finite or of unequal number; a target is outside 0..1, or not exactly one
-            of the two is given.
+        FitError: No rows, or a value is not finite.
+        ValueError: Rows of unequal number, or too few knots.
     """
     raw, recall = np.asarray(raw, dtype=np.float64), np.asarray(recall, dtype=np.float64)
-    if raw.ndim != 1 or raw.shape != recall.shape or not len(raw):
-        raise ValueError(
-            f"fit_calibration needs 1 or more rows, got raw of shape {raw.shape}, recall of {recall.shape}."
-        )
-    if not (np.isfinite(raw).all() and np.isfinite(recall).all()):
-        raise ValueError("confidence or recall is inf or nan: the fit diverged; lower trainer.learning_rate.")
-    if (target_fallback is None) == (target_fidelity is None):
-        raise ValueError(f"target_fallback={target_fallback}, target_fidelity={target_fidelity}: give one of the two.")
-    for name, target in (("target_fallback", target_fallback), ("target_fidelity", target_fidelity)):
-        if target is not None and not 0 <= target <= 1:
-            raise ValueError(f"{name} is {target}; legal: 0 to 1.")
+    if raw.ndim != 1 or raw.shape != recall.shape:
+        raise ValueError(f"fit_calibration got raw of shape {raw.shape} and recall of {recall.shape}; legal: [R] both")
     if max_knots < 4:
-        raise ValueError(f"max_knots is {max_knots}; legal: 4 or more.")
+        raise ValueError(f"max_knots is {max_knots}; legal: 4 or more")
+    if not len(raw):
+        raise FitError("calibration needs 1 or more rows, and the validation split is empty; see harvest.validation")
+    if not (np.isfinite(raw).all() and np.isfinite(recall).all()):
+        raise FitError("confidence or recall is inf or nan: the fit diverged; lower trainer.learning_rate")
 
-    raw = raw.round(6)  # knots stay apart when they are stored as float32
-    centres, values, weights = _isotonic_steps(raw, recall)
+    rounded = raw.round(6)  # knots stay apart when they are stored as float32
+    centres, values, weights = _isotonic_steps(rounded, recall)
     centres, values = _merge_steps(centres, values, weights, max_knots)
-    knots, expected = _extend_to(centres, values, float(raw.min()), float(raw.max()))
-    confidence = np.interp(raw, knots, expected)
-    if target_fallback is None:
-        target_fallback = _fallback_for(confidence, float(target_fidelity or 0))
-    return Calibration(knots.tolist(), expected.tolist(), _threshold(confidence, target_fallback))
+    knots, expected = _extend_to(centres, values, float(rounded.min()), float(rounded.max()))
+    calibration = Calibration(knots.tolist(), expected.tolist(), 0.0)
+    confidence = calibration(raw)
+    fallback = settings.target_fallback
+    if fallback is None:
+        fallback = _fallback_for(confidence, settings.target_fidelity or 0.0)
+    return replace(calibration, threshold=_threshold(confidence, fallback))
 
 
 @torch.inference_mode()
-def spread_rows(
-    spread: Callable[[Mapping[str, Any]], Tensor],
-    dataloader: Iterable[Mapping[str, Any]],
-) -> Array:
+def spread_rows(spread: Score, dataloader: Iterable[Batch]) -> Floats:
     """Returns [R], how far each row's features reach.
 
     Args:
         spread: `batch -> spreads [B]`, e.g. `SourceModule.spread`.
         dataloader: Batches of held-out rows.
+
+    Raises:
+        FitError: No rows.
     """
     parts = [spread(batch).double().cpu() for batch in dataloader]
     if not parts:
-        raise ValueError("spread_rows got an empty set: the drift guard needs held-out rows.")
+        raise FitError("the drift guard needs held-out rows, and the split is empty; see harvest.validation")
     return torch.cat(parts).numpy()
 
 
@@ -221,76 +205,20 @@ def fit_drift(spread: ArrayLike, quantile: float = 0.999, margin: float = 1.25) 
         The median spread, and the limit on how many times wider or narrower a spread may be.
 
     Raises:
-        ValueError: Rows are missing, not finite, or not over 0.
+        FitError: Rows are missing, not finite, or not over 0.
     """
     spread = np.asarray(spread, dtype=np.float64)
     if spread.ndim != 1 or not len(spread) or not (np.isfinite(spread).all() and (spread > 0).all()):
-        raise ValueError("spreads are missing, inf, nan or 0: the fit diverged, or the states are constant.")
+        raise FitError(
+            "spreads are missing, inf, nan or 0: the fit diverged (lower trainer.learning_rate), "
+            "or the states are constant"
+        )
     typical = float(np.median(spread))
     drift = np.maximum(spread / typical, typical / spread)
     return typical, margin * float(np.quantile(drift, quantile))
 
 
-def expected_calibration_error(confidence: ArrayLike, recall: ArrayLike, bins: int = 10) -> float:
-    """Mean distance between confidence and recall over bins of equally many rows (adaptive ECE).
-
-    Equal-mass bins (Nixon et al., "Measuring Calibration in Deep Learning", CVPR workshops 2019), because
-    confidences of one model lie close together. A finite sample keeps it above 0 even for a perfect map.
-    """
-    mean_confidence, mean_recall, count = reliability_bins(confidence, recall, bins)
-    return float(np.abs(mean_confidence - mean_recall) @ count / count.sum())
-
-
-def reliability_bins(confidence: ArrayLike, recall: ArrayLike, bins: int = 10) -> tuple[Array, Array, Array]:
-    """Returns mean confidence, mean recall and row count of equal-mass bins, [bins] each, in rising order."""
-    confidence, recall = np.asarray(confidence, dtype=np.float64), np.asarray(recall, dtype=np.float64)
-    order = np.argsort(confidence, kind="stable")
-    parts = [part for part in np.array_split(order, bins) if len(part)]
-    return (
-        np.array([confidence[part].mean() for part in parts]),
-        np.array([recall[part].mean() for part in parts]),
-        np.array([len(part) for part in parts]),
-    )
-
-
-def risk_coverage(confidence: ArrayLike, recall: ArrayLike) -> tuple[Array, Array]:
-    """Returns coverage [R] and risk [R], the mean share of missed sources among the most confident rows.
-
-    `risk[i]` is what the rows that `auto` keeps one-pass miss on average if it keeps the share `coverage[i]`.
-    """
-    confidence, recall = np.asarray(confidence, dtype=np.float64), np.asarray(recall, dtype=np.float64)
-    order = np.argsort(-confidence, kind="stable")
-    kept = np.arange(1, len(order) + 1)
-    return kept / len(order), np.cumsum(1.0 - recall[order]) / kept
-
-
-def calibration_summary(calibration: Calibration, rows: ConfidenceRows) -> dict[str, float]:
-    """Numbers that say how good a calibration is on rows it was not fitted on (the test set).
-
-    Returns:
-        ece (isotonic, what the runtime has), ece_temperature (temperature alone), ece_raw (neither), fallback (share
-        of rows under the threshold),
-        recall_kept (mean recall of the rows that stay one-pass; nan if none do), recall_fallback (of the
-        others), aurc (area under the risk-coverage curve) and aurc_random (the same without any ranking: the
-        mean risk).
-    """
-    tempered = rows.raw(calibration.temperature)
-    confidence = calibration(tempered)
-    falls_back = confidence < calibration.threshold
-    _, risk = risk_coverage(confidence, rows.recall)
-    return {
-        "ece": expected_calibration_error(confidence, rows.recall),
-        "ece_temperature": expected_calibration_error(tempered, rows.recall),
-        "ece_raw": expected_calibration_error(rows.raw(), rows.recall),
-        "fallback": float(falls_back.mean()),
-        "recall_kept": _mean(rows.recall[~falls_back]),
-        "recall_fallback": _mean(rows.recall[falls_back]),
-        "aurc": float(risk.mean()),
-        "aurc_random": float(1.0 - rows.recall.mean()),
-    }
-
-
-def _isotonic_steps(raw: Array, recall: Array) -> tuple[Array, Array, Array]:
+def _isotonic_steps(raw: Floats, recall: Floats) -> tuple[Floats, Floats, Floats]:
     """Centre (mean raw), height and weight of every step of the isotonic fit, by rising raw."""
     fitted = IsotonicRegression(y_min=0.0, y_max=1.0).fit_transform(raw, recall)
     order = np.argsort(raw, kind="stable")
@@ -300,8 +228,8 @@ def _isotonic_steps(raw: Array, recall: Array) -> tuple[Array, Array, Array]:
     return np.add.reduceat(raw, starts) / weights, fitted[starts], weights
 
 
-def _merge_steps(centres: Array, values: Array, weights: Array, max_knots: int) -> tuple[Array, Array]:
-    """Merge the lightest step into its lighter neighbour, until they are few and each holds enough rows."""
+def _merge_steps(centres: Floats, values: Floats, weights: Floats, max_knots: int) -> tuple[Floats, Floats]:
+    """Merges the lightest step into its lighter neighbour, until they are few and each holds enough rows."""
     steps = list(zip(centres, values, weights, strict=True))
     enough = weights.sum() / max_knots
     while len(steps) > 1:
@@ -317,8 +245,8 @@ def _merge_steps(centres: Array, values: Array, weights: Array, max_knots: int) 
     return merged[:, 0], merged[:, 1]
 
 
-def _extend_to(centres: Array, values: Array, low: float, high: float) -> tuple[Array, Array]:
-    """Continue the end segments to the range of the rows, so that the end steps rank their rows too."""
+def _extend_to(centres: Floats, values: Floats, low: float, high: float) -> tuple[Floats, Floats]:
+    """Continues the end segments to the range of the rows, so that the end steps rank their rows too."""
     knots, expected = list(centres), list(values)
     if len(centres) == 1:  # raw confidence says nothing about recall: a constant, as the two knots of a map
         knots, expected = [low, max(high, low + 1e-3)], [values[0]] * 2
@@ -334,28 +262,27 @@ def _extend_to(centres: Array, values: Array, low: float, high: float) -> tuple[
     return np.array(knots), np.array(expected)
 
 
-def _threshold(confidence: Array, target_fallback: float) -> float:
-    """Value with the wanted share of rows strictly below it, or less where rows tie."""
+def _threshold(confidence: Floats, target_fallback: float) -> float:
+    """Float32 value with the wanted share of rows strictly below it, or less where rows tie.
+
+    Args:
+        confidence: [R] float32 values, as the runtime compares them.
+        target_fallback: The wanted share.
+    """
     ordered = np.sort(confidence)
     wanted = round(target_fallback * len(ordered))
     if wanted == 0:
         return 0.0
     if wanted == len(ordered):
-        return 1.0 + 1e-6  # above every share, in float32 too
-    return float((ordered[wanted - 1] + ordered[wanted]) / 2)
+        return float(np.float32(1.0 + 1e-6))  # above every share
+    below, above = ordered[wanted - 1 : wanted + 1]
+    middle = float(np.float32((below + above) / 2))
+    return middle if middle > below else float(above)  # between neighbouring numbers there is no middle
 
 
-def _fallback_for(confidence: Array, target_fidelity: float) -> float:
+def _fallback_for(confidence: Floats, target_fidelity: float) -> float:
     """Smallest share of rows to give up, lowest first, so that the mean of the others reaches the target; else 1."""
     ordered = np.sort(confidence)
     kept_means = np.cumsum(ordered[::-1])[::-1] / np.arange(len(ordered), 0, -1)  # without the first i rows
     reached = np.flatnonzero(kept_means >= target_fidelity)
     return float(reached[0] / len(ordered)) if len(reached) else 1.0
-
-
-def _sigmoid(values: Array) -> Array:
-    return 0.5 * (1 + np.tanh(0.5 * values))  # no overflow
-
-
-def _mean(values: Array) -> float:
-    return float(values.mean()) if len(values) else float("nan")

@@ -1,31 +1,31 @@
 """How well scores find the sources of the two-pass map: per-row functions, a torchmetrics class, intervals.
 
-Every per-row metric has the signature of a loss, and the patch grid, and keeps the rows apart:
+Every per-row metric has the signature of a loss, and keeps the rows apart:
 
-    metric(scores [B, N], attention [B, N], eligible [N], k, grid, claims) -> [B] float32
+    metric(scores [B, N], attention [B, N], rule) -> [B] float32
 
-`claims` is `scr_runtime.redistribute.claims_of`: None, unless sources that others claim are left out.
-
-Both the predicted and the true sources come from `scr_runtime.redistribute.select_sources`, so a metric
-counts exactly the patches that would be edited.
+Both the predicted and the true sources are `rule.choose`'s, so a metric counts exactly the patches that would be
+edited.
 """
+
+from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from predictor.losses import normalised_target
-from scr_runtime.redistribute import Grid, select_sources
+from scr_runtime.redistribute import neighbourhoods
+from scr_runtime.rule import SourceRule
 
-RowMetric = Callable[..., Tensor]
+RowMetric = Callable[[Tensor, Tensor, SourceRule], Tensor]
 
 
 class Interval(NamedTuple):
@@ -36,68 +36,55 @@ class Interval(NamedTuple):
     high: float
 
 
-def recall_at_k(
-    scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid, claims: Tensor | None = None
-) -> Tensor:
-    """Share of the true top `k` patches that are among the `k` chosen ones (also the precision), [B]."""
-    chosen = select_sources(scores, eligible, k, claims)  # [B, K]
-    true = select_sources(attention, eligible, k, claims)  # [B, K]
-    return (chosen[:, :, None] == true[:, None, :]).any(dim=-1).float().mean(dim=-1)
+def recall_at_k(scores: Tensor, attention: Tensor, rule: SourceRule) -> Tensor:
+    """Share of the true K sources that are among the K chosen ones (also the precision), [B]."""
+    return hits(rule.choose(scores), rule.choose(attention)).float().mean(dim=-1)
 
 
-def ndcg_at_k(
-    scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid, claims: Tensor | None = None
-) -> Tensor:
-    """Normalised discounted cumulative gain of the `k` chosen patches, [B]; the gain is the attention.
+def hits(chosen: Tensor, true: Tensor) -> Tensor:
+    """[B, K] bool: which of the chosen sources [B, K] are among the true ones [B, K]."""
+    return (chosen[:, :, None] == true[:, None, :]).any(dim=-1)
+
+
+def ndcg_at_k(scores: Tensor, attention: Tensor, rule: SourceRule) -> Tensor:
+    """Normalised discounted cumulative gain of the K chosen patches, [B]; the gain is the attention.
 
     Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", ACM TOIS 2002, with linear
     gains and discount 1 / log2(rank + 1). A row without attention on eligible patches scores 0.
     """
-    target = normalised_target(attention, eligible)
-    chosen = target.gather(-1, select_sources(scores, eligible, k, claims))  # [B, K]
-    best = target.gather(-1, select_sources(attention, eligible, k, claims))  # [B, K]
-    discount = 1.0 / torch.arange(2, chosen.shape[-1] + 2, device=target.device).log2()  # [K]
+    chosen, best = _attention_chosen(scores, attention, rule)  # [B, K]
+    discount = 1.0 / torch.arange(2, chosen.shape[-1] + 2, device=chosen.device).log2()  # [K]
     return _ratio((chosen * discount).sum(dim=-1), (best * discount).sum(dim=-1))
 
 
-def mass_at_k(
-    scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid, claims: Tensor | None = None
-) -> Tensor:
-    """Attention mass recovered: true attention on the `k` chosen patches, over that on the best `k`, [B].
+def mass_at_k(scores: Tensor, attention: Tensor, rule: SourceRule) -> Tensor:
+    """Attention mass recovered: true attention on the K chosen patches, over that on the best K, [B].
 
     1 means that the choice holds as much attention as the two-pass choice, even where the patches differ. A
     row without attention on eligible patches scores 0.
     """
-    target = normalised_target(attention, eligible)
-    chosen = target.gather(-1, select_sources(scores, eligible, k, claims)).sum(dim=-1)
-    best = target.gather(-1, select_sources(attention, eligible, k, claims)).sum(dim=-1)
-    return _ratio(chosen, best)
+    chosen, best = _attention_chosen(scores, attention, rule)  # [B, K]
+    return _ratio(chosen.sum(dim=-1), best.sum(dim=-1))
 
 
-def spearman(
-    scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid, claims: Tensor | None = None
-) -> Tensor:
+def spearman(scores: Tensor, attention: Tensor, rule: SourceRule) -> Tensor:
     """Rank correlation of scores and attention over all eligible patches, [B]; ties share their mean rank.
 
-    `k` is not used. A row whose scores (or whose attention) are all equal scores 0.
+    A row whose scores (or whose attention) are all equal scores 0.
     """
-    first = _ranks(scores[:, eligible].float())
-    second = _ranks(attention[:, eligible].float())
+    first = _ranks(scores[:, rule.eligible].float())
+    second = _ranks(attention[:, rule.eligible].float())
     first = first - first.mean(dim=-1, keepdim=True)
     second = second - second.mean(dim=-1, keepdim=True)
     return _ratio((first * second).sum(dim=-1), first.norm(dim=-1) * second.norm(dim=-1))
 
 
-def iou(
-    scores: Tensor, attention: Tensor, eligible: Tensor, k: int, grid: Grid, claims: Tensor | None = None
-) -> Tensor:
-    """Intersection over union of what is edited, [B]: the chosen sources and their 8 neighbours, and the true ones'.
+def iou(scores: Tensor, attention: Tensor, rule: SourceRule) -> Tensor:
+    """Intersection over union of what is edited, [B]: the chosen sources and their neighbours, and the true ones'.
 
-    Neighbours may lie on the border. Each is claimed by some source: what is edited is the sources' 3 x 3 dilation.
+    Neighbours may lie on the border. Each is claimed by some source, so all of the sources' neighbours are edited.
     """
-    chosen, true = (
-        _edited(select_sources(values, eligible, k, claims), grid) for values in (scores, attention)
-    )  # [B, N]
+    chosen, true = (_edited(rule.choose(values), rule) for values in (scores, attention))  # [B, N]
     return (chosen & true).sum(dim=-1) / (chosen | true).sum(dim=-1)
 
 
@@ -118,7 +105,7 @@ class SourceMetrics(Metric):
     DDP ranks.
 
     Args:
-        keep_rows: Keep each row's values and group for `rows()` (for bootstrap intervals; test time only).
+        keep_rows: Keep each row's values and group for `rows()`, for bootstrap intervals.
     """
 
     is_differentiable = False
@@ -130,8 +117,8 @@ class SourceMetrics(Metric):
     row_values: list[Tensor] | Tensor
     row_groups: list[Tensor] | Tensor
 
-    def __init__(self, keep_rows: bool = False, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, keep_rows: bool = False) -> None:
+        super().__init__()
         self.keep_rows = keep_rows
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("sums", torch.zeros(len(METRICS)), dist_reduce_fx="sum")
@@ -143,25 +130,19 @@ class SourceMetrics(Metric):
         self,
         scores: Tensor,
         attention: Tensor,
-        eligible: Tensor,
-        k: int,
-        grid: Grid,
+        rule: SourceRule,
         keys: Sequence[str] | None = None,
-        claims: Tensor | None = None,
     ) -> None:
         """Adds the rows of a batch.
 
         Args:
             scores: [B, N].
             attention: [B, N] true map on any scale.
-            eligible: [N] bool.
-            k: Number of sources.
-            grid: Rows and columns of patches.
+            rule: How sources are chosen on the batch's grid.
             keys: B sample keys; rows of one key are one cluster. Needed if rows are kept.
-            claims: As of `claims_of`.
         """
         scores = scores.detach()
-        columns = [metric(scores, attention, eligible, k, grid, claims) for metric in METRICS.values()]
+        columns = [metric(scores, attention, rule) for metric in METRICS.values()]
         values = torch.stack(columns, dim=-1)  # [B, M]
         self.sums += values.sum(dim=0)
         self.count += len(values)
@@ -242,11 +223,17 @@ def summarise_rows(rows: Mapping[str, np.ndarray], repeats: int = 2000, seed: in
     return {name: bootstrap_interval(rows[name], rows["group"], repeats, seed) for name in METRICS}
 
 
-def _edited(sources: Tensor, grid: Grid) -> Tensor:
-    """[B, K] -> [B, N] bool: the patches within one step of a source."""
-    marked = torch.zeros(len(sources), 1, *grid, device=sources.device)
-    marked.view(len(sources), -1).scatter_(-1, sources, 1.0)
-    return F.max_pool2d(marked, 3, stride=1, padding=1).flatten(1) > 0
+def _attention_chosen(scores: Tensor, attention: Tensor, rule: SourceRule) -> tuple[Tensor, Tensor]:
+    """[B, K] shares of the attention on the chosen sources, and on the true ones."""
+    target = normalised_target(attention, rule.eligible)
+    return target.gather(-1, rule.choose(scores)), target.gather(-1, rule.choose(attention))
+
+
+def _edited(sources: Tensor, rule: SourceRule) -> Tensor:
+    """[B, K] -> [B, N] bool: the sources and their neighbours."""
+    near = neighbourhoods(rule.grid, rule.config.connectivity, sources.device)[:, sources]  # [C + 1, B, K]
+    edited = torch.zeros(len(sources), len(rule.eligible), dtype=torch.bool, device=sources.device)
+    return edited.scatter_(-1, near.transpose(0, 1).flatten(1), True)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -1,120 +1,81 @@
-"""The LightningModule that fits a `SourcePredictor` to two-pass attention maps."""
+"""The LightningModule that fits a `SourcePredictor` to two-pass attention maps, and its checkpoints."""
 
+from __future__ import annotations
+
+import dataclasses
 import math
+import pickle
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
 
+from predictor.batch import Batch, progress, rule_of
+from predictor.errors import CheckpointMissingError, FitError
 from predictor.losses import LOSSES
 from predictor.metrics import METRICS, SourceMetrics
-from scr_runtime.config import SCRConfig
-from scr_runtime.network import PredictorConfig, SourcePredictor
-from scr_runtime.redistribute import Grid, claims_of, effective_num_sources, eligible_patches
-
-Batch = Mapping[str, Any]
+from predictor.settings import FitSettings, LossName
+from scr_runtime.config import PredictorConfig, SCRConfig
+from scr_runtime.network import SourcePredictor
+from scr_runtime.redistribute import Grid
+from scr_runtime.rule import SourceRule
 
 
 class SourceModule(pl.LightningModule):
-    """Trains, validates and tests one predictor.
+    """Trains and validates one predictor, on batches as `predictor.batch.Batch` describes them.
 
-    A batch is `{"states": [B, N, d] 16 or 32 bit, "attention": [B, N] float32, "question": [B, d],
-    "grid": (rows, columns), "key": [B] str}`, one row for each (image, prompt). Rows of one batch share a
-    grid. `"weight"`, if it is there, is what the batch's loss counts (among several processes, 1 on average).
+    Logged, once an epoch: `train/loss`; `val/loss` and `val/<metric>`, for every name in `predictor.metrics.METRICS`.
+    Choose checkpoints by the largest `val/mass`.
 
-    Logged, once an epoch: `train/loss`; `val/loss` and `val/<metric>`; `test/loss` and `test/<metric>`, for
-    every name in `predictor.metrics.METRICS`. Choose checkpoints by the largest `val/mass`.
+    Call `compute_statistics` once before `Trainer.fit`.
 
-    Call `compute_statistics` once before `Trainer.fit`. After `Trainer.test`, `test_rows` has the metrics of
-    each row.
+    Args:
+        network: Sizes and features of the predictor.
+        scr: How sources are chosen.
+        settings: Of the optimiser: learning rate, warm-up and weight decay (on matrices only: no biases, no gains).
+        loss: One of `predictor.losses.LOSSES`.
+
+    Raises:
+        ValueError: Unknown loss.
     """
 
     has_statistics: Tensor
 
     def __init__(
         self,
-        hidden_size: int,
-        rank: int | None = None,
-        width: int = 256,
-        budget: int = 120_000,
-        position: str = "fourier",
-        question: str = "bilinear",
-        context: str = "both",
-        components: int = 24,
-        loss: str = "kl",
-        num_sources: int = 32,
-        exclude_border: bool = True,
-        connectivity: int = 8,
-        suppress_claimed: bool = False,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.01,
-        warmup_fraction: float = 0.05,
+        network: PredictorConfig,
+        scr: SCRConfig = SCRConfig(),
+        settings: FitSettings = FitSettings(),
+        loss: LossName = "kl",
     ) -> None:
-        """Builds an untrained predictor.
-
-        Args:
-            hidden_size: d of the VLM's decoder.
-            rank: Of the factorised first layer; None lets it follow from the budget.
-            width: Hidden units.
-            budget: Trainable parameters to aim at.
-            position: What is told of a patch's place, see `PredictorConfig`.
-            question: How the question enters.
-            context: What is told of the other patches.
-            components: Softmaxes whose mixture is the map.
-            loss: One of `predictor.losses.LOSSES`.
-            num_sources: K, capped for small grids as at run time.
-            exclude_border: Whether border patches may not be sources.
-            connectivity: Neighbours that a source claims; the choice depends on it if claimed ones are suppressed.
-            suppress_claimed: Whether patches that a source has claimed may not be sources.
-            learning_rate: Peak of AdamW's schedule.
-            weight_decay: AdamW's, on matrices only (no biases, no gains).
-            warmup_fraction: Share of all steps with a linearly rising rate; a cosine to zero follows.
-
-        Raises:
-            ValueError: Unknown loss, or a fraction outside 0..1.
-        """
         super().__init__()
         if loss not in LOSSES:
             close = get_close_matches(str(loss), LOSSES, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"loss is {loss!r}; legal: {', '.join(LOSSES)}.{hint}")
-        if not 0 <= warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction is {warmup_fraction}; legal: 0 up to, not including, 1.")
-        self.save_hyperparameters(logger=False)  # for checkpoints; train.py logs the resolved config, once
-        self.predictor = SourcePredictor(
-            PredictorConfig(
-                hidden_size=hidden_size,
-                rank=rank,
-                width=width,
-                budget=budget,
-                position=position,
-                question=question,
-                context=context,
-                components=components,
-            )
-        )
+        self.predictor = SourcePredictor(network)
         self.register_buffer("has_statistics", torch.tensor(False))
-        self.scr = SCRConfig(
-            num_sources=num_sources,
-            exclude_border=exclude_border,
-            connectivity=connectivity,
-            suppress_claimed=suppress_claimed,
-        )
-        self.loss = LOSSES[loss]
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.warmup_fraction = warmup_fraction
-        self._train_loss = torch.zeros(2)  # of the epoch: sum over rows, rows
+        self.scr = scr
+        self.settings = settings
+        self.loss: LossName = loss
         self.val_metrics = SourceMetrics()
-        self.test_metrics = SourceMetrics(keep_rows=True)
-        self.test_rows: dict[str, np.ndarray] = {}
+        self._train_loss = torch.zeros(2)  # of the epoch: sum over rows, rows
+
+    @property
+    def hyper_parameters(self) -> dict[str, Any]:
+        """What `load_module` makes this module from again, as plain nested dicts."""
+        return {
+            "network": self.predictor.config.to_dict(),
+            "scr": self.scr.to_dict(),
+            "settings": {name: getattr(self.settings, name) for name in FitSettings.model_fields},
+            "loss": self.loss,
+        }
 
     def forward(self, states: Tensor, grid: Grid, question: Tensor | None = None) -> Tensor:
         """Scores patches: states [B, N, d] -> [B, N] float32."""
@@ -129,7 +90,7 @@ class SourceModule(pl.LightningModule):
 
     @torch.inference_mode()
     def spread(self, batch: Batch) -> Tensor:
-        """How far each row's features reach, [B]: what the drift guard is fitted on."""
+        """Measures how far each row's features reach, [B]: what the drift guard is fitted on."""
         states, question = batch["states"].to(self.device), batch["question"].to(self.device)
         return self.predictor.score_and_spread(states, batch["grid"], question)[1].to(batch["states"].device)
 
@@ -143,27 +104,27 @@ class SourceModule(pl.LightningModule):
             dataloader: The training set, read once. Prompts of one image each count its states.
 
         Raises:
-            ValueError: The set is empty, or a value is not finite.
+            FitError: The set is empty, or a value is not finite.
         """
-        size = int(self.hparams["hidden_size"])
+        size = self.predictor.config.hidden_size
         states, questions = Moments(size), Moments(size)
-        for batch in tqdm(dataloader, desc="feature statistics", unit="batch", leave=False, delay=2):
+        for batch in progress(dataloader, "feature statistics"):
             for part in batch["states"].split(16):  # [16, N, d]: bounds the float32 copy
                 states.add(part.flatten(0, 1))
             questions.add(batch["question"])
         if not states.count:
-            raise ValueError("compute_statistics got an empty training set.")
+            raise FitError("compute_statistics got an empty training set: harvest more images (see harvest.samples)")
         self.predictor.set_statistics(*states.mean_and_std(), *questions.mean_and_std())
         self.has_statistics.fill_(True)
 
     def on_fit_start(self) -> None:
-        """Refuses to train on raw features."""
+        """Rejects a fit to raw features."""
         if not self.has_statistics:
             raise RuntimeError("call module.compute_statistics(train_dataloader) once before Trainer.fit.")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the loss of a batch."""
-        loss, scores, _, _ = self._loss_and_scores(batch)
+        loss, scores, _ = self._loss_and_scores(batch)
         weight = batch.get("weight", 1.0)
         rows = len(scores) * (weight > 0)
         self._train_loss = self._train_loss.to(loss.device) + torch.stack(
@@ -178,11 +139,12 @@ class SourceModule(pl.LightningModule):
         self._train_loss = torch.zeros(2)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the loss of the epoch that is running."""
+        """Adds the hyper-parameters, and the loss of the epoch that is running."""
+        checkpoint["hyper_parameters"] = self.hyper_parameters
         checkpoint["train_loss"] = self._over_processes(self._train_loss)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on with the loss of the epoch that was running."""
+        """Restores the loss of the epoch that was running."""
         if "train_loss" in checkpoint and self.global_rank == 0:
             self._train_loss = checkpoint["train_loss"]
 
@@ -191,20 +153,15 @@ class SourceModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collects loss and metrics."""
-        self._evaluation_step(batch, "val", self.val_metrics)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collects loss, metrics and their rows."""
-        self._evaluation_step(batch, "test", self.test_metrics)
+        loss, scores, rule = self._loss_and_scores(batch)
+        self.val_metrics.update(scores, batch["attention"], rule)
+        self.log("val/loss", loss, on_epoch=True, batch_size=len(scores), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the means of the epoch."""
-        self._log_metrics("val", self.val_metrics)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the means, keeps the rows."""
-        self.test_rows = self.test_metrics.rows()
-        self._log_metrics("test", self.test_metrics)
+        values = self.val_metrics.compute()  # the same on every DDP rank: averaging over ranks changes nothing
+        self.log_dict({f"val/{name}": values[name] for name in METRICS}, sync_dist=True)
+        self.val_metrics.reset()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Builds AdamW; linear warm-up, then a cosine to zero, by step."""
@@ -213,32 +170,62 @@ class SourceModule(pl.LightningModule):
             raise ValueError("the cosine schedule needs an end: set trainer.max_epochs or max_steps.")
         weights = [p for p in self.predictor.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in weights if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in weights if p.ndim >= 2], "weight_decay": self.settings.weight_decay},
             {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
-        total, warmup = int(steps), round(self.warmup_fraction * steps)
+        optimizer = torch.optim.AdamW(groups, lr=self.settings.learning_rate)
+        total, warmup = int(steps), round(self.settings.warmup_fraction * steps)
         scheduler = LambdaLR(optimizer, lambda step: rate_factor(step, warmup, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _loss_and_scores(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Scalar loss, scores [B, N], eligible [N], K of this grid."""
-        grid: Grid = batch["grid"]
-        scores = self(batch["states"], grid, batch["question"])
-        eligible = eligible_patches(grid, self.scr.exclude_border, scores.device)
-        k = effective_num_sources(grid, self.scr)
-        return self.loss(scores, batch["attention"], eligible, k), scores, eligible, k
+    def _loss_and_scores(self, batch: Batch) -> tuple[Tensor, Tensor, SourceRule]:
+        """Scalar loss, scores [B, N], and how sources are chosen on the batch's grid."""
+        rule = rule_of(batch, self.scr)
+        scores = self(batch["states"], rule.grid, batch["question"])
+        return LOSSES[self.loss](scores, batch["attention"], rule), scores, rule
 
-    def _evaluation_step(self, batch: Batch, stage: str, metrics: SourceMetrics) -> None:
-        loss, scores, eligible, k = self._loss_and_scores(batch)
-        claims = claims_of(batch["grid"], self.scr, scores.device)
-        metrics.update(scores, batch["attention"], eligible, k, batch["grid"], batch["key"], claims)
-        self.log(f"{stage}/loss", loss, on_epoch=True, batch_size=len(scores), sync_dist=True)
 
-    def _log_metrics(self, stage: str, metrics: SourceMetrics) -> None:
-        values = metrics.compute()  # the same on every DDP rank, so that averaging over ranks changes nothing
-        self.log_dict({f"{stage}/{name}": values[name] for name in METRICS}, sync_dist=True)
-        metrics.reset()
+def load_module(path: str | Path) -> SourceModule:
+    """Reads a module from a checkpoint, onto the CPU and in evaluation mode.
+
+    Checkpoints of former versions, whose hyper-parameters are flat, are read too.
+
+    Args:
+        path: A checkpoint that a Trainer wrote.
+
+    Raises:
+        CheckpointMissingError: There is none.
+        FitError: It can't be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointMissingError(f"no checkpoint at {path}: run train.py first")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        saved = _nested(checkpoint["hyper_parameters"])
+        module = SourceModule(
+            PredictorConfig.from_dict(saved["network"]),
+            SCRConfig.from_dict(saved["scr"]),
+            FitSettings(**saved["settings"]),
+            saved["loss"],
+        )
+        module.load_state_dict(checkpoint["state_dict"])
+    except (EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise FitError(f"{path} is no checkpoint that this version reads: {error}\nRun train.py again.") from error
+    return module.eval()
+
+
+def _nested(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Hyper-parameters by the object they belong to; former versions saved all of them side by side."""
+    if "network" in saved:
+        return saved
+    names = {
+        "network": [field.name for field in dataclasses.fields(PredictorConfig)],
+        "scr": [field.name for field in dataclasses.fields(SCRConfig)],
+        "settings": list(FitSettings.model_fields),
+    }
+    parts = {part: {name: saved[name] for name in own if name in saved} for part, own in names.items()}
+    return {**parts, "loss": saved["loss"]}
 
 
 class Moments:
@@ -269,12 +256,12 @@ class Moments:
         """Returns mean and population standard deviation, [d] float32 each.
 
         Raises:
-            ValueError: A value was not finite.
+            FitError: A value was not finite.
         """
         if not (self.mean.isfinite().all() and self.squares.isfinite().all()):
-            raise ValueError(
+            raise FitError(
                 "the training states or questions hold inf or nan. float16 ends at 65504, and some decoders "
-                "have larger activations: harvest again with harvest.states_dtype=bfloat16."
+                "have larger activations: harvest again with harvest.states_dtype=bfloat16"
             )
         return self.mean.float(), (self.squares / self.count).sqrt().float()
 
@@ -283,5 +270,5 @@ def rate_factor(step: int, warmup: int, total: int) -> float:
     """Factor of the learning rate: linear over `warmup` steps, then a half cosine to 0 at step `total`."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    done = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return 0.5 * (1 + math.cos(math.pi * done))

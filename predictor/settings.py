@@ -94,7 +94,7 @@ class FitSettings(BaseModel):
     accelerator: Accelerator = "auto"
     """Where the fit runs, in Lightning's words."""
     devices: int = Field(default=1, ge=1)
-    """Processes of the fit, each with a device of its own; they share each batch, so that results stay the same."""
+    """Processes of the fit, each on its own device; they share each batch, so that results stay the same."""
     precision: Precision = "auto"
     """Number format of the fit: 32-true, float32; bf16-mixed, bfloat16 where torch's autocast allows it; auto takes
     bf16-mixed where the processor multiplies bfloat16 by itself, and logs which."""

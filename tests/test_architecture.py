@@ -13,19 +13,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("configs", "data", "predictor", "export", "evaluation", "scenes", "benchmarks", "train")
+ROOMS = ("configs", "data", "predictor", "export", "evaluation", "scenes", "pipeline", "benchmarks", "train")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Top-level packages that only some files may import: name -> patterns of those files.
 RESTRICTED = {
-    "mlflow": r"train\.py|export/registry\.py|evaluation/report\.py",
-    "pytorch_lightning": r"train\.py|data/datamodule\.py|predictor/.*|benchmarks/states_dtype\.py",
+    "mlflow": r"export/registry\.py|pipeline/.*",
+    "pytorch_lightning": r"data/datamodule\.py|predictor/.*|pipeline/.*|benchmarks/states_dtype\.py",
+    "pydantic": r"configs/.*|[a-z]+/settings\.py",
+    "omegaconf": r"configs/.*",
+    "configs": r"configs/.*|pipeline/.*|train\.py|benchmarks/states_dtype\.py",
+    "pipeline": r"pipeline/.*|train\.py|benchmarks/states_dtype\.py",
+    "matplotlib": r"evaluation/.*|benchmarks/learning_curve\.py",
     "ray": r"data/cluster\.py",
     "lightning": r"(?!)",  # one name for one thing: pytorch_lightning
     "train": r"(?!)",
     "benchmarks": r"benchmarks/.*",
     "tests": r"(?!)",
 }
+MOST_LINES, LONGEST_BODY, MOST_PARAMETERS = 450, 60, 8
 
 
 def sources() -> list[Path]:
@@ -70,6 +76,45 @@ def test_package_is_imported_only_where_it_belongs(package: str):
     assert not strays, f"{package} is imported by {', '.join(strays)}"
 
 
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every function of a file, methods and inner ones included."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function behind its docstring."""
+    body = function.body[ast.get_docstring(function) is not None :]
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Parameters of a function, self and cls left out."""
+    given = function.args
+    names = [argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+def test_files_functions_and_signatures_stay_small():
+    large = [f"{path.relative_to(ROOT)}: {count} lines" for path in sources()
+             if (count := len(path.read_text(encoding="utf-8").splitlines())) > MOST_LINES]  # fmt: skip
+    for path in sources():
+        for function in functions(path):
+            place = f"{path.relative_to(ROOT)}:{function.lineno} {function.name}"
+            if body_lines(function) > LONGEST_BODY:
+                large.append(f"{place}: a body of {body_lines(function)} lines")
+            if parameters(function) > MOST_PARAMETERS:
+                large.append(f"{place}: {parameters(function)} parameters")
+    assert not large, "\n".join(large)
+
+
+def test_doors_name_the_pipeline_without_importing_it():
+    for door, command in (("data/harvest.py", "pipeline.harvest"), ("export/__main__.py", "pipeline.export"),
+                          ("evaluation/__main__.py", "pipeline.evaluate")):  # fmt: skip
+        assert f'import_module("{command}")' in (ROOT / door).read_text(encoding="utf-8"), door
+        assert (ROOT / f"{command.replace('.', '/')}.py").is_file()
+
+
 def test_runtime_imports_only_its_own_dependencies():
     own = {"torch", "safetensors", "transformers", "scr_runtime"} | sys.stdlib_module_names
     strays = [
@@ -111,7 +156,7 @@ def test_constraints_pin_every_direct_dependency():
     assert not {requirement_name(requirement) for requirement in wanted} - pinned
 
 
-# Imports scr_runtime where nothing but the named packages can be found, then tells what was loaded.
+# Imports scr_runtime, with every public name, where only the named packages can be found; prints what was loaded.
 ISOLATED = """
 import importlib.abc, json, sys
 blocked = set(json.loads(sys.argv[1]))
@@ -123,6 +168,8 @@ class Block(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Block())
 import scr_runtime
+for name in scr_runtime.__all__:
+    getattr(scr_runtime, name)
 print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 

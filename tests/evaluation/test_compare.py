@@ -6,37 +6,40 @@ import numpy as np
 import pytest
 import torch
 
+from data.chat import chat_inputs
 from data.images import CocoImages
 from data.questions import STRATEGIES, count_objects, pope_questions
-from data.vlm import chat_inputs, load_vlm
+from data.settings import VLMSettings
+from data.vlm import load_vlm
 from evaluation.compare import compare, measure_reference
+from evaluation.errors import EvaluationError
 from evaluation.methods import AUTO, ONE_PASS, SHIFT, SWAPPED, TWO_PASS, UNIFORM, VANILLA, Methods
 from evaluation.pope import ask
+from evaluation.settings import EvaluationSettings
 from scenes import CHECKPOINT, ensure_world
 from scr_runtime import SCR, PredictorConfig, SCRConfig, SourcePredictor
 
 CONFIG = SCRConfig(num_sources=8, edit_layers=(0, 2), attention_layers=(2, 4))
+SETTINGS = EvaluationSettings(images=6, questions_per_image=2, batch_size=4, bootstrap=10, latency_repeats=1)
 
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, CocoImages]:
     root = ensure_world(tmp_path_factory.mktemp("world"), train=2, val=6, seed=3)
-    model, processor = load_vlm(str(CHECKPOINT))
+    model, processor = load_vlm(VLMSettings(hub_id=str(CHECKPOINT)))
     return model, processor, CocoImages(root / "val", root / "annotations/instances_val.json")
 
 
 def make_predictor() -> SourcePredictor:
     torch.manual_seed(0)
-    return SourcePredictor(PredictorConfig(128, rank=8, width=16)).eval().requires_grad_(False)
+    return SourcePredictor(PredictorConfig(128, rank=8, width=16, context="both")).eval().requires_grad_(False)
 
 
 def test_every_method_is_the_runtime_one_question_at_a_time(scene: tuple[Any, Any, CocoImages]) -> None:
     model, processor, images = scene
     predictor = make_predictor()
-    reference = measure_reference(
-        model, processor, CONFIG, images, num_images=6, questions_per_image=2, batch_size=4, seed=0
-    )
-    answers = compare(reference, predictor, bootstrap=10, latency_repeats=1).answers
+    reference = measure_reference(model, processor, CONFIG, images, SETTINGS)
+    answers = compare(reference, predictor, SETTINGS).answers
     assert set(answers.margins) == {VANILLA, TWO_PASS, ONE_PASS, AUTO, UNIFORM, SWAPPED, SHIFT}
     assert set(answers.splits) == set(STRATEGIES)
     assert (np.diff(answers.image) != 0).all()  # neighbours are about different images
@@ -77,16 +80,14 @@ def test_swapped_edits_with_the_sources_of_the_row_before(scene: tuple[Any, Any,
 def test_auto_is_put_together_as_the_runtime_would(scene: tuple[Any, Any, CocoImages], guarded: bool) -> None:
     model, processor, images = scene
     predictor = make_predictor()
-    reference = measure_reference(
-        model, processor, CONFIG, images, num_images=6, questions_per_image=2, batch_size=4, seed=0
-    )
+    reference = measure_reference(model, processor, CONFIG, images, SETTINGS)
     raw = torch.tensor([0.5, 1.0])
     predictor.set_calibration(raw, raw, 0.0)
-    confidence = np.sort(compare(reference, predictor, bootstrap=10, latency_repeats=1).answers.confidence)
+    confidence = np.sort(compare(reference, predictor, SETTINGS).answers.confidence)
     predictor.set_calibration(raw, raw, float(confidence[len(confidence) // 3 : len(confidence) // 3 + 2].mean()))
     if guarded:
         predictor.set_drift(1e-3, 1.0)  # no image is like those of such a fit
-    found = compare(reference, predictor, bootstrap=10, latency_repeats=1)
+    found = compare(reference, predictor, SETTINGS)
     methods = Methods(model, CONFIG, predictor)
     margins, reports = ask(model, processor, methods, (AUTO,), images, reference.quiz, 4)
     np.testing.assert_allclose(found.answers.margins[AUTO], margins[AUTO], atol=1e-4)
@@ -94,3 +95,8 @@ def test_auto_is_put_together_as_the_runtime_would(scene: tuple[Any, Any, CocoIm
     assert found.answers.fallback == share == (1 if guarded else pytest.approx(1 / 3, abs=0.08))
     assert found.curve[0].shift_correlation == pytest.approx(found.fidelity[ONE_PASS].shift_correlation)
     assert found.curve[-1].shift_correlation == pytest.approx(1)
+
+
+def test_too_few_images_are_named(scene: tuple[Any, Any, CocoImages]) -> None:
+    with pytest.raises(EvaluationError, match=r"evaluation\.images=7, but there are 6 in .*val: lower it"):
+        measure_reference(*scene[:2], CONFIG, scene[2], SETTINGS.model_copy(update={"images": 7}))

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import io
 import subprocess
 import sys
@@ -5,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 
+from evaluation.figures import MapExample, map_example, reliability_figure, source_maps_figure
 from predictor.calibration import ConfidenceRows, calibrate
-from predictor.figures import map_example, reliability_figure, source_maps_figure
+from predictor.settings import PredictorSettings
 from scr_runtime.config import SCRConfig
+from scr_runtime.rule import source_rule
 
+SCR = SCRConfig(num_sources=4)
 QUESTION = "Is there a $5 note in the image? It costs $5."
 
 
@@ -20,13 +26,13 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _example(rows: int = 6, columns: int = 8, seed: int = 0):
+def _example(rows: int = 6, columns: int = 8, seed: int = 0, scr: SCRConfig = SCR) -> MapExample:
     generator = np.random.default_rng(seed)
     image = generator.integers(0, 255, (60, 90, 3), dtype=np.uint8)
     attention = generator.random(rows * columns)
     attention[0] = 1e5  # a sink on the border
     scores = np.log(attention) + generator.normal(size=rows * columns)
-    return map_example(image, attention, scores, (rows, columns), SCRConfig(num_sources=4), QUESTION)
+    return map_example(image, attention, scores, source_rule(scr, (rows, columns)), QUESTION)
 
 
 def test_example_keeps_the_border_out() -> None:
@@ -38,6 +44,14 @@ def test_example_keeps_the_border_out() -> None:
     assert len(example.true_sources) == len(example.chosen_sources) == 4
     assert example.true_sources[0] == np.nanargmax(example.true_map)
     assert example.chosen_sources[0] == np.nanargmax(example.predicted_map)
+
+
+def test_sources_are_those_of_the_rule() -> None:
+    for scr in (SCRConfig(source_fraction=0.2), SCRConfig(num_sources=6, suppress_claimed=True)):
+        example, rule = _example(scr=scr), source_rule(scr, (6, 8))
+        scores = torch.from_numpy(example.predicted_map).view(1, -1).nan_to_num(0.0)
+        assert example.chosen_sources.tolist() == rule.choose(scores)[0].tolist()
+        assert len(example.true_sources) == rule.k
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -70,7 +84,7 @@ def test_reliability() -> None:
     gaps = generator.gamma(1.0, 0.2, (200, 8))
     hits = (generator.random((200, 8)) < 1 / (1 + np.exp(-10 * gaps))).astype(float)
     rows = ConfidenceRows(gaps, hits)
-    figure = reliability_figure(calibrate(rows), rows)
+    figure = reliability_figure(calibrate(rows, PredictorSettings()), rows)
     assert _png(figure).startswith(b"\x89PNG")
     assert len(figure.axes) == 2
 
@@ -79,11 +93,12 @@ def test_leaves_pyplot_and_mlflow_alone() -> None:
     code = """
 import sys
 import numpy as np
-import predictor.baselines, predictor.module
-from predictor.figures import reliability_figure
+import evaluation.report, evaluation.sweep_report, predictor.baselines, predictor.module
+from evaluation.figures import reliability_figure
 from predictor.calibration import ConfidenceRows, calibrate
+from predictor.settings import PredictorSettings
 rows = ConfidenceRows(np.random.rand(40, 8), np.random.rand(40, 8).round())
-reliability_figure(calibrate(rows), rows)
+reliability_figure(calibrate(rows, PredictorSettings()), rows)
 from matplotlib import pyplot
 print(pyplot.get_fignums(), "mlflow" in sys.modules)
 """

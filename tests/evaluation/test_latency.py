@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
-from evaluation.latency import prefill_costs
+from evaluation.latency import interleaved, prefill_costs
 
 
 class Busy(torch.nn.Module):
@@ -43,3 +44,16 @@ def test_ratios_follow_the_work_and_rounds_are_interleaved() -> None:
     assert costs["vanilla"].ratio == 1.0
     assert 1.5 < costs["double"].ratio < 2.7  # twice the work, on a noisy machine
     assert costs["double"].low <= costs["double"].ratio <= costs["double"].high
+
+
+def test_rounds_are_interleaved_and_the_first_ones_not_kept() -> None:
+    calls: list[str] = []
+    clock = iter(range(100))
+
+    def timed(call: Callable[[], object]) -> float:
+        call()
+        return next(clock)
+
+    times = interleaved({name: partial(calls.append, name) for name in "ab"}, timed, repeats=2, warm_up=1)
+    assert calls == ["a", "b"] * 3
+    assert times == {"a": [2, 4], "b": [3, 5]}

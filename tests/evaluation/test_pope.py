@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix
 
+from data.questions import Question
+from evaluation.errors import EvaluationError
 from evaluation.methods import TWO_PASS, VANILLA
-from evaluation.pope import Answers, score, yes_no_tokens
+from evaluation.pope import Answers, _alternate_images, score, yes_no_tokens
+from evaluation.settings import EvaluationSettings
+
+DRAWS = EvaluationSettings(bootstrap=500)
 
 
 def make_answers(margins: dict[str, np.ndarray], truth: np.ndarray, per_image: int = 4) -> Answers:
@@ -26,14 +31,14 @@ def test_scores_equal_a_confusion_matrix() -> None:
     truth = rng.random(400) < 0.5
     vanilla, other = rng.normal(size=400) + truth, rng.normal(size=400) + truth
     answers = make_answers({VANILLA: vanilla, TWO_PASS: other}, truth)
-    found = score(answers, TWO_PASS, "adversarial", bootstrap=500, seed=0)
+    found = score(answers, TWO_PASS, "adversarial", DRAWS)
     tn, fp, fn, tp = confusion_matrix(truth, other > 0).ravel()
     assert found.hr == pytest.approx(fp / (fp + tn))
     assert found.tpr == pytest.approx(tp / (tp + fn))
     assert found.accuracy == pytest.approx((tp + tn) / 400)
     pairs = (other[truth][:, None] > other[~truth][None, :]).mean()  # AUC is the share of pairs in order
     assert found.auc == pytest.approx(pairs)
-    before = score(answers, VANILLA, "adversarial", bootstrap=500, seed=0)
+    before = score(answers, VANILLA, "adversarial", DRAWS)
     assert before.hr_change is None
     assert found.hr_change is not None
     assert found.hr_change.mean == pytest.approx(found.hr - before.hr)
@@ -48,15 +53,14 @@ def test_the_interval_is_paired_and_clustered_by_image() -> None:
         make_answers({VANILLA: vanilla, TWO_PASS: vanilla + 0.0}, truth),
         TWO_PASS,
         "adversarial",
-        bootstrap=200,
-        seed=0,
+        DRAWS,
     )
     assert same.hr_change is not None
     assert (same.hr_change.low, same.hr_change.high) == (0.0, 0.0)  # unpaired resampling would not be that sure
     image = np.repeat(rng.random(100) < 0.5, 4)  # all questions of an image flip together: two absent ones in each
     shifted = {VANILLA: np.ones(400), TWO_PASS: np.where(image, -1.0, 1.0)}
-    clustered = score(make_answers(shifted, truth), TWO_PASS, "adversarial", bootstrap=500, seed=0).hr_change
-    loose = score(make_answers(shifted, truth, per_image=1), TWO_PASS, "adversarial", bootstrap=500, seed=0).hr_change
+    clustered = score(make_answers(shifted, truth), TWO_PASS, "adversarial", DRAWS).hr_change
+    loose = score(make_answers(shifted, truth, per_image=1), TWO_PASS, "adversarial", DRAWS).hr_change
     assert clustered is not None and loose is not None
     assert clustered.high - clustered.low > 1.25 * (loose.high - loose.low)
 
@@ -75,5 +79,12 @@ class Words:
 
 def test_yes_and_no_tokens_in_every_case() -> None:
     assert yes_no_tokens(Words("yes", "No", "no", "Yes")) == ([1, 4], [2, 3])
-    with pytest.raises(ValueError, match="no single token for 'no'"):
+    with pytest.raises(EvaluationError, match=r"no single token for 'no'.*evaluation\.images=0"):
         yes_no_tokens(Words("yes"))
+
+
+def test_questions_about_one_image_cannot_be_compared() -> None:
+    questions = [Question(image_id, "Is there a dog?", "yes", "dog", "random") for image_id in (1, 1, 1, 2, 3)]
+    assert [question.image_id for question in _alternate_images(questions)] == [1, 2, 3, 1, 1]
+    with pytest.raises(EvaluationError, match=r"at least 2 images, and there are 1: raise evaluation\.images"):
+        _alternate_images(questions[:3])

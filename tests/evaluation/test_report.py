@@ -13,6 +13,8 @@ from evaluation.fidelity import fallback_curve, fidelity
 from evaluation.latency import Cost
 from evaluation.methods import ONE_PASS, TWO_PASS, VANILLA
 from evaluation.pope import Answers, score
+from evaluation.settings import EvaluationSettings
+from evaluation.tables import table
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def comparison() -> Comparison:
     )
     return Comparison(
         answers=answers,
-        scores={(m, s): score(answers, m, s, bootstrap=100, seed=0) for m in METHODS for s in STRATEGIES},
+        scores={(m, s): score(answers, m, s, EvaluationSettings(bootstrap=100)) for m in METHODS for s in STRATEGIES},
         fidelity={m: fidelity(answers, m) for m in METHODS if m != TWO_PASS},
         curve=fallback_curve(answers, FALLBACKS),
         costs={m: Cost(10.0, 1.4 if m == TWO_PASS else 1.0, 0.9, 1.1) for m in TIMED},
@@ -47,7 +49,7 @@ def test_the_table_has_a_row_per_method_and_is_aligned(comparison: Comparison) -
     rows = report.answer_rows(comparison)
     assert [row[0] for row in rows[1:]] == list(METHODS)
     assert len({len(row) for row in rows}) == 1
-    lines = report.table(rows).splitlines()
+    lines = table(rows).splitlines()
     assert len(lines) == len(rows) + 1
     two = comparison.scores[TWO_PASS, "adversarial"]
     assert f"{100 * two.hr:.1f}" in lines[3]

@@ -1,4 +1,4 @@
-"""The drift guard on what the scene model really says about real scenes: quiet on others like them, awake on else."""
+"""The drift guard on the scene model's states: quiet on other scenes, awake on other features and other models."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from data.chat import chat_inputs
 from data.datamodule import ShardDataModule
 from data.harvest import harvest
+from data.harvester import prepare
 from data.images import CocoImages
-from data.vlm import chat_inputs
+from data.settings import HarvestSettings, ReadingSettings
 from predictor.calibration import fit_drift, spread_rows
 from predictor.module import SourceModule
 from scenes import CHECKPOINT, ensure_world
-from scr_runtime import SCR, SCRConfig
+from scr_runtime import SCR, PredictorConfig, SCRConfig
 
 CONFIG = SCRConfig(num_sources=8, edit_layers=(0, 2), attention_layers=(2, 4))
 
@@ -43,16 +45,16 @@ def harvested(
     """20 + 40 + 32 scenes, one prompt each."""
     model, processor = scene_llava
     folder = tmp_path_factory.mktemp("harvest")
-    splits = {"train": 20, "validation": 40, "test": 32}
-    harvest(folder, model=model, processor=processor, config=CONFIG, images=images, splits=splits, prompts_per_image=1)
-    return ShardDataModule(folder, 50)
+    settings = HarvestSettings(samples=20, validation=40, test=32, prompts_per_image=1)
+    harvest(*prepare(folder, model=model, processor=processor, scr=CONFIG, images=images, settings=settings))
+    return ShardDataModule(folder, ReadingSettings(batch_size=50))
 
 
 @pytest.fixture(scope="module")
 def module(harvested: ShardDataModule) -> SourceModule:
     """Untrained, with the statistics of the training split and a guard of the validation split."""
     torch.manual_seed(0)
-    module = SourceModule(128).eval().requires_grad_(False)
+    module = SourceModule(PredictorConfig(128, context="both")).eval().requires_grad_(False)
     module.compute_statistics(harvested.train_dataloader())
     module.predictor.set_drift(*fit_drift(spread_rows(module.spread, harvested.val_dataloader())))
     return module
@@ -64,7 +66,9 @@ def alarms(module: SourceModule, harvested: ShardDataModule, change: Callable[[T
     def drift(batch: Any) -> Tensor:
         return module.predictor.drift(module.spread({**batch, "states": change(batch["states"].float())}))
 
-    return float(np.mean(spread_rows(drift, harvested.test_dataloader()) > module.predictor.drift_limit))
+    limit = module.predictor.drift_limit
+    assert limit is not None
+    return float(np.mean(spread_rows(drift, harvested.test_dataloader()) > limit))
 
 
 def test_scenes_that_it_has_not_seen_are_quiet(module: SourceModule, harvested: ShardDataModule) -> None:
@@ -90,7 +94,7 @@ def test_auto_hears_the_alarm(module: SourceModule, scene_llava: tuple[Any, Any]
     own = scene_llava[0]
     torch.manual_seed(1)
     other = copy.deepcopy(own)
-    with torch.no_grad():  # another model of the same shape: its block 0 says other things
+    with torch.no_grad():  # another model of the same shape: its block 0 gives other states
         for parameter in other.model.language_model.layers[0].parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.3)

@@ -8,8 +8,10 @@ import pytorch_lightning as pl
 import torch
 
 from export.package import ExportError, export_predictor
-from predictor.module import SourceModule
-from scr_runtime import SCRConfig, load_predictor
+from predictor.errors import FitError
+from predictor.module import SourceModule, load_module
+from predictor.settings import PredictorSettings
+from scr_runtime import PredictorConfig, SCRConfig, load_predictor
 
 SCR_CONFIG = SCRConfig(num_sources=4, edit_layers=(0, 1), attention_layers=(1, 2))
 MODEL = {"name": "tiny", "revision": None, "family": "llava", "hidden_size": 16, "num_blocks": 4}
@@ -18,7 +20,7 @@ MODEL = {"name": "tiny", "revision": None, "family": "llava", "hidden_size": 16,
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    module = SourceModule(16, rank=4, width=8, num_sources=4)
+    module = SourceModule(PredictorConfig(16, rank=4, width=8, context="both"), SCRConfig(num_sources=4))
     module.predictor.set_statistics(torch.randn(16), torch.rand(16) + 1, torch.randn(16), torch.rand(16) + 1)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
     trainer.strategy.connect(module)
@@ -43,8 +45,9 @@ def batches() -> list[dict[str, Any]]:
 
 
 def run(checkpoint: Path, folder: Path, batches: list[dict[str, Any]], **kwargs: Any) -> Any:
+    settings = kwargs.pop("settings", PredictorSettings())
     return export_predictor(
-        checkpoint, folder, scr=SCR_CONFIG, model=MODEL, validation=batches, target_fallback=0.2, **kwargs
+        checkpoint, folder, scr=SCR_CONFIG, model=MODEL, validation=batches, settings=settings, **kwargs
     )
 
 
@@ -52,7 +55,7 @@ def test_the_folder_gives_the_checkpoints_outputs(
     checkpoint: Path, batches: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     exported = run(checkpoint, tmp_path / "predictor", batches, metrics={"test/mass": 0.5})
-    module = SourceModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    module = load_module(checkpoint)
     loaded = load_predictor(tmp_path / "predictor")
     batch = batches[0]
     with torch.no_grad():
@@ -97,3 +100,25 @@ def test_the_folder_has_a_drift_guard(checkpoint: Path, batches: list[dict[str, 
     ]
     assert bool((predictor.drift(spreads[0]) <= predictor.drift_limit).all())
     assert bool((predictor.drift(spreads[1]) > predictor.drift_limit).all())
+
+
+def test_the_targets_of_the_settings_decide_the_threshold(
+    checkpoint: Path, batches: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    every, none = (
+        run(checkpoint, tmp_path / str(share), batches, settings=PredictorSettings(target_fallback=share))
+        for share in (1.0, 0.0)
+    )
+    assert load_predictor(every.folder).threshold > 1.0
+    assert load_predictor(none.folder).threshold == 0.0
+    sure = PredictorSettings(target_fallback=None, target_fidelity=1.0)
+    assert load_predictor(run(checkpoint, tmp_path / "sure", batches, settings=sure).folder).threshold > 1.0
+
+
+def test_scores_that_are_not_finite_are_the_fits_fault(
+    checkpoint: Path, batches: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    batches[1]["states"][3, 7, 2] = float("nan")
+    with pytest.raises(FitError, match=r"trainer\.learning_rate"):
+        run(checkpoint, tmp_path / "predictor", batches)
+    assert not (tmp_path / "predictor").exists()

@@ -1,9 +1,8 @@
-"""Predictors through a real SQLite store: logged, registered, fetched and read again; runs with their origin."""
+"""Predictors through a real SQLite store: logged, registered, downloaded and read again."""
 
 from __future__ import annotations
 
-import subprocess
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -24,10 +23,15 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[MlflowClient, str]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MlflowClient, str]]:
+    former = mlflow.get_tracking_uri()
     folder = tmp_path_factory.mktemp("store")
     uri = f"sqlite:///{folder}/mlflow.db"
-    return registry.connect(uri, ["fits"], folder / "artifacts"), uri
+    mlflow.set_tracking_uri(uri)  # MLflow resolves the address of a LoggedModel there
+    client = MlflowClient(uri)
+    client.create_experiment("fits", (folder / "artifacts").as_uri())
+    yield client, uri
+    mlflow.set_tracking_uri(former)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,9 @@ def predictor(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(client: MlflowClient, predictor: Path, seed: int) -> tuple[str, str]:
-    run = registry.create_run(client, "fits", f"seed={seed}", {}).info.run_id
+    experiment = client.get_experiment_by_name("fits")
+    assert experiment is not None
+    run = client.create_run(experiment.experiment_id, run_name=f"seed={seed}").info.run_id
     return run, registry.log_predictor(client, run, predictor, {"seed": seed})
 
 
@@ -99,74 +105,3 @@ def test_what_can_not_be_fetched_leaves_nothing_behind(
     with pytest.raises(SCRError):
         registry.download(f"models:/{model}", tmp_path / "read", uri)
     assert {path.name for path in tmp_path.iterdir()} == {"broken"}
-
-
-def test_a_run_ends_with_the_status_and_error_of_its_block(store: tuple[MlflowClient, str]) -> None:
-    client, uri = store
-    seen = {}
-    for error in (None, ValueError("too small"), KeyboardInterrupt(), StopAsyncIteration()):
-        run = registry.create_run(client, "fits", "x", {"run.kind": "single"}).info.run_id
-        try:
-            with registry.recorded(client, run, uri, (KeyboardInterrupt, StopAsyncIteration)):
-                if error:
-                    raise error
-        except (ValueError, KeyboardInterrupt, StopAsyncIteration):
-            pass
-        found = client.get_run(run)
-        seen[found.info.status] = found.data.tags.get("error")
-    assert seen == {"FINISHED": None, "FAILED": "ValueError: too small", "KILLED": None}
-    assert "command" in found.data.tags
-
-
-def test_system_metrics_are_logged(store: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    client, uri = store
-    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
-    run = registry.create_run(client, "fits", "x", {}).info.run_id
-    with registry.recorded(client, run, uri):
-        deadline = time.monotonic() + 30
-        while "system/cpu_utilization_percentage" not in client.get_run(run).data.metrics:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-
-
-def test_runs_are_found_by_tag_and_status(store: tuple[MlflowClient, str]) -> None:
-    client, _ = store
-    run = registry.create_run(client, "fits", "x", {"mark": "a"}).info.run_id
-    assert registry.find_run(client, "fits", "mark", "a", "FINISHED") is None
-    assert registry.find_run(client, "fits", "mark", "b") is None
-    client.set_terminated(run, "FINISHED")
-    newer = registry.create_run(client, "fits", "x", {"mark": "a"}, parent=run).info.run_id
-    assert newer != run
-    found = registry.find_run(client, "fits", "mark", "a", "FINISHED")
-    assert found is not None and found.info.run_id == run
-    assert client.get_run(newer).data.tags["mlflow.parentRunId"] == run
-
-
-def test_git_is_told_and_not_needed(tmp_path: Path) -> None:
-    assert registry.git_tags(tmp_path) == {}
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-c", "user.name=n", "-c", "user.email=e@x", *arguments]
-        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
-
-    git("init", "-q")
-    (tmp_path / "file").write_text("1")
-    git("add", "file")
-    git("commit", "-qm", "first")
-    assert registry.git_tags(tmp_path) == {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "git.dirty": "false"}
-    (tmp_path / "file").write_text("2")
-    assert registry.git_tags(tmp_path)["git.dirty"] == "true"
-
-
-def test_a_deleted_experiment_is_told(store: tuple[MlflowClient, str], tmp_path: Path) -> None:
-    client, uri = store
-    client.delete_experiment(client.create_experiment("gone"))
-    with pytest.raises(ValueError, match="'gone' is deleted"):
-        registry.connect(uri, ["gone"], tmp_path)
-
-
-def test_a_server_that_is_not_there_is_told_in_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started = time.monotonic()
-    with pytest.raises(MlflowException, match=r"127\.0\.0\.1"):
-        registry.connect("http://127.0.0.1:9", ["fits"], tmp_path)
-    assert time.monotonic() - started < 20

@@ -12,8 +12,13 @@ import pytorch_lightning as pl
 import torch
 
 from data.datamodule import ShardDataModule
-from data.shards import Sample, ShardWriter, write_index
+from data.index import write_index
+from data.sample import Sample
+from data.settings import ReadingSettings
+from data.shards import ShardWriter
 from predictor.module import SourceModule
+from predictor.settings import FitSettings
+from scr_runtime.config import PredictorConfig, SCRConfig
 
 GRIDS = ((4, 4), (3, 4))
 WIDTH, EPOCHS, BATCH = 8, 4, 16
@@ -44,29 +49,40 @@ def write_harvest(folder: Path, splits: dict[str, int] = SPLITS) -> Path:
 
 def data_of(folder: Path, **settings: Any) -> ShardDataModule:
     """Batches of 16 rows."""
-    defaults: dict[str, Any] = {"batch_size": BATCH, "seed": 3}
-    return ShardDataModule(folder, **defaults | settings)
+    defaults: dict[str, Any] = {"batch_size": BATCH}
+    return ShardDataModule(folder, ReadingSettings(**defaults | settings), seed=3)
 
 
-def module_of(data: ShardDataModule, seed: int = 0) -> SourceModule:
+def settings_of(**settings: Any) -> FitSettings:
+    """Four epochs of float32 on the CPU."""
+    defaults: dict[str, Any] = {
+        "max_epochs": EPOCHS,
+        "patience": EPOCHS,
+        "learning_rate": 1e-2,
+        "warmup_fraction": 0.05,
+        "accelerator": "cpu",
+        "precision": "32-true",
+    }
+    return FitSettings(**defaults | settings)
+
+
+def module_of(data: ShardDataModule, seed: int = 0, scr: SCRConfig | None = None) -> SourceModule:
     """A module with statistics; the seed is of its weights."""
     pl.seed_everything(seed, verbose=False)
-    module = SourceModule(data.hidden_size, width=16, num_sources=3, exclude_border=False, learning_rate=1e-2)
+    network = PredictorConfig(data.hidden_size, width=16, context="both")
+    module = SourceModule(network, scr or SCRConfig(num_sources=3, exclude_border=False), settings_of())
     module.compute_statistics(data.train_dataloader())
     return module
 
 
 def measure(module: SourceModule, data: ShardDataModule, devices: int) -> dict[str, float]:
-    """Validation and test metrics as a Trainer of so many processes finds them."""
-    found: dict[str, float] = {}
-    for stage in ("validate", "test"):
-        trainer = pl.Trainer(
-            accelerator="cpu", devices=devices, strategy="ddp_spawn" if devices > 1 else "auto", logger=False,
-            use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False,
-        )  # fmt: skip
-        (metrics,) = getattr(trainer, stage)(module, datamodule=data, verbose=False)
-        found |= metrics
-    return found
+    """Validation metrics as a Trainer of so many processes finds them."""
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=devices, strategy="ddp_spawn" if devices > 1 else "auto", logger=False,
+        use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False,
+    )  # fmt: skip
+    (metrics,) = trainer.validate(module, datamodule=data, verbose=False)
+    return dict(metrics)
 
 
 def main() -> None:
@@ -76,21 +92,14 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     shards, folder, *rest = sys.argv[1:]
     settings = {name: json.loads(value) for name, _, value in (text.partition("=") for text in rest)}
-    data = data_of(Path(shards), **settings.pop("data", {}))
-    defaults: dict[str, Any] = {
-        "max_epochs": EPOCHS,
-        "patience": EPOCHS,
-        "gradient_clip": 1.0,
-        "logger": False,
-        "resume": True,
-    }
-    devices = settings.get("devices", 1)
+    data = data_of(Path(shards))
     try:
-        fitted = fit(module_of(data), data, Path(folder), accelerator="cpu", **defaults | settings)
+        fitted = fit(module_of(data), data, Path(folder), settings_of(**settings), logger=False)
     except Preempted as exception:
         print(exception, file=sys.stderr)
         sys.exit(143)
-    print(json.dumps({"score": fitted.score, "epochs": fitted.epochs, **measure(fitted.module, data, devices)}))
+    found = measure(fitted.module, data, settings.get("devices", 1))
+    print(json.dumps({"score": fitted.score, "epochs": fitted.epochs, **found}))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,13 @@ from predictor.baselines import (
     negative_norm,
     norm,
 )
+from predictor.errors import FitError
 from predictor.metrics import METRICS
 from scr_runtime.config import SCRConfig
-from scr_runtime.redistribute import eligible_patches
+from scr_runtime.rule import source_rule
+
+SCR = SCRConfig(num_sources=6)
+OPEN = SCRConfig(num_sources=6, exclude_border=False)
 
 
 def _batch(grid: tuple[int, int] = (4, 5), rows: int = 3, seed: int = 0) -> dict[str, Any]:
@@ -48,10 +52,10 @@ def test_random_is_seeded() -> None:
 
 def test_position_mean_is_the_mean_of_normalised_maps() -> None:
     batches = [_batch(seed=1), _batch(seed=2, rows=1)]
-    eligible = eligible_patches((4, 5), True)
+    eligible = source_rule(SCR, (4, 5)).eligible
     maps = torch.cat([b["attention"] for b in batches])[:, eligible]
     wanted = (maps / maps.sum(dim=-1, keepdim=True)).mean(dim=0)
-    scores = PositionMean.fit(batches)(_batch(seed=9))
+    scores = PositionMean.fit(batches, SCR)(_batch(seed=9))
     assert scores.shape == (3, 20)
     torch.testing.assert_close(scores[0, eligible], wanted)
     assert scores[0].equal(scores[2])
@@ -60,39 +64,39 @@ def test_position_mean_is_the_mean_of_normalised_maps() -> None:
 def test_position_mean_resamples_for_an_unknown_grid() -> None:
     ramp = _batch()
     ramp["attention"] = torch.arange(20.0).expand(3, 20)
-    scores = PositionMean.fit([ramp], exclude_border=False)(_batch(grid=(8, 10)))
+    scores = PositionMean.fit([ramp], OPEN)(_batch(grid=(8, 10)))
     assert scores.shape == (3, 80)
     assert (scores[0].view(8, 10).diff(dim=0) >= 0).all()
 
 
 def test_position_mean_needs_a_map() -> None:
-    with pytest.raises(ValueError, match="at least one"):
-        PositionMean.fit([])
+    with pytest.raises(FitError, match="at least one"):
+        PositionMean.fit([], SCR)
 
 
 def test_other_prompts_leaves_the_own_map_out() -> None:
     batch = _batch(rows=3)
     batch["key"] = ["a"] * 3
-    scores = OtherPrompts.fit([batch], exclude_border=False)(batch)
+    scores = OtherPrompts.fit([batch], OPEN)(batch)
     share = batch["attention"] / batch["attention"].sum(dim=-1, keepdim=True)
     torch.testing.assert_close(scores[0], share[1] + share[2])
 
 
 def test_other_prompts_needs_two() -> None:
     batch = _batch()
-    with pytest.raises(ValueError, match="prompts_per_image"):
-        OtherPrompts.fit([batch])(batch)
+    with pytest.raises(FitError, match="prompts_per_image"):
+        OtherPrompts.fit([batch], SCR)(batch)
 
 
 def test_evaluate_gives_every_floor_the_same_rows(make_loader: Callable[..., Any]) -> None:
     train, test = make_loader(images=30, seed=1), make_loader(images=20, seed=2)
-    results = {name: evaluate(score, test, SCRConfig(num_sources=6)) for name, score in floors(train).items()}
+    results = {name: evaluate(score, test, SCR) for name, score in floors(train, SCR).items()}
     assert set(results) == {"random", "position", "negative_norm", "norm"}
     for rows in results.values():
         assert {len(rows[name]) for name in METRICS} == {40}
         np.testing.assert_array_equal(rows["group"], results["random"]["group"])
     assert results["position"]["mass"].mean() > results["random"]["mass"].mean()
-    ceiling = evaluate(OtherPrompts.fit(test), test, SCRConfig(num_sources=6))
+    ceiling = evaluate(OtherPrompts.fit(test, SCR), test, SCR)
     assert ceiling["mass"].mean() > results["position"]["mass"].mean()
 
 
@@ -101,3 +105,12 @@ def test_evaluate_caps_the_sources_of_a_small_grid() -> None:
         lambda batch: batch["attention"], [_batch()], SCRConfig(num_sources=32)
     )  # 6 interior patches: K = 3
     np.testing.assert_allclose(rows["recall"], 1.0)
+
+
+def test_evaluate_counts_a_share_of_each_grid() -> None:
+    scr = SCRConfig(source_fraction=0.25, exclude_border=False)
+    batches = [_batch(), _batch(grid=(6, 6))]  # K = 5 and 9
+    rows = evaluate(lambda batch: -batch["attention"], batches, scr)
+    assert (rows["recall"] == 0).all()  # at most half of the patches are chosen
+    rows = evaluate(norm, batches, scr)
+    assert {round(float(value) * k, 4) % 1 for value, k in zip(rows["recall"], [5] * 3 + [9] * 3, strict=True)} == {0}

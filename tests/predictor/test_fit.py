@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,9 +16,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from predictor.fit import Fitted, Preempted, choose_precision, fit, keep_freed_memory
-from predictor.module import SourceModule
-from tests.predictor.fitting import EPOCHS, data_of, measure, module_of, write_harvest
+from predictor.errors import FitError
+from predictor.fit import Fitted, Preempted, choose_precision, fit
+from predictor.module import SourceModule, load_module
+from scr_runtime.config import SCRConfig
+from tests.predictor.fitting import EPOCHS, data_of, measure, module_of, settings_of, write_harvest
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,9 +51,11 @@ def harvested(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(harvested: Path, folder: Path, **settings: Any) -> Fitted:
+    """A fit that does not resume unless it is asked to."""
     data = data_of(harvested, **settings.pop("data", {}))
-    settings = {"max_epochs": EPOCHS, "patience": EPOCHS, "gradient_clip": 1.0, "logger": False} | settings
-    return fit(module_of(data, settings.pop("seed", 0)), data, folder, accelerator="cpu", **settings)
+    module = module_of(data, settings.pop("seed", 0), settings.pop("scr", None))
+    callbacks = settings.pop("callbacks", [])
+    return fit(module, data, folder, settings_of(**{"resume": False} | settings), logger=False, callbacks=callbacks)
 
 
 def last(folder: Path) -> dict[str, Any]:
@@ -84,7 +89,8 @@ def undisturbed(harvested: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_the_same_seed_gives_the_same_fit_bit_for_bit(harvested: Path, undisturbed: Path, tmp_path: Path) -> None:
     fitted = run(harvested, tmp_path)
     same(last(undisturbed), last(tmp_path))
-    assert fitted.epochs == EPOCHS and fitted.best == tmp_path / "best.ckpt" and not fitted.module.training
+    assert fitted.epochs == EPOCHS and not fitted.module.training
+    same(dict(load_module(tmp_path / "best.ckpt").state_dict()), dict(fitted.module.state_dict()))
     assert fitted.score == last(tmp_path)["callbacks"]["_Keeper"]["score"]
     other = run(harvested, tmp_path / "other", seed=1)
     assert not torch.equal(other.module.predictor.project.weight, fitted.module.predictor.project.weight)
@@ -101,12 +107,12 @@ def test_sigterm_keeps_the_fit_and_resuming_ends_like_an_undisturbed_one(
     assert last(tmp_path)["global_step"] == stop.step
     assert not json.loads((tmp_path / "fit.json").read_text())["finished"]
     fitted = run(harvested, tmp_path, resume=True)
-    assert "goes on from" in capsys.readouterr().out
+    assert "resumes from" in capsys.readouterr().out
     same(last(undisturbed), last(tmp_path))
     assert fitted.epochs == EPOCHS
 
 
-def test_a_stream_goes_on_where_it_was(harvested: Path, tmp_path: Path) -> None:
+def test_a_stream_resumes_where_it_was(harvested: Path, tmp_path: Path) -> None:
     streamed = {"data": {"cache": "stream"}}
     run(harvested, tmp_path / "whole", **streamed)
     with pytest.raises(Preempted):
@@ -131,27 +137,30 @@ def test_patience_ends_a_fit_and_is_kept_when_it_was_killed_after_its_last_epoch
 
 
 @pytest.mark.parametrize("change", [{"max_epochs": 3}, {"seed": 1}, {"gradient_clip": None}])
-def test_other_settings_start_anew_and_say_so(
+def test_other_settings_start_from_the_beginning_and_are_named(
     harvested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
 ) -> None:
     with pytest.raises(Preempted):
         run(harvested, tmp_path, callbacks=[Stop(8)])
     fitted = run(harvested, tmp_path, resume=True, **change)
     key = "initial_weights" if "seed" in change else next(iter(change))
-    said = capsys.readouterr().out
-    assert f"had other settings, and this one starts anew: {key} was" in said and "goes on from" not in said
+    output = capsys.readouterr().out
+    assert (
+        f"had other settings, so this one starts from the beginning: {key} was" in output
+        and "resumes from" not in output
+    )
     whole = run(harvested, tmp_path / "whole", **change)
     same(dict(whole.module.state_dict()), dict(fitted.module.state_dict()))
 
 
-def test_only_an_interrupted_fit_is_gone_on_with_and_only_on_request(
+def test_only_an_interrupted_fit_is_resumed_and_only_on_request(
     harvested: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Preempted):
         run(harvested, tmp_path, callbacks=[Stop(8)])
-    run(harvested, tmp_path)  # anew
-    run(harvested, tmp_path, resume=True)  # anew too: it had come to its end
-    assert "goes on from" not in capsys.readouterr().out
+    run(harvested, tmp_path)  # from the beginning
+    run(harvested, tmp_path, resume=True)  # from the beginning too: it was finished
+    assert "resumes from" not in capsys.readouterr().out
     same(last(undisturbed), last(tmp_path))
 
 
@@ -175,7 +184,7 @@ def test_auto_takes_the_precision_of_the_processor(
 
 
 def test_precision_is_checked_and_used(harvested: Path, undisturbed: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"trainer\.precision='16': use auto or 32-true or bf16-mixed"):
+    with pytest.raises(ValueError, match=r"precision\n.*'auto', '32-true' or 'bf16-mixed'"):
         run(harvested, tmp_path, precision="16")
     fitted = run(harvested, tmp_path, precision="bf16-mixed", max_epochs=1)
     whole = run(harvested, tmp_path / "whole", max_epochs=1)
@@ -202,7 +211,7 @@ def wait_for_epochs(folder: Path, epochs: int, process: subprocess.Popen[str]) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_a_process_that_gets_the_signal_is_gone_on_with_by_the_same_command(
+def test_the_same_command_resumes_a_process_that_got_the_signal(
     harvested: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
     longer = "max_epochs=120", "patience=120"
@@ -212,14 +221,14 @@ def test_a_process_that_gets_the_signal_is_gone_on_with_by_the_same_command(
     stopped = command(harvested, tmp_path / "cut", *longer)
     wait_for_epochs(tmp_path / "cut", 3, stopped)
     stopped.send_signal(signum)
-    said = stopped.communicate(timeout=60)[1]
+    output = stopped.communicate(timeout=60)[1]
     assert stopped.returncode == (143 if signum == signal.SIGTERM else -9)
-    assert ("the fit is kept in" in said) == (signum == signal.SIGTERM) and "Traceback" not in said
+    assert ("the fit is kept in" in output) == (signum == signal.SIGTERM) and "Traceback" not in output
     assert 3 <= last(tmp_path / "cut")["callbacks"]["_Keeper"]["epochs"] < 120
     resumed = command(harvested, tmp_path / "cut", *longer)
     again, err = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, err
-    assert "goes on from" in again and again.splitlines()[-1] == out.splitlines()[-1]
+    assert "resumes from" in again and again.splitlines()[-1] == out.splitlines()[-1]
     same(last(tmp_path / "whole"), last(tmp_path / "cut"))
 
 
@@ -232,10 +241,10 @@ def test_two_processes_give_what_one_gives(harvested: Path, undisturbed: Path, t
     out, err = two.communicate(timeout=200)
     assert two.returncode == 0, err
     found, wanted = (json.loads(text.splitlines()[-1]) for text in (out, alone))
-    # validation and test metrics of one fit's weights, found by two processes and by one
-    module = SourceModule.load_from_checkpoint(tmp_path / "two" / "best.ckpt", weights_only=True)
+    # metrics of one fit's weights, found by two processes and by one
+    module = load_module(tmp_path / "two" / "best.ckpt")
     assert found == pytest.approx({**wanted, **measure(module, data_of(harvested), 1)}, abs=1e-6)
-    assert {"val/mass", "test/recall", "test/loss"} <= set(found)
+    assert {"val/mass", "val/recall", "val/loss"} <= set(found)
     # and the fit itself: the same batches, the same gradients, the same loss of each epoch
     first, second = last(tmp_path / "one"), last(tmp_path / "two")
     same(last(undisturbed)["state_dict"], first["state_dict"])
@@ -245,30 +254,59 @@ def test_two_processes_give_what_one_gives(harvested: Path, undisturbed: Path, t
 
 
 @pytest.mark.slow
-def test_sigterm_reaches_both_processes_and_one_process_can_go_on(
+def test_sigterm_reaches_both_processes_and_one_process_can_resume(
     harvested: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     settings = "max_epochs=400", "patience=400"
     stopped = command(harvested, tmp_path, "devices=2", *settings)
     wait_for_epochs(tmp_path, 2, stopped)
     stopped.send_signal(signal.SIGTERM)
-    said = stopped.communicate(timeout=60)[1]
-    assert stopped.returncode == 143 and "the fit is kept in" in said, said
+    output = stopped.communicate(timeout=60)[1]
+    assert stopped.returncode == 143 and "the fit is kept in" in output, output
     epochs = last(tmp_path)["callbacks"]["_Keeper"]["epochs"]
     assert 2 <= epochs < 400
     resumed = command(harvested, tmp_path, *settings)
     wait_for_epochs(tmp_path, epochs + 1, resumed)
     resumed.send_signal(signal.SIGTERM)
-    assert "goes on from" in resumed.communicate(timeout=60)[0]
+    assert "resumes from" in resumed.communicate(timeout=60)[0]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
-def test_freed_memory_is_kept_during_a_fit_and_handed_back_after_it() -> None:
-    def resident() -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+@pytest.mark.parametrize(
+    "scr", [SCRConfig(source_fraction=0.25, exclude_border=False), SCRConfig(num_sources=3, suppress_claimed=True)]
+)
+def test_every_rule_of_choosing_sources_can_be_fitted_and_decides_whether_to_resume(
+    harvested: Path, tmp_path: Path, scr: SCRConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Preempted):
+        run(harvested, tmp_path, scr=scr, callbacks=[Stop(6)])
+    record = json.loads((tmp_path / "fit.json").read_text())["fit"]
+    assert all(value is None or isinstance(value, str | int | float) for value in record.values())  # flat
+    assert record["source_fraction"] == scr.source_fraction and record["suppress_claimed"] == scr.suppress_claimed
+    fitted = run(harvested, tmp_path, scr=dataclasses.replace(scr, strength=1.05), resume=True)
+    assert "resumes from" in capsys.readouterr().out  # the strength of the edit is not the fit's business
+    assert fitted.module.scr == dataclasses.replace(scr, strength=1.05) and fitted.score > 0
+    with pytest.raises(Preempted):
+        run(harvested, tmp_path, scr=scr, callbacks=[Stop(6)])
+    run(harvested, tmp_path, resume=True)
+    assert "starts from the beginning" in capsys.readouterr().out
 
-    before = resident()
-    for keep, most, least in ((True, 400, 150), (False, 100, -100)):
-        keep_freed_memory(keep)
-        torch.ones(50_000_000)  # 200 MB, freed at once
-        assert least < resident() - before < most
+
+def test_a_fit_that_diverges_names_the_key(harvested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = SourceModule.forward
+    monkeypatch.setattr(SourceModule, "forward", lambda *inputs: scored(*inputs) * torch.nan)
+    with pytest.raises(FitError, match=r"the fit diverged.* in every epoch; lower trainer\.learning_rate"):
+        run(harvested, tmp_path, max_epochs=1)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_an_empty_split_is_named(tmp_path: Path, split: str) -> None:
+    splits = {"train": 8, "validation": 8, "test": 1}
+    folders = [tmp_path / "empty", tmp_path / "whole"]
+    for folder, counts in zip(folders, (splits | {split: 0}, splits), strict=True):
+        folder.mkdir()
+        write_harvest(folder, counts)
+    data, whole = map(data_of, folders)
+    module = module_of(whole)
+    key = "samples" if split == "train" else "validation"
+    with pytest.raises(FitError, match=rf"the {split} split has no maps.*harvest\.{key}"):
+        fit(module, data, tmp_path / "fit", settings_of(), logger=False)

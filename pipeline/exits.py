@@ -1,0 +1,79 @@
+"""How a command ends: exit codes and last lines for errors that a user caused, signals, and full disks."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+
+from data.errors import DataError
+from evaluation.errors import EvaluationError
+from export.package import ExportError
+from predictor.errors import FitError
+from predictor.fit import Preempted
+from scr_runtime.errors import SCRError
+
+USER_ERRORS = (DataError, SCRError, FitError, ExportError, EvaluationError)
+"""Errors that a user caused or can mend: their message is enough. Every other error keeps its traceback."""
+STOPS = (KeyboardInterrupt, SystemExit, Preempted)
+"""What ends a command, and with it a sweep, not one child alone."""
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Runs a command and turns what it raises into its last line and its exit code.
+
+    Returns:
+        The command's own code; 1 for an error that a user caused; 130 after Ctrl-C, 143 after SIGTERM, as a shell
+        reports a process that these signals ended.
+    """
+    signal.signal(signal.SIGTERM, _on_sigterm)  # a fit sets a handler of its own while it runs
+    try:
+        return command()
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: the disk is full ({error}). Free some space and run the same command again: finished shards and "
+            "epochs are kept.",
+            file=sys.stderr,
+        )
+        return 1
+    except Preempted as stop:
+        print(f"\n{stop}\nRun the same command again to resume.", file=sys.stderr)
+        return 143
+    except KeyboardInterrupt:
+        print("\nStopped. Finished shards and epochs are kept; run the same command again to resume.", file=sys.stderr)
+        return 130
+
+
+def print_error(error: Exception) -> None:
+    """Prints an error that does not end the command: one line for what a user caused, else the traceback."""
+    if isinstance(error, USER_ERRORS):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+
+
+def quieten_libraries() -> None:
+    """Silences advice about workers, and notices of libraries about each other."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.loggers.mlflow").setLevel(logging.ERROR)  # "experiment not found"
+    for message in (
+        ".*does not have many workers.*",
+        ".*exists and is not empty.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*number of training batches.*smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def _on_sigterm(*_: object) -> None:
+    raise Preempted("SIGTERM: finished shards and epochs are kept.")

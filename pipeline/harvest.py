@@ -1,0 +1,128 @@
+"""The harvest of a configuration, and the command `python -m data.harvest`.
+
+python -m data.harvest model=scene-llava data=scenes harvest.samples=1000
+torchrun --nproc-per-node 2 -m data.harvest        by several processes; Slurm and Ray: docs/harvest.md
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs import TrainConfig, parse_cli
+from data.folder import HarvestSummary
+from data.harvest import harvest
+from data.harvester import Harvester, prepare
+from data.images import CocoImages
+from data.locks import exclusively
+from data.plan import Job
+from data.ranks import Rank, rank_of_this_process
+from data.vlm import load_vlm
+from pipeline.exits import exit_code
+
+_RENDERING_SECONDS = 1800.0  # longest wait for another process that renders the embedded world
+
+
+def harvest_from_config(
+    config: TrainConfig, model: Any, processor: Any, *, overwrite: bool = False, rank: Rank | None = None
+) -> HarvestSummary:
+    """Harvests what is missing in the configuration's folder.
+
+    The embedded world is rendered first if the configuration has one.
+
+    Args:
+        config: The resolved configuration.
+        model: What `config.model` names, loaded; not used with `harvest.engine=ray`, whose actors load their own.
+        processor: Its processor.
+        overwrite: Replace a harvest that was made with other settings.
+        rank: This process among several that fill the folder together.
+    """
+    if config.harvest.engine == "ray":
+        summary = harvest_on_cluster(config, overwrite=overwrite)
+        if config.harvest.output is None:
+            return summary
+        overwrite = False  # and now, what workers made on other machines is fetched
+    return harvest(*prepare_from_config(config, model, processor), overwrite=overwrite, rank=rank)
+
+
+def harvest_on_cluster(config: TrainConfig, *, overwrite: bool = False) -> HarvestSummary:
+    """`harvest_from_config` by Ray actors, each with a model of its own."""
+    from data.cluster import harvest_with_ray
+
+    # workers have another working directory, maybe on another machine
+    data = config.data.model_copy(update={"root": str(config.paths.data.absolute())})
+    runs = str(Path(config.runs_dir).expanduser().absolute())
+    config = config.model_copy(update={"runs_dir": runs, "data": data})
+    render_world(config)  # once, before the actors would
+    return harvest_with_ray(functools.partial(prepare_in_actor, config), config.harvest, overwrite=overwrite)
+
+
+def prepare_in_actor(config: TrainConfig) -> tuple[Job, Harvester]:
+    """What a Ray actor starts with."""
+    return prepare_from_config(config, *load_vlm(config.model))
+
+
+def prepare_from_config(config: TrainConfig, model: Any, processor: Any) -> tuple[Job, Harvester]:
+    """Plans a harvest, and makes what carries it out."""
+    return prepare(
+        config.paths.harvest,
+        model=model,
+        processor=processor,
+        scr=config.scr,
+        images=training_images(config),
+        settings=config.harvest,
+        output=config.harvest_url,
+    )
+
+
+def training_images(config: TrainConfig) -> CocoImages:
+    """Index of the images to harvest; renders the embedded world first if the configuration has one."""
+    render_world(config)
+    return CocoImages(config.paths.train_images, config.paths.train_annotations, config.paths.cache)
+
+
+def held_out_images(config: TrainConfig) -> CocoImages:
+    """Index of the images to evaluate on; renders the embedded world first if the configuration has one."""
+    render_world(config)
+    return CocoImages(config.paths.eval_images, config.paths.eval_annotations, config.paths.cache)
+
+
+def render_world(config: TrainConfig) -> None:
+    """Renders the embedded world if the configuration has one; of several processes one does, the others wait."""
+    world, root = config.data.world, config.paths.data
+    if world is not None:
+        from scenes import ensure_world
+
+        with exclusively(root.with_name(f".{root.name}.lock"), _RENDERING_SECONDS, "rendering the embedded world"):
+            ensure_world(root, world.train, world.val, world.seed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m data.harvest`."""
+    about = "Runs the diagnostic over training images and keeps states and attention maps as shards."
+    config = parse_cli(argv, "python -m data.harvest", [about])
+    return exit_code(lambda: run(config))
+
+
+def run(config: TrainConfig) -> int:
+    """Harvests, and prints what came of it."""
+    if config.harvest.engine == "ray":
+        summary = harvest_on_cluster(config)
+    else:
+        rank = rank_of_this_process()
+        device = rank.device(config.model.device, torch.cuda.device_count())
+        model, processor = load_vlm(config.model.model_copy(update={"device": device}))
+        summary = harvest_from_config(config, model, processor, rank=rank)
+    made = summary.images - summary.reused
+    rate = f", {made / summary.seconds:.1f} images/s" if made else ""
+    state = f"fingerprint {summary.fingerprint[:16]}" if summary.fingerprint else "unfinished"
+    print(
+        f"{summary.samples:,} maps of {summary.images:,} images ({summary.reused:,} reused, {summary.skipped} "
+        f"skipped) in {summary.seconds:.1f} s{rate}, {summary.bytes / 1e6:,.1f} MB\n"
+        f"shards: {summary.directory} ({state})"
+    )
+    return 0

@@ -1,0 +1,110 @@
+"""What a run found: logged to MLflow with its figures, and printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from mlflow import MlflowClient
+from pytorch_lightning.loggers import MLFlowLogger
+
+from configs import TrainConfig
+from data.chat import unprocessed
+from data.shards import ShardReader
+from evaluation import fit_report, report
+from evaluation.compare import Comparison
+from evaluation.figures import map_example, reliability_figure, source_maps_figure
+from evaluation.tables import bullets, table
+from export import registry
+from pipeline import runs
+from pipeline.harvest import training_images
+from pipeline.stages import Fit, Packed, Result, Work
+from predictor.module import SourceModule
+from scr_runtime.rule import source_rule
+
+_FIGURE_IMAGES = 4
+
+
+def log_fit(config: TrainConfig, work: Work, fitted: Fit, packed: Packed, tracker: MLFlowLogger) -> str:
+    """Logs the predictor, its metrics and its figures; returns the id of the LoggedModel.
+
+    It comes before the comparison, which takes longest: what the fit found is kept if that fails.
+    """
+    client, run, folder = tracker.experiment, str(tracker.run_id), config.paths.reports
+    shown = {"loss": config.predictor.loss, "seed": config.seed, "data": work.harvested.fingerprint}
+    model_id = registry.log_predictor(client, run, packed.exported.folder, shown)
+    figures = {
+        "maps.png": maps_figure(config, work.processor, fitted.module),
+        "reliability.png": reliability_figure(packed.exported.calibration, packed.rows),
+    }
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=130)
+        client.log_artifact(run, str(folder / name), "figures")
+    values = fit_report.metrics(fitted.metrics, fitted.floors, packed.confidence)
+    runs.log_metrics(client, run, values, model_id)
+    return model_id
+
+
+def log_comparison(config: TrainConfig, comparison: Comparison, tracker: MLFlowLogger, model_id: str) -> None:
+    """Writes the report of a comparison, and logs it with every number."""
+    client, run = tracker.experiment, str(tracker.run_id)
+    files = report.write(config.paths.reports, comparison, embedded=config.data.world is not None)
+    runs.log_metrics(client, run, report.metrics(comparison), model_id)
+    for file in files.values():
+        client.log_artifact(run, str(file), "reports")
+
+
+def print_result(config: TrainConfig, result: Result, run: str) -> None:
+    """Prints the tables and where everything is."""
+    k = config.scr.num_sources
+    print(
+        f"\nThe predictor on {config.harvest.test} test images, K = {k} (95 % intervals over images; mass: attention"
+    )
+    print("recovered, of the best K's)\n")
+    print(table(fit_report.source_rows(result.fit.metrics, result.fit.floors, k)))
+    confidence = result.packed.confidence
+    print(
+        f"\nconfidence on the test split: expected calibration error {confidence['ece']:.3f} isotonic, "
+        f"{confidence['ece_temperature']:.3f} by temperature alone, {confidence['ece_raw']:.3f} raw; "
+        f"{confidence['fallback']:.0%} of the maps under auto's threshold"
+    )
+    if (comparison := result.comparison) is not None:
+        print(f"\nAnswers on {comparison.images} held-out images\n")
+        print(table(report.answer_rows(comparison)))
+        print("\n" + bullets(report.reading(comparison, embedded=config.data.world is not None)))
+    exported = result.packed.exported
+    print(f"\nreport and figures: {config.paths.reports}")
+    print(f"predictor: {exported.folder}  ({exported.predictor.count_parameters():,} parameters)")
+    print(f"compare runs: {pages(config)}  (experiment {config.experiment!r}, run {run})")
+    print(f'use it: with SCR(model, predictor="{exported.folder}", mode="auto"): model.generate(**inputs)')
+
+
+def register(client: MlflowClient, config: TrainConfig, run: str) -> None:
+    """Registers the predictor of a run, if a name for it is set."""
+    name, model_id = config.tracking.register_as, registry.logged_model(client, run)
+    if name is not None and model_id is not None:
+        version = registry.register(client, model_id, name, run)
+        print(f"registered: models:/{name}@{registry.ALIAS} is version {version}, of run {run}")
+
+
+def maps_figure(config: TrainConfig, processor: Any, module: SourceModule) -> Any:
+    """Map, prediction and chosen sources over test images, one question each."""
+    images = training_images(config)
+    samples = ShardReader(Path(config.paths.harvest), "test")
+    examples = []
+    for number in range(min(_FIGURE_IMAGES, len(samples))):
+        sample = samples[number]
+        with torch.inference_mode():
+            scores = module(sample.states[None], sample.grid, sample.question[:1])[0]
+        picture = unprocessed(processor, images.open(sample.image_id))
+        rule = source_rule(config.scr, sample.grid)
+        examples.append(map_example(picture, sample.attention[0], scores, rule, sample.prompts[0]["text"]))
+    return source_maps_figure(examples)
+
+
+def pages(config: TrainConfig) -> str:
+    """What to type, or to open, for MLflow's pages."""
+    if config.tracking_uri == "sqlite:///runs/mlflow.db":
+        return "make ui"
+    return f"make ui URI={config.tracking_uri}" if "sql" in config.tracking_uri else config.tracking_uri

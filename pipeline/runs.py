@@ -1,0 +1,231 @@
+"""The life of an MLflow run: created with its origin, reopened, recorded until its end, found again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Run
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
+from pytorch_lightning.loggers import MLFlowLogger
+
+from configs import Child, ConfigError, TrainConfig, read_config, save_config
+from data.folder import HarvestSummary
+from pipeline.exits import STOPS
+from pipeline.stages import SELECTED_BY
+from predictor.checkpoints import interrupted_run
+
+_PLACES = ("runs_dir", "variant", "harvest.name", "tracking.")
+"""Settings that are no params: they would tell equal runs apart."""
+SYSTEM_METRICS_SECONDS = 5
+"""Sampling interval; MLflow's own 10 s would miss short fits. MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides it."""
+
+
+class TrackingError(Exception):
+    """The tracking store cannot be used."""
+
+
+def connect(uri: str, experiments: Sequence[str], artifacts: Path) -> MlflowClient:
+    """Opens a tracking store and its experiments, within seconds or with an error.
+
+    Args:
+        uri: Tracking URI.
+        experiments: Names; those that are not there are created.
+        artifacts: Where files of new experiments go if the store is a database; a server chooses for itself.
+
+    Raises:
+        TrackingError: If the store cannot be used, or an experiment of that name was deleted.
+    """
+    server = uri.startswith(("http://", "https://", "databricks"))
+    try:
+        with _impatient():
+            mlflow.set_tracking_uri(uri)
+            client = MlflowClient(uri)
+            for name in experiments:
+                found = client.get_experiment_by_name(name)
+                if found is None:
+                    client.create_experiment(name, None if server else artifacts.absolute().as_uri())
+                elif found.lifecycle_stage == "deleted":
+                    raise TrackingError(f"the experiment {name!r} is deleted: restore it, or set tracking.experiment")
+    except TrackingError:
+        raise
+    except Exception as error:  # every kind of store has errors of its own; before any work, all mean the same
+        raise TrackingError(f"MLflow at {uri} cannot be used: {error}") from error
+    return client
+
+
+@contextlib.contextmanager
+def tracked(child: Child, client: MlflowClient, parent: Run | None = None) -> Iterator[MLFlowLogger]:
+    """A run with the resolved configuration; its status says how the block ended.
+
+    It is the run of an interrupted fit of the same configuration, if that fit will be resumed.
+    """
+    config, paths = child.config, child.config.paths
+    earlier = interrupted_run(paths.checkpoints) if config.trainer.resume and _same_as_saved(config) else None
+    paths.reports.mkdir(parents=True, exist_ok=True)
+    save_config(config, paths.config)
+    run = reopen_run(client, earlier) if earlier else None
+    if run is None:
+        name = child.short_label or f"{config.model.name}-{config.predictor.loss}-seed{config.seed}"
+        tags = {"run.kind": "child", "sweep.choice": child.label} if parent else {"run.kind": "single"}
+        run = create_run(client, config.experiment, name, tags, parent.info.run_id if parent else None)
+        client.log_metric(run.info.run_id, SELECTED_BY, 0.0, step=0)  # MLflow's comparison shows the first metric
+    with recorded(client, run.info.run_id, config.tracking_uri, STOPS):
+        tracker = MLFlowLogger(config.experiment, tracking_uri=config.tracking_uri, run_id=run.info.run_id)
+        settings = {key: value for key, value in _flat(config.model_dump()).items() if not key.startswith(_PLACES)}
+        tracker.log_hyperparams({**child.groups, **settings})
+        client.log_artifact(run.info.run_id, str(paths.config))
+        yield tracker
+
+
+def _same_as_saved(config: TrainConfig) -> bool:
+    try:
+        return config.paths.config.exists() and read_config(config.paths.config) == config
+    except ConfigError:  # written by another version of the project
+        return False
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+@contextlib.contextmanager
+def _impatient() -> Iterator[None]:
+    """One retry and ten seconds for the first contact; later, MLflow's own patience bridges a server's restart."""
+    first = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    mine = {key: value for key, value in first.items() if key not in os.environ}
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for key in mine:
+            del os.environ[key]
+
+
+def create_run(
+    client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str], parent: str | None = None
+) -> Run:
+    """Creates a run that knows its command, its user and the commit of its code.
+
+    Args:
+        client: Of the tracking store.
+        experiment: Name of the experiment.
+        name: Name of the run.
+        tags: More tags.
+        parent: Run id that it is nested under.
+    """
+    origin = {"command": shlex.join(["python", *sys.argv]), **git_tags(Path(__file__).parents[1])}
+    if parent is not None:
+        origin[MLFLOW_PARENT_RUN_ID] = parent
+    tags = resolve_tags({**origin, **tags})
+    return client.create_run(_experiment_id(client, experiment), run_name=name, tags=tags)
+
+
+def reopen_run(client: MlflowClient, run_id: str) -> Run | None:
+    """Takes up a run that ended before its work did; None if the store no longer has it."""
+    try:
+        run = client.get_run(run_id)
+    except MlflowException:
+        return None
+    if run.info.lifecycle_stage != "active" or run.info.status == "FINISHED":
+        return None
+    client.update_run(run_id, status="RUNNING")
+    return run
+
+
+@contextlib.contextmanager
+def recorded(
+    client: MlflowClient,
+    run_id: str,
+    uri: str,
+    stops: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit),
+) -> Iterator[None]:
+    """Logs system metrics inside the block, and gives the run the status and the error that the block ends with.
+
+    Args:
+        client: Of the tracking store.
+        run_id: The run.
+        uri: Of the tracking store.
+        stops: What ends a run as KILLED instead of FAILED.
+    """
+    monitor = SystemMetricsMonitor(run_id, SYSTEM_METRICS_SECONDS, tracking_uri=uri)
+    status = "FAILED"
+    try:
+        monitor.start()
+        yield
+        status = "FINISHED"
+    except stops:
+        status = "KILLED"
+        raise
+    except Exception as error:
+        client.set_tag(run_id, "error", f"{type(error).__name__}: {error}"[:500])
+        raise
+    finally:
+        monitor.finish()
+        client.set_terminated(run_id, status)
+
+
+def find_run(client: MlflowClient, experiment: str, tag: str, value: str, status: str | None = None) -> Run | None:
+    """The newest run of an experiment with this tag, and if given this status."""
+    wanted = f"tags.`{tag}` = '{value}'" + (f" and attributes.status = '{status}'" if status else "")
+    return next(iter(client.search_runs([_experiment_id(client, experiment)], wanted, max_results=1)), None)
+
+
+def log_data(client: MlflowClient, run_id: str, config: TrainConfig, harvested: HarvestSummary) -> None:
+    """Records which maps a fit sees: counts, fingerprint, and the shards as the run's dataset input."""
+    fingerprint = str(harvested.fingerprint)
+    client.set_tag(run_id, "data.fingerprint", fingerprint)
+    for key in ("images", "samples", "skipped", "bytes"):
+        client.log_metric(run_id, f"harvest/{key}", getattr(harvested, key))
+    log_dataset(client, run_id, f"{config.model.name}-{config.data.name}", fingerprint, str(harvested.directory))
+
+
+def log_dataset(client: MlflowClient, run_id: str, name: str, fingerprint: str, folder: str) -> None:
+    """Names the shards that a run is fitted on, as its dataset input."""
+    dataset = Dataset(name=name, digest=fingerprint[:36], source_type="local", source=folder)
+    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, "training")])])
+
+
+def log_metrics(client: MlflowClient, run_id: str, values: Mapping[str, float], model_id: str | None = None) -> None:
+    """Logs metrics to a run, and to its LoggedModel if there is one."""
+    now = int(1000 * time.time())
+    entities = [Metric(key, value, now, 0, model_id=model_id) for key, value in values.items()]
+    for start in range(0, len(entities), 500):
+        client.log_batch(run_id, metrics=entities[start : start + 500])
+
+
+def git_tags(folder: Path) -> dict[str, str]:
+    """Commit of the code in `folder`, and whether files differ from it; nothing if that is no git repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        return {
+            MLFLOW_GIT_COMMIT: git("rev-parse", "HEAD"),
+            "git.dirty": str(bool(git("status", "--porcelain"))).lower(),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def _experiment_id(client: MlflowClient, name: str) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        raise LookupError(f"the experiment {name!r} has gone: it was there when the tracking store was opened")
+    return experiment.experiment_id

@@ -1,0 +1,182 @@
+"""The stages of the chain as plain calls: load, harvest, fit, export, compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import MLFlowLogger
+
+from configs import TrainConfig, digest
+from data.datamodule import ShardDataModule
+from data.vlm import library_versions, load_vlm
+from evaluation.compare import Comparison, Reference, compare, measure_reference
+from export.package import Exported, export_predictor
+from pipeline.harvest import harvest_from_config, held_out_images
+from predictor import baselines
+from predictor.calibration import ConfidenceRows, confidence_rows
+from predictor.fit import fit
+from predictor.metrics import Interval, summarise_rows
+from predictor.module import SourceModule
+from predictor.reliability import calibration_summary
+from scr_runtime import describe_model
+
+SELECTED_BY = "val/best_mass"
+"""Metric that chooses among the children of a sweep."""
+
+
+class Work:
+    """What all fits on one harvest share: the model, the shards, and what needs no predictor, made once.
+
+    Attributes:
+        model: The vision-language model.
+        processor: Its processor.
+        harvested: What the harvest came to.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Loads the model, and harvests what is missing."""
+        print_step(1, f"model {config.model.name} and images of {config.data.name}")
+        self.model, self.processor = load_vlm(config.model)
+        print_step(2, "harvest: attention maps and block-0 states of the training images")
+        self.harvested = harvest_from_config(config, self.model, self.processor, overwrite=True)
+        self._data = ShardDataModule(
+            config.paths.harvest, config.trainer, seed=config.seed, mean_maps=config.mean_maps
+        )
+        self._references: dict[str, Reference] = {}
+        self._floors: dict[str, dict[str, dict[str, Interval]]] = {}
+
+    def data(self, config: TrainConfig) -> ShardDataModule:
+        """The shards as a configuration reads them."""
+        return self._data.for_fit(config.trainer, seed=config.seed, mean_maps=config.mean_maps)
+
+    def reference(self, config: TrainConfig) -> Reference:
+        """Answers that need no predictor."""
+        settings = config.evaluation
+        asked = settings.model_dump(include={"images", "questions_per_image", "batch_size", "seed"})
+        key = digest(config.scr.to_dict(), asked)
+        if key not in self._references:
+            images = held_out_images(config)
+            self._references[key] = measure_reference(self.model, self.processor, config.scr, images, settings)
+        return self._references[key]
+
+    def floors(self, config: TrainConfig) -> dict[str, dict[str, Interval]]:
+        """Metrics of the floors and of the ceiling on the test split."""
+        settings, scr = config.evaluation, config.scr
+        chosen = [config.trainer.train_images, config.mean_maps]
+        key = digest(scr.to_dict(), settings.bootstrap, settings.seed, chosen)
+        if key not in self._floors:
+            data = self.data(config)
+            rules = baselines.floors(data.train_dataloader(), scr, settings.seed)
+            if config.harvest.prompts_per_image > 1:
+                rules["other prompts (ceiling)"] = baselines.OtherPrompts.fit(data.test_dataloader(), scr)
+            self._floors[key] = {name: measure(config, data, rule) for name, rule in rules.items()}
+        return self._floors[key]
+
+    def result_id(self, config: TrainConfig) -> str:
+        """Identity of what decides a result: settings and data."""
+        return digest(config.result_settings, str(self.harvested.fingerprint))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A finished fit: its best checkpoint, its metrics on the test split and those of floors and ceiling."""
+
+    module: SourceModule
+    metrics: dict[str, Interval]
+    floors: dict[str, dict[str, Interval]]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An exported predictor, and how far its confidence can be trusted on the test split."""
+
+    exported: Exported
+    rows: ConfidenceRows
+    confidence: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found; `comparison` is None where no answers were compared."""
+
+    fit: Fit
+    packed: Packed
+    comparison: Comparison | None
+
+
+def fit_predictor(config: TrainConfig, work: Work, tracker: MLFlowLogger) -> Fit:
+    """Fits with Lightning, takes the epoch of best validation mass, and measures it beside floors and ceiling."""
+    print_step(3, "fit: the predictor learns the maps")
+    pl.seed_everything(config.seed, verbose=False)
+    data = work.data(config)
+    module = SourceModule(
+        config.predictor.network(data.hidden_size), config.scr, config.trainer, config.predictor.loss
+    )
+    count = module.predictor.count_parameters()
+    print(f"{count:,} parameters, rank {module.predictor.config.rank}; {data.count('train'):,} training maps")
+    tracker.log_metrics({"predictor/parameters": count})
+    module.compute_statistics(data.train_dataloader())
+    fitted = fit(module, data, config.paths.checkpoints, config.trainer, logger=tracker)
+    tracker.experiment.update_run(tracker.run_id, status="RUNNING")  # Lightning's logger has marked it as finished
+    tracker.log_metrics({SELECTED_BY: fitted.score}, step=fitted.epochs)
+    print(f"best epoch: val/mass {fitted.score:.4f} after {fitted.epochs} epochs")
+    return Fit(fitted.module, measure(config, data, fitted.module.score), work.floors(config))
+
+
+def measure(config: TrainConfig, data: ShardDataModule, score: baselines.Score) -> dict[str, Interval]:
+    """Metrics of a predictor, or of a rule, on the test split."""
+    rows = baselines.evaluate(score, data.test_dataloader(), config.scr)
+    return summarise_rows(rows, config.evaluation.bootstrap, config.evaluation.seed)
+
+
+def export(config: TrainConfig, fitted: Fit, work: Work, run: str) -> Packed:
+    """Packs the best checkpoint with its metrics and origin, and judges its confidence on the test split."""
+    print_step(4, "export: the predictor folder, calibrated, reloaded and compared")
+    data = work.data(config)
+    exported = export_predictor(
+        config.paths.checkpoints / "best.ckpt",
+        config.paths.predictor,
+        scr=config.scr,
+        model=describe_model(work.model, work.processor),
+        validation=data.val_dataloader(),
+        settings=config.predictor,
+        metrics={f"test/{name}": interval.mean for name, interval in fitted.metrics.items()},
+        provenance={
+            "mlflow_run_id": run,
+            "data_fingerprint": work.harvested.fingerprint,
+            "loss": config.predictor.loss,
+            "seed": config.seed,
+            "libraries": library_versions(),
+        },
+    )
+    print(f"{exported.folder}: reloaded, outputs equal to the checkpoint's")
+    rows = confidence_rows(fitted.module.score, data.test_dataloader(), config.scr)
+    return Packed(exported, rows, calibration_summary(exported.calibration, rows))
+
+
+def compare_answers(config: TrainConfig, work: Work, exported: Exported) -> Comparison | None:
+    """Asks the model under every mode; None if no answers are to be compared."""
+    if not config.evaluation.images:
+        return None
+    print_step(5, "compare: two-pass, one-pass, auto and the controls on held-out images")
+    return compare(work.reference(config), exported.folder, config.evaluation)
+
+
+def print_step(number: int, text: str) -> None:
+    """Prints a headline."""
+    print(f"\n[{number}/5] {text}", flush=True)
+
+
+def shared_settings(config: TrainConfig) -> list[Any]:
+    """The settings that a `Work` depends on; seed and batch size are each fit's own."""
+    model, trainer = config.model, config.trainer
+    return [
+        model.model_dump(exclude={"name", "scr"}),
+        model.scr.attention_layers,
+        model.scr.state_layer,
+        config.data.model_dump(),
+        config.harvest.model_dump(),
+        [trainer.num_workers, trainer.cache, trainer.stream_from],
+    ]

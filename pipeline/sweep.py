@@ -1,0 +1,147 @@
+"""Runs of the chain: one configuration, or a grid of them as children of one MLflow run for each model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from pytorch_lightning.loggers import MLFlowLogger
+
+from configs import Child, Sweep, TrainConfig, digest
+from configs.grid import short_names
+from evaluation import sweep_report
+from evaluation.sweep_report import Trial
+from evaluation.tables import table
+from pipeline import runs
+from pipeline.exits import STOPS, print_error
+from pipeline.result import log_comparison, log_fit, pages, print_result, register
+from pipeline.stages import SELECTED_BY, Result, Work, compare_answers, export, fit_predictor, shared_settings
+
+RESULT_TAG = "config.fingerprint"
+"""Identity of what decided a run's result; set last, so that a run that has it is complete."""
+GRID_TAG = "sweep.fingerprint"
+
+
+def run_once(child: Child, client: MlflowClient) -> int:
+    """Runs one configuration; returns 0, the number of failed runs."""
+    with runs.tracked(child, client) as tracker:
+        result = chain(child.config, Work(child.config), tracker)
+    print_result(child.config, result, str(tracker.run_id))
+    register(client, child.config, str(tracker.run_id))
+    return 0
+
+
+def chain(config: TrainConfig, work: Work, tracker: MLFlowLogger) -> Result:
+    """Fits, exports and compares; all of it goes to MLflow."""
+    client, run = tracker.experiment, str(tracker.run_id)
+    runs.log_data(client, run, config, work.harvested)
+    fitted = fit_predictor(config, work, tracker)
+    packed = export(config, fitted, work, run)
+    model_id = log_fit(config, work, fitted, packed, tracker)
+    comparison = compare_answers(config, work, packed.exported)
+    if comparison is not None:
+        log_comparison(config, comparison, tracker, model_id)
+    client.set_tag(run, RESULT_TAG, work.result_id(config))
+    return Result(fitted, packed, comparison)
+
+
+def run_sweep(sweep: Sweep, client: MlflowClient) -> int:
+    """Runs every child, those of a model under one parent run; returns how many have no result.
+
+    What children share is made once for all that share it; what an earlier command finished is not run again.
+    """
+    failed, numbers = 0, itertools.count(1)
+    for children in _grouped(sweep.children, lambda config: [config.experiment, config.model.name]):
+        parent = open_parent(children, sweep, client)
+        trials = {child.label: Trial(child.choices, "not run", {}) for child in children}
+        try:
+            for sharing in _grouped(children, shared_settings):
+                for child, trial in run_children(sharing, parent, client, numbers, len(sweep.children)):
+                    trials[child.label] = trial
+        finally:
+            failed += close_parent(children, list(trials.values()), parent, client)
+    return failed
+
+
+def run_children(
+    children: Sequence[Child], parent: Run, client: MlflowClient, numbers: Iterator[int], total: int
+) -> Iterator[tuple[Child, Trial]]:
+    """Runs children that share model and harvest; an error of one is printed, and the next one starts."""
+    try:
+        work = Work(children[0].config)
+    except Exception as error:
+        print_error(error)
+        for _ in children:
+            next(numbers)
+        return
+    for child, number in zip(children, numbers, strict=False):
+        result_id = work.result_id(child.config)  # whatever command finished it
+        run = runs.find_run(client, child.config.experiment, RESULT_TAG, result_id, "FINISHED")
+        print(f"\n[child {number}/{total}] {child.label}" + (" (finished before)" if run else ""), flush=True)
+        if run is None:
+            run_id = ""
+            try:
+                with runs.tracked(child, client, parent) as tracker:
+                    run_id = str(tracker.run_id)
+                    chain(child.config, work, tracker)
+            except STOPS:
+                raise
+            except Exception as error:
+                print_error(error)
+                yield child, Trial(child.choices, "FAILED", {}, run_id)
+                continue
+            run = client.get_run(run_id)
+        metrics = {name: value for name, value in run.data.metrics.items() if not name.startswith("system/")}
+        print(sweep_report.headline(metrics))
+        yield child, Trial(child.choices, "FINISHED", metrics, run.info.run_id)
+
+
+def open_parent(children: Sequence[Child], sweep: Sweep, client: MlflowClient) -> Run:
+    """Reopens the parent run that an earlier command left for this very grid, or creates one."""
+    experiment = children[0].config.experiment
+    grid = digest(sorted(str(child.config.variant) for child in children))
+    if found := runs.find_run(client, experiment, GRID_TAG, grid):
+        client.update_run(found.info.run_id, status="RUNNING")
+        return found
+    name = f"sweep: {' x '.join(short_names(sweep.keys).values())} ({len(children)})"
+    tags = {"run.kind": "sweep", "sweep.keys": " ".join(sweep.keys), GRID_TAG: grid}
+    parent = runs.create_run(client, experiment, name, tags)
+    swept = {key: list(dict.fromkeys(child.choices[key] for child in children)) for key in sweep.keys}
+    for key, values in swept.items():
+        client.log_param(parent.info.run_id, key, ",".join(values)[:250])
+    client.log_dict(parent.info.run_id, {"keys": list(swept), "values": swept}, "sweep/sweep.yaml")
+    return parent
+
+
+def close_parent(children: Sequence[Child], trials: Sequence[Trial], parent: Run, client: MlflowClient) -> int:
+    """Reports the sweep of one model in the terminal and on the parent run; returns how many have no result."""
+    config, run, names = children[0].config, parent.info.run_id, short_names(children[0].choices)
+    missing = sum(trial.status != "FINISHED" for trial in trials)
+    folder = config.paths.sweeps / f"summary-{parent.data.tags[GRID_TAG][:8]}"
+    title = f"{config.model.name}: {parent.info.run_name}"
+    for file in sweep_report.write(folder, trials, names, title):
+        client.log_artifact(run, str(file), "sweep")
+    runs.log_metrics(client, run, sweep_report.summary_metrics(trials, names))
+    print(f"\n{title}\n\n{table(sweep_report.summary_rows(trials, names))}")
+    if any(len(cell.means) and cell.finished > 1 for cell in sweep_report.cells(trials)):
+        print(sweep_report.NOTE)
+    for trial in trials:
+        if trial.status != "FINISHED":
+            label = " ".join(f"{key}={value}" for key, value in trial.choices.items())
+            print(f"without a result: {label} ({trial.status}" + (f", run {trial.run_id})" if trial.run_id else ")"))
+    if not missing:
+        register(client, config, max(trials, key=lambda trial: trial.metrics[SELECTED_BY]).run_id)
+    print(f"\nsummary: {folder}\nchildren: {config.paths.sweeps}")
+    print(f"compare runs: {pages(config)}  (experiment {config.experiment!r}, run {run})")
+    client.set_terminated(run, "FAILED" if missing else "FINISHED")
+    return missing
+
+
+def _grouped(children: Sequence[Child], key: Callable[[TrainConfig], Any]) -> list[list[Child]]:
+    groups: dict[str, list[Child]] = {}
+    for child in children:
+        groups.setdefault(digest(key(child.config)), []).append(child)
+    return list(groups.values())

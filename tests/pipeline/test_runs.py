@@ -1,0 +1,109 @@
+"""The life of a run in a real SQLite store: its status, its origin, its metrics, and how it is found again."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from pipeline import runs
+
+# MLflow's own: its use of SQLAlchemy, and connections that its pool leaves to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MlflowClient, str]]:
+    former = mlflow.get_tracking_uri()
+    folder = tmp_path_factory.mktemp("store")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    yield runs.connect(uri, ["fits"], folder / "artifacts"), uri
+    mlflow.set_tracking_uri(former)
+
+
+def test_a_run_ends_with_the_status_and_error_of_its_block(store: tuple[MlflowClient, str]) -> None:
+    client, uri = store
+    seen = {}
+    for error in (None, ValueError("too small"), KeyboardInterrupt(), StopAsyncIteration()):
+        run = runs.create_run(client, "fits", "x", {"run.kind": "single"}).info.run_id
+        try:
+            with runs.recorded(client, run, uri, (KeyboardInterrupt, StopAsyncIteration)):
+                if error:
+                    raise error
+        except (ValueError, KeyboardInterrupt, StopAsyncIteration):
+            pass
+        found = client.get_run(run)
+        seen[found.info.status] = found.data.tags.get("error")
+    assert seen == {"FINISHED": None, "FAILED": "ValueError: too small", "KILLED": None}
+    assert "command" in found.data.tags
+
+
+def test_system_metrics_are_logged(store: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    client, uri = store
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    run = runs.create_run(client, "fits", "x", {}).info.run_id
+    with runs.recorded(client, run, uri):
+        deadline = time.monotonic() + 30
+        while "system/cpu_utilization_percentage" not in client.get_run(run).data.metrics:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def test_runs_are_found_by_tag_and_status(store: tuple[MlflowClient, str]) -> None:
+    client, _ = store
+    run = runs.create_run(client, "fits", "x", {"mark": "a"}).info.run_id
+    assert runs.find_run(client, "fits", "mark", "a", "FINISHED") is None
+    assert runs.find_run(client, "fits", "mark", "b") is None
+    client.set_terminated(run, "FINISHED")
+    newer = runs.create_run(client, "fits", "x", {"mark": "a"}, parent=run).info.run_id
+    assert newer != run
+    found = runs.find_run(client, "fits", "mark", "a", "FINISHED")
+    assert found is not None and found.info.run_id == run
+    assert client.get_run(newer).data.tags["mlflow.parentRunId"] == run
+
+
+def test_git_is_recorded_and_not_needed(tmp_path: Path) -> None:
+    assert runs.git_tags(tmp_path) == {}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=n", "-c", "user.email=e@x", *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-qm", "first")
+    assert runs.git_tags(tmp_path) == {"mlflow.source.git.commit": git("rev-parse", "HEAD"), "git.dirty": "false"}
+    (tmp_path / "file").write_text("2")
+    assert runs.git_tags(tmp_path)["git.dirty"] == "true"
+
+
+def test_a_deleted_experiment_is_named(store: tuple[MlflowClient, str], tmp_path: Path) -> None:
+    client, uri = store
+    client.delete_experiment(client.create_experiment("gone"))
+    with pytest.raises(runs.TrackingError, match="'gone' is deleted"):
+        runs.connect(uri, ["gone"], tmp_path)
+
+
+def test_a_server_that_is_not_there_is_reported_in_seconds(tmp_path: Path) -> None:
+    former, started = mlflow.get_tracking_uri(), time.monotonic()
+    with pytest.raises(runs.TrackingError, match=r"127\.0\.0\.1"):
+        runs.connect("http://127.0.0.1:9", ["fits"], tmp_path)
+    assert time.monotonic() - started < 20
+    mlflow.set_tracking_uri(former)
+
+
+def test_metrics_reach_the_run_in_batches(store: tuple[MlflowClient, str]) -> None:
+    client, _ = store
+    run = runs.create_run(client, "fits", "x", {}).info.run_id
+    values = {f"test/{number}": number / 2 for number in range(501)}
+    runs.log_metrics(client, run, values)
+    assert client.get_run(run).data.metrics == values
