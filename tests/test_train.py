@@ -111,7 +111,7 @@ def runs_of(folder: Path, kind: str) -> list[Run]:
 
 
 @pytest.mark.slow
-def test_a_run_tells_its_origin_its_data_and_its_model(
+def test_a_run_has_its_origin_its_data_and_its_model(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     folder, _ = finished
@@ -185,17 +185,16 @@ def test_a_sweep_is_nested_runs_under_a_parent_that_sums_them_up(
     "other", ["model.scr.state_layer=1", "model.scr.attention_layers=[3,4]", "harvest.seed=1", "trainer.num_workers=1"]
 )
 def test_children_share_a_harvest_and_its_reader_only_where_these_are_the_same(other: str) -> None:
-    from configs.load import load_config
-    from configs.schema import TrainConfig
-    from train import _shared
+    from configs import load_config
+    from pipeline.stages import shared_settings
 
-    one = load_config(TrainConfig, overrides=["model.scr.edit_layers=[1,2]"])
-    assert _shared(load_config(TrainConfig, overrides=["model.scr.edit_layers=[1,2]", "seed=3"])) == _shared(one)
-    assert _shared(load_config(TrainConfig, overrides=["model.scr.edit_layers=[1,2]", other])) != _shared(one)
+    one = shared_settings(load_config(["model.scr.edit_layers=[1,2]"]))
+    assert shared_settings(load_config(["model.scr.edit_layers=[1,2]", "seed=3"])) == one
+    assert shared_settings(load_config(["model.scr.edit_layers=[1,2]", other])) != one
 
 
 @pytest.mark.slow
-def test_the_same_sweep_goes_on_where_it_was_interrupted(
+def test_the_same_sweep_resumes_where_it_was_interrupted(
     swept: tuple[Path, subprocess.CompletedProcess[str], dict[str, Any]],
 ) -> None:
     folder, _, _ = swept
@@ -253,7 +252,7 @@ def test_a_second_run_reuses_what_is_finished_and_other_settings_do_not(
 
 
 @pytest.mark.slow
-def test_a_fit_that_was_told_to_end_goes_on_in_its_own_run(
+def test_a_fit_that_was_ended_resumes_in_its_own_run(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     folder, _ = finished
@@ -273,7 +272,7 @@ def test_a_fit_that_was_told_to_end_goes_on_in_its_own_run(
         assert fit.stderr is not None
         said = fit.stderr.read().decode()
     assert fit.returncode == 143, said[-3000:]
-    assert "The same command again goes on from there." in said
+    assert "Run the same command again to resume." in said
     client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
     experiment = client.get_experiment_by_name("preempted")
     assert experiment is not None
@@ -334,8 +333,9 @@ def test_the_readmes_python_runs(finished: tuple[Path, subprocess.CompletedProce
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 2
     prelude = (
-        "from data.vlm import load_vlm, chat_inputs\nfrom PIL import Image\nfrom scenes import CHECKPOINT\n"
-        "model, processor = load_vlm(str(CHECKPOINT), device='cpu')\n"
+        "from data.chat import chat_inputs\nfrom data.settings import VLMSettings\nfrom data.vlm import load_vlm\n"
+        "from PIL import Image\nfrom scenes import CHECKPOINT\n"
+        "model, processor = load_vlm(VLMSettings(hub_id=str(CHECKPOINT), device='cpu'))\n"
         "inputs = chat_inputs(processor, [Image.new('RGB', (96, 96))], ['Is there a dog in the image?'])\n"
     )
     for block in blocks:
