@@ -101,7 +101,7 @@ class CountingMode(TorchDispatchMode):
 
 
 class _ReadingMode(TorchFunctionMode):
-    """Sees the reads that no operator tells of."""
+    """Sees the reads that no operator shows."""
 
     def __init__(self, count: Count) -> None:
         super().__init__()
@@ -140,5 +140,5 @@ def counted(call: Callable[[], object]) -> Count:
 @contextmanager
 def accelerator_branches() -> Iterator[None]:
     """Makes scr_runtime on a CPU take the branches that it takes where reading a tensor means waiting."""
-    with mock.patch("scr_runtime.runtime.reading_is_free", lambda device: False):
+    with mock.patch("scr_runtime.deferred.reading_is_free", lambda device: False):
         yield

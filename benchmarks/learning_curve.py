@@ -6,7 +6,7 @@
 
 Reads the children of those sweeps, prints mean and range over seeds for each number of images, and fits
 ``1 - recall = floor + a * images ** -b`` to them by least squares, the floor and b over a grid. An extrapolation is as
-good as that form: the last size is left out once, to see how well the others foretell it.
+good as that form: the last size is left out once, to see how well the others predict it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def fit(points: dict[int, list[float]]) -> Curve:
     return best[1]
 
 
-def foretell(curve: Curve, images: Any) -> Any:
+def predict(curve: Curve, images: Any) -> Any:
     """The metric at a number of images, or at each of an array of them."""
     floor, scale, exponent = curve
     return 1 - floor - scale * images**-exponent
@@ -63,8 +63,8 @@ def figure(points: dict[int, list[float]], curve: Curve, metric: str) -> Figure:
     axes = result.subplots()
     sizes = np.geomspace(min(points), 4 * max(points), 200)
     inside = sizes <= max(points)
-    axes.plot(sizes[inside], foretell(curve, sizes[inside]), color="#059669", linewidth=2, label="fitted")
-    axes.plot(sizes[~inside], foretell(curve, sizes[~inside]), color="#059669", linestyle=":", label="extrapolated")
+    axes.plot(sizes[inside], predict(curve, sizes[inside]), color="#059669", linewidth=2, label="fitted")
+    axes.plot(sizes[~inside], predict(curve, sizes[~inside]), color="#059669", linestyle=":", label="extrapolated")
     for number, (images, values) in enumerate(points.items()):
         axes.plot([images] * len(values), values, "o", color="#111827", ms=5, label=None if number else "a seed each")
     axes.set(xscale="log", xlabel="images to fit to (log scale), two prompts each", ylabel=metric)
@@ -96,9 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     curve, last = fit(points), max(points)
     print(f"fitted: 1 - {curve[0]:.4f} - {curve[1]:.3g} * images ** -{curve[2]:.2f}")
     without = fit({images: values for images, values in points.items() if images != last})
-    print(f"without {last:,} it foretells {foretell(without, last):.4f} there; measured {np.mean(points[last]):.4f}")
+    print(f"without {last:,} it predicts {predict(without, last):.4f} there; measured {np.mean(points[last]):.4f}")
     for images in (5000, 12_000, 50_000):
-        print(f"extrapolated to {images:6,} images: {foretell(curve, images):.4f}")
+        print(f"extrapolated to {images:6,} images: {predict(curve, images):.4f}")
     if arguments.out:
         figure(points, curve, arguments.metric).savefig(arguments.out, dpi=130)
         print(f"figure: {arguments.out}")

@@ -13,24 +13,28 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 from webdataset.compat import WebDataset
 
+from benchmarks.rounds import interleaved, wall_clock
 from data.datamodule import ShardDataModule
-from data.shards import STATES_DTYPES, Sample, ShardWriter, quantise, question_dtype, write_index
-from evaluation.report import table
+from data.index import write_index
+from data.sample import STATES_DTYPES, Sample, quantise, question_dtype
+from data.settings import Cache, ReadingSettings, StatesDtype
+from data.shards import ShardWriter
+from evaluation.tables import table
 
 TOKENS, WIDTH, SHARD = 576, 4096, 50
 
 
-def write_shards(folder: Path, samples: int, states_dtype: str) -> list[str]:
+def write_shards(folder: Path, samples: int, states_dtype: StatesDtype) -> list[str]:
     """Random samples with one map each; returns the tars."""
     dtype = STATES_DTYPES[states_dtype]
     names = [f"train-{number:05d}" for number in range(-(-samples // SHARD))]
@@ -70,43 +74,43 @@ def main() -> None:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        half, small = Path(folder, "float16"), Path(folder, "int8")
-        half.mkdir()
-        small.mkdir()
-        tars = write_shards(half, options.samples, "float16")
-        write_shards(small, options.samples, "int8")
-
-        def module(directory: Path, cache: str) -> Callable[[], Any]:
-            data = ShardDataModule(directory, batch_size=options.batch, cache=cache)
-            return lambda: data.loader("train", shuffle=True)
-
-        ways: dict[str, Callable[[], Any]] = {
-            "plain webdataset, streamed": lambda: plain_webdataset(tars, options.batch),
-            "cache=none: memory maps": module(half, "none"),
-            "cache=memory": module(half, "memory"),
-            "cache=stream": module(half, "stream"),
-            "int8, cache=none, to float32": module(small, "none"),
-        }
-        rates: dict[str, list[float]] = {name: [] for name in ways}
-        bytes_read = options.samples * TOKENS * WIDTH * 2 / 1e6
-        for turn in range(1 + options.rounds):
-            for name, batches in ways.items():
-                started = time.perf_counter()
-                for _ in batches():
-                    pass
-                if turn:
-                    rates[name].append(bytes_read / (time.perf_counter() - started))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    first = next(iter(medians.values()))
+        found = ways(Path(folder), options.samples, options.batch)
+        epochs = {name: partial(consume, batches) for name, batches in found.items()}
+        times = interleaved(epochs, wall_clock, options.rounds, warm_up=1)
+    megabytes = options.samples * TOKENS * WIDTH * 2 / 1e6
+    rates = {name: statistics.median(1e3 * megabytes / taken for taken in values) for name, values in times.items()}
     print(
         f"\n{options.samples} samples, batches of {options.batch}, {options.rounds} rounds; MB of fp16 states a second"
     )
-    print(
-        table(
-            [["way", "MB/s", "x webdataset"]]
-            + [[name, f"{rate:,.0f}", f"{rate / first:.2f}"] for name, rate in medians.items()]
-        )
-    )
+    first = next(iter(rates.values()))
+    rows = [[name, f"{rate:,.0f}", f"{rate / first:.2f}"] for name, rate in rates.items()]
+    print(table([["way", "MB/s", "x webdataset"], *rows]))
+
+
+def ways(folder: Path, samples: int, batch: int) -> dict[str, Callable[[], Iterable[object]]]:
+    """Writes the shards; returns what reads an epoch of batches, the yardstick first."""
+    half, small = folder / "float16", folder / "int8"
+    half.mkdir()
+    small.mkdir()
+    tars = write_shards(half, samples, "float16")
+    write_shards(small, samples, "int8")
+
+    def module(directory: Path, cache: Cache) -> Callable[[], Iterable[object]]:
+        data = ShardDataModule(directory, ReadingSettings(batch_size=batch, cache=cache))
+        return lambda: data.loader("train", shuffle=True)
+
+    return {
+        "plain webdataset, streamed": lambda: plain_webdataset(tars, batch),
+        "cache=none: memory maps": module(half, "none"),
+        "cache=memory": module(half, "memory"),
+        "cache=stream": module(half, "stream"),
+        "int8, cache=none, to float32": module(small, "none"),
+    }
+
+
+def consume(batches: Callable[[], Iterable[object]]) -> None:
+    """Reads every batch."""
+    deque(batches(), maxlen=0)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ python -m benchmarks.train --device cuda --samples 5000        # an epoch from d
 On the CPU: synthetic shards of 576 x 4096 float16, 4.7 MB an image, 50 a shard. The plain loop decodes the tars in
 order to float32, stacks and steps; the others take batches from the data module as a fit does. All of them have the
 same predictor, loss, optimiser and batch size; they take turns in one process; medians over rounds, after one to warm
-up. Seconds are of wall time; those of the processor are told beside them, for machines that do other things too.
+up. Seconds are of wall time; those of the processor stand beside them, for machines that do other things too.
 
-On a GPU: the states lie on the device as the data module's device cache holds them, drawn there at random. Needs
-torch, scr_runtime and predictor/losses.py alone, so that it runs where webdataset and Lightning are not installed.
+With --device: the states lie on the device as the data module's device cache holds them, drawn there at random. Needs
+torch, scr_runtime and predictor/losses.py (hence pydantic) alone: it runs where webdataset and Lightning are not
+installed.
 
 The data module's ways run as in a fit, in memory that malloc keeps; the plain loop in that of any process.
 """
@@ -18,12 +19,13 @@ The data module's ways run as in a fit, in memory that malloc keeps; the plain l
 from __future__ import annotations
 
 import argparse
+import operator
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +34,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor
 
+from benchmarks.rounds import interleaved, wall_and_process_clock, wall_clock
 from predictor.losses import kl
-from scr_runtime import PredictorConfig, SourcePredictor
-from scr_runtime.redistribute import eligible_patches
+from scr_runtime import PredictorConfig, SCRConfig, SourcePredictor
+from scr_runtime.rule import source_rule
 
 TOKENS, WIDTH, GRID = 576, 4096, (24, 24)
 FULL = 5000  # images of the paper's fit
 Batch = Mapping[str, Any]
-Epoch = Callable[[], Iterable[Batch]]
+Batches = Callable[[], Iterable[Batch]]
+PLAIN = "plain webdataset loop"
 
 
 class Fit:
@@ -49,7 +53,7 @@ class Fit:
         torch.manual_seed(0)
         self.network = SourcePredictor(PredictorConfig(WIDTH)).to(device)
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=1e-3, fused=device != "cpu")
-        self.eligible = eligible_patches(GRID, True, torch.device(device))
+        self.rule = source_rule(SCRConfig(), GRID, torch.device(device))
         self.device, self.mixed = device, precision == "bf16-mixed"
 
     def epoch(self, batches: Iterable[Batch]) -> int:
@@ -58,7 +62,7 @@ class Fit:
         for batch in batches:
             with torch.autocast(self.device, torch.bfloat16) if self.mixed else nullcontext():
                 scores = self.network(batch["states"], GRID, batch["question"])
-                loss = kl(scores, batch["attention"], self.eligible, 32)
+                loss = kl(scores, batch["attention"], self.rule)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
             self.optimiser.step()
@@ -87,52 +91,58 @@ def plain_loop(tars: list[str], batch: int) -> Iterator[Batch]:
 
 def on_cpu(options: argparse.Namespace) -> None:
     """Prints the table of shards."""
-    from benchmarks.reading import write_shards
-    from data.datamodule import ShardDataModule
-    from evaluation.report import table
-    from predictor.fit import keep_freed_memory
+    from evaluation.tables import table
+    from predictor.memory import keep_freed_memory
 
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        tars = write_shards(folder, options.samples, "float16")
+    def timed(way: str, epoch: Callable[[], int]) -> tuple[float, float]:
+        def whole() -> None:
+            assert epoch() == options.samples
 
-        def loader(cache: str) -> Epoch:
-            data = ShardDataModule(folder, batch_size=options.batch, cache=cache)
-            return lambda: data.loader("train", shuffle=True)
+        keep_freed_memory(way != PLAIN)
+        return wall_and_process_clock(whole)
 
-        first = "plain webdataset loop"
-        ways: dict[str, tuple[str, Epoch]] = {first: ("32-true", lambda: plain_loop(tars, options.batch))}
-        caches = {"cache=memory": "memory", "cache=none (memory maps)": "none", "cache=stream": "stream"}
-        ways |= {way: ("32-true", loader(cache)) for way, cache in caches.items()}
-        ways["cache=memory, bf16-mixed"] = ("bf16-mixed", ways["cache=memory"][1])
-        ways["cache=none, bf16-mixed"] = ("bf16-mixed", ways["cache=none (memory maps)"][1])
-        fits = {way: Fit("cpu", precision) for way, (precision, _) in ways.items()}
-        reading = ("batches of cache=memory alone", ways["cache=memory"][1])
-        walls: dict[str, list[float]] = {way: [] for way in [*ways, reading[0]]}
-        busy: dict[str, list[float]] = {way: [] for way in walls}
-        for turn in range(1 + options.rounds):
-            for way in walls:
-                keep_freed_memory(way != first)
-                wall, cpu = time.perf_counter(), time.process_time()
-                if way in ways:
-                    rows = fits[way].epoch(ways[way][1]())
-                else:
-                    rows = sum(len(batch["states"]) for batch in reading[1]())
-                assert rows == options.samples
-                if turn:
-                    walls[way].append(time.perf_counter() - wall)
-                    busy[way].append(time.process_time() - cpu)
-    lines = [["way", "images/s", f"s per {FULL:,} images", "of the processor", "x plain", "x plain (processor)"]]
-    for way in walls:
-        wall, cpu = statistics.median(walls[way]), statistics.median(busy[way])
-        scale = FULL / options.samples
-        ratios = [statistics.median(a / b for a, b in zip(t[first], t[way], strict=True)) for t in (walls, busy)]
-        lines.append(
-            [way, f"{options.samples / wall:,.0f}", f"{wall * scale:.1f}", f"{cpu * scale:.1f}"]
-            + [f"{ratio:.2f}" for ratio in ratios]
-        )
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        epochs = ways(Path(folder), options.samples, options.batch)
+        calls = {way: partial(timed, way, epoch) for way, epoch in epochs.items()}
+        times: dict[str, list[tuple[float, float]]] = interleaved(calls, operator.call, options.rounds, warm_up=1)
+    scale = FULL / options.samples
+    header = ["way", "images/s", f"s per {FULL:,} images", "of the processor", "x plain", "x plain (processor)"]
+    lines = [header]
+    for way, mine in times.items():
+        wall, cpu = (statistics.median(values) / 1e3 for values in zip(*mine, strict=True))
+        ratios = [(base[0] / own[0], base[1] / own[1]) for base, own in zip(times[PLAIN], mine, strict=True)]
+        line = [way, f"{options.samples / wall:,.0f}", f"{wall * scale:.1f}", f"{cpu * scale:.1f}"]
+        lines.append(line + [f"{statistics.median(values):.2f}" for values in zip(*ratios, strict=True)])
     print(f"\n{options.samples} images of one map, batches of {options.batch}, {options.rounds} rounds, {_setting()}")
     print(table(lines))
+
+
+def ways(folder: Path, samples: int, batch: int) -> dict[str, Callable[[], int]]:
+    """Writes the shards; returns what runs an epoch and returns its rows, the yardstick first."""
+    from benchmarks.reading import write_shards
+    from data.datamodule import ShardDataModule
+    from data.settings import Cache, ReadingSettings
+
+    tars = write_shards(folder, samples, "float16")
+
+    def loader(cache: Cache) -> Batches:
+        data = ShardDataModule(folder, ReadingSettings(batch_size=batch, cache=cache))
+        return lambda: data.loader("train", shuffle=True)
+
+    def fitted(precision: str, batches: Batches) -> Callable[[], int]:
+        fit = Fit("cpu", precision)
+        return lambda: fit.epoch(batches())
+
+    memory, maps = loader("memory"), loader("none")
+    return {
+        PLAIN: fitted("32-true", lambda: plain_loop(tars, batch)),
+        "cache=memory": fitted("32-true", memory),
+        "cache=none (memory maps)": fitted("32-true", maps),
+        "cache=stream": fitted("32-true", loader("stream")),
+        "cache=memory, bf16-mixed": fitted("bf16-mixed", memory),
+        "cache=none, bf16-mixed": fitted("bf16-mixed", maps),
+        "batches of cache=memory alone": lambda: sum(len(batch["states"]) for batch in memory()),
+    }
 
 
 def on_device(options: argparse.Namespace) -> None:
@@ -152,18 +162,16 @@ def on_device(options: argparse.Namespace) -> None:
                 for name, tensor in (("states", states), ("attention", attention), ("question", question))
             }
 
-    def waited(epoch: Callable[[], Any]) -> float:
-        started = time.perf_counter()
-        epoch()
+    def epoch(fit: Fit) -> None:
+        fit.epoch(batches())
         if device != "cpu":
             torch.accelerator.synchronize()
-        return time.perf_counter() - started
 
     print(f"{options.samples} images on {device}, batches of {options.batch}, {options.rounds} rounds, {_setting()}")
     for precision in ("32-true", "bf16-mixed"):
-        fit = Fit(device, precision)
-        waited(lambda fit=fit: fit.epoch(batches()))
-        seconds = statistics.median(waited(lambda fit=fit: fit.epoch(batches())) for _ in range(options.rounds))
+        once = partial(epoch, Fit(device, precision))
+        times = interleaved({precision: once}, wall_clock, options.rounds, warm_up=1)
+        seconds = statistics.median(times[precision]) / 1e3
         whole = seconds * FULL / options.samples
         print(f"{precision}: {seconds:.3f} s an epoch; by proportion {whole:.3f} s for {FULL:,} images")
 

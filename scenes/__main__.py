@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
+from data.errors import DataError
 from scenes import CHECKPOINT, ensure_world
 
 
@@ -24,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument("--seed", type=int, default=0, help="seed of the world")
     render.add_argument("--columns", type=int, default=6, help="scenes in a row of the contact sheet")
 
-    world = command("world", "Render a world in COCO layout, or say that it is there already.")
+    world = command("world", "Render a world in COCO layout, or reuse the one that is there.")
     world.add_argument("--out", type=Path, default=Path("runs/scenes/world"), help="folder of the world")
     world.add_argument("--train", type=int, default=2000, help="training images")
     world.add_argument("--val", type=int, default=500, help="validation images")
@@ -54,11 +54,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; gives the exit status."""
+    """Runs one command; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
         _run(options)
-    except (ValueError, OSError) as error:
+    except (DataError, ValueError, OSError) as error:
         print(f"python -m scenes {options.command}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -74,22 +74,22 @@ def _run(options: argparse.Namespace) -> None:
         root = ensure_world(options.out, options.train, options.val, options.seed)
         print(f"world: {root}")
     elif options.command == "fit":
-        # Threads that wait asleep: on busy cores, spinning ones cost a factor of up to ten.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         import torch
 
         from scenes.fit import Recipe, fit
+        from scenes.measure import as_text, measure
 
-        recipe = Recipe() if options.steps_scale == 1.0 else Recipe().scaled(options.steps_scale)
         torch.set_num_threads(options.threads)
-        fit(options.out, options.seed, recipe, options.check)
+        fit(options.out, options.seed, Recipe().scaled(options.steps_scale))
+        print("the figures below are of the saved model, loaded again, run in fp32")
+        print(as_text(measure(options.out, options.seed, options.check)))
         print(f"\ncheckpoint: {options.out}")
     elif options.command == "evaluate":
-        from scenes.fit import evaluate_checkpoint
+        from scenes.measure import as_text, measure
 
         if not (options.checkpoint / "config.json").is_file():
             raise ValueError(f"no checkpoint at {options.checkpoint}: give --checkpoint the folder that `fit` wrote")
-        evaluate_checkpoint(options.checkpoint, options.seed, options.check)
+        print(as_text(measure(options.checkpoint, options.seed, options.check)))
     else:
         from scenes.sprites import SHEET, make_sheet
 

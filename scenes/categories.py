@@ -75,8 +75,3 @@ CATEGORIES: tuple[Category, ...] = tuple(
 )
 GLYPHS: dict[str, str] = {name: glyph for members in CONTEXTS.values() for _, name, glyph in members}
 CONTEXT_SIZE = 8
-
-
-def with_article(name: str) -> str:
-    """`name` with its indefinite article: "a dog", "an apple"."""
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -15,14 +16,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from scenes.categories import CATEGORIES, with_article
+from data.wording import CAPTION_PROMPT, question_text, with_article
+from scenes.categories import CATEGORIES
 from scenes.world import GROUNDS, SIZE
 
 PATCH = 8  # pixels a side
 GRID = SIZE // PATCH  # 12 x 12 = 144 visual tokens
 HIDDEN = 128
 TOWER_LAYERS, LANGUAGE_LAYERS, HEADS = 4, 8, 4
-CAPTION_QUESTIONS = ("Describe the image.", "What is in the image?")
+CAPTION_QUESTIONS = (CAPTION_PROMPT, "What is in the image?")
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -39,32 +41,23 @@ CHAT_TEMPLATE = (
 )
 
 
-def yes_no_question(name: str) -> str:
-    """The question of POPE: "Is there an apple in the image?"."""
-    return f"Is there {with_article(name)} in the image?"
-
-
-def chat(question: str, answer: str = "") -> str:
-    """The text that `CHAT_TEMPLATE` gives for one image and one question, then the answer if there is one."""
-    return f"USER: <image>\n{question} ASSISTANT:" + (f" {answer}</s>" if answer else "")
-
-
 def vocabulary() -> dict[str, int]:
     """Every word the model can read or say, with its token id."""
-    texts = [yes_no_question(category.name) for category in CATEGORIES] + list(CAPTION_QUESTIONS)
-    texts += [ground for ground, _ in GROUNDS.values()] + [
-        with_article("apple"),
-        "A dog, a cat and an apple on.",
-    ]
+    texts = [question_text(category.name) for category in CATEGORIES] + list(CAPTION_QUESTIONS)
+    texts += [ground for ground, _ in GROUNDS.values()] + [with_article("apple"), "A dog, a cat and an apple on."]
     texts += ["USER: ASSISTANT: yes no Yes No An the The photo picture what which objects can you see there are is"]
     texts += ["Please answer with yes or no. Answer Is it this that any not I do not know two one in of ! ; -"]
     words = list(dict.fromkeys(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text)))
     return {word: index for index, word in enumerate([*SPECIAL_TOKENS, *words])}
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: one token a word or punctuation mark, padding on the left."""
-    tokenizer = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
+def build_tokenizer(words: Mapping[str, int] | None = None) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: one token a word or punctuation mark, padding on the left.
+
+    Args:
+        words: Token ids of its words, `SPECIAL_TOKENS` among them; by default `vocabulary()`.
+    """
+    tokenizer = Tokenizer(models.WordLevel(dict(words or vocabulary()), unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
@@ -80,18 +73,26 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> LlavaProcessor:
-    """The processor of the scene model: 96 x 96 pixels as they are, scaled to [-1, 1]; one chat template."""
+def build_processor(words: Mapping[str, int] | None = None, side: int = SIZE, patch: int = PATCH) -> LlavaProcessor:
+    """The processor of a LLaVA with a word-level tokenizer and one chat template, by default the scene model's.
+
+    Images are scaled to [-1, 1]; those of `side` x `side` pixels keep their size.
+
+    Args:
+        words: As in `build_tokenizer`.
+        side: Pixels a side of what the model sees.
+        patch: Pixels a side of a patch.
+    """
     pixels = CLIPImageProcessor(
-        size={"shortest_edge": SIZE},
-        crop_size={"height": SIZE, "width": SIZE},
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
     return LlavaProcessor(
         image_processor=pixels,
-        tokenizer=build_tokenizer(),
-        patch_size=PATCH,
+        tokenizer=build_tokenizer(words),
+        patch_size=patch,
         num_additional_image_tokens=1,  # the class token of CLIP, which "default" leaves out again
         vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE,

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from scenes.categories import CATEGORIES, CONTEXT_SIZE, CONTEXTS, with_article
+from data.wording import with_article
+from scenes.categories import CATEGORIES, CONTEXT_SIZE, CONTEXTS
 from scenes.sprites import SHEET, load_sprites
 
 SIZE = 96  # pixels a side
@@ -54,6 +55,7 @@ _PERSON = next(i for i, c in enumerate(CATEGORIES) if c.name == "person")
 _ZIPF = 1.0 / np.arange(1, CONTEXT_SIZE + 1)
 _ZIPF = _ZIPF / _ZIPF.sum()
 _MARKER = "world.json"
+_LICENCE = {"name": "SIL Open Font License 1.1 (glyphs of Noto Color Emoji)", "url": "https://openfontlicense.org"}
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def _draw_object(
     category: int,
     number: int,
 ) -> int:
-    """Draws a sprite over the canvas, marks it as `number` in `owner`, and gives its pixels, hidden or not."""
+    """Draws a sprite over the canvas and marks it as `number` in `owner`; returns its pixels, hidden or not."""
     sprite = load_sprites()[category]
     scale = float(rng.uniform(*OBJECT_SIZE)) * SIZE / max(sprite.size)
     shape = (max(3, round(sprite.width * scale)), max(3, round(sprite.height * scale)))
@@ -218,12 +220,12 @@ def _draw_object(
 
 
 def ensure_world(root: Path, train: int, val: int, seed: int = 0) -> Path:
-    """Makes sure that `root` holds a finished world in COCO layout, and renders it if it does not.
+    """Renders a world in COCO layout into `root`, unless a finished one is there already.
 
     Writes `train/000000000001.png` .., `val/000001000001.png` .., and in `annotations/` the files
     `instances_{train,val}.json` and `captions_{train,val}.json`. The world is built beside `root` and renamed
-    when it is whole, so what lies at `root` is never half a world. A world of other settings, or one that lost
-    files, is rendered again.
+    when it is whole, so `root` never holds half a world. A world of other settings, or one that lost files, is
+    rendered again.
 
     Args:
         root: Folder of the world.
@@ -253,20 +255,22 @@ def ensure_world(root: Path, train: int, val: int, seed: int = 0) -> Path:
     tqdm.write(f"scenes: rendering {train + val:,} scenes into {root} ({reason})")
     partial = root.with_name(f".{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    (partial / "annotations").mkdir(parents=True)
     with tqdm(total=train + val, desc="render scenes", unit="image") as progress:
         for split, count in (("train", train), ("val", val)):
-            _write_split(partial, split, count, seed, progress)
+            write_stream(partial, split, count, seed, progress)
     (partial / _MARKER).write_text(json.dumps(settings, indent=1) + "\n")
-    if root.exists():
-        retired = root.with_name(f".{root.name}.retired")
-        shutil.rmtree(retired, ignore_errors=True)
-        root.rename(retired)
-        partial.rename(root)
-        shutil.rmtree(retired)
-    else:
-        partial.rename(root)
+    replace_folder(partial, root)
     return root
+
+
+def replace_folder(written: Path, folder: Path) -> None:
+    """Renames a finished folder to its place; what lay there is removed afterwards."""
+    retired = folder.with_name(f".{folder.name}.retired")
+    shutil.rmtree(retired, ignore_errors=True)
+    if folder.exists():
+        folder.rename(retired)
+    written.rename(folder)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def _settings(train: int, val: int, seed: int) -> dict[str, Any]:
@@ -307,49 +311,55 @@ def _why_not_reusable(root: Path, settings: dict[str, Any]) -> str | None:
     return None
 
 
-def _write_split(root: Path, split: str, count: int, seed: int, progress: tqdm[Any]) -> None:
-    """Writes the images of a split, then its two annotation files."""
-    (root / split).mkdir()
-    offset = VAL_ID_OFFSET if split == "val" else 0
+def write_stream(root: Path, stream: str, count: int, seed: int, progress: tqdm[Any] | None = None) -> None:
+    """Writes the first scenes of a stream in COCO layout: its images, then its two annotation files.
+
+    Args:
+        root: Folder of a world, which need not exist: gets `<stream>/*.png` and
+            `annotations/{instances,captions}_<stream>.json`.
+        stream: A key of `STREAMS`.
+        count: Number of scenes.
+        seed: The world's seed.
+        progress: Counts the images, if given.
+    """
+    (root / stream).mkdir(parents=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    offset = VAL_ID_OFFSET if stream == "val" else 0
     images: list[dict[str, Any]] = []
     instances: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
     for index in range(count):
-        scene = render_scene(seed, split, index)
+        scene = render_scene(seed, stream, index)
         image_id = offset + index + 1
         name = f"{image_id:012d}.png"
-        Image.fromarray(scene.image).save(root / split / name, compress_level=1)
+        Image.fromarray(scene.image).save(root / stream / name, compress_level=1)
         images.append({"id": image_id, "file_name": name, "width": SIZE, "height": SIZE, "license": 1})
         captions.append({"id": image_id, "image_id": image_id, "caption": caption(scene)})
         for thing in scene.objects:
-            x, y, width, height = thing.box
-            corners = [x, y, x + width, y, x + width, y + height, x, y + height]
-            instances.append(
-                {
-                    "id": offset * 10
-                    + len(instances)
-                    + 1,  # an image has at most 7 objects, so the two splits never meet
-                    "image_id": image_id,
-                    "category_id": CATEGORIES[thing.category].coco_id,
-                    "bbox": [x, y, width, height],
-                    "area": thing.area,
-                    "segmentation": [corners],
-                    "iscrowd": 0,
-                }
-            )
-        progress.update()
-    info = {"description": f"Embedded scene world, {split}", "version": str(WORLD_VERSION), "year": 2025}
-    licences = [
-        {
-            "id": 1,
-            "name": "SIL Open Font License 1.1 (glyphs of Noto Color Emoji)",
-            "url": "https://openfontlicense.org",
-        }
-    ]
-    shared = {"info": info, "licenses": licences, "images": images}
+            # an image has at most 7 objects, so the ids of "train" and "val" never meet
+            instances.append({"id": offset * 10 + len(instances) + 1, "image_id": image_id, **_annotation(thing)})
+        if progress is not None:
+            progress.update()
+    shared = {
+        "info": {"description": f"Embedded scene world, {stream}", "version": str(WORLD_VERSION), "year": 2025},
+        "licenses": [{"id": 1, **_LICENCE}],
+        "images": images,
+    }
     categories = [{"id": c.coco_id, "name": c.name, "supercategory": c.context} for c in CATEGORIES]
-    folder = root / "annotations"
-    (folder / f"instances_{split}.json").write_text(
-        json.dumps({**shared, "annotations": instances, "categories": categories})
-    )
-    (folder / f"captions_{split}.json").write_text(json.dumps({**shared, "annotations": captions}))
+    for kind, content in (
+        ("instances", {**shared, "annotations": instances, "categories": categories}),
+        ("captions", {**shared, "annotations": captions}),
+    ):
+        (root / "annotations" / f"{kind}_{stream}.json").write_text(json.dumps(content))
+
+
+def _annotation(thing: SceneObject) -> dict[str, Any]:
+    """An object as COCO describes it, with its box for an outline."""
+    x, y, width, height = thing.box
+    return {
+        "category_id": CATEGORIES[thing.category].coco_id,
+        "bbox": [x, y, width, height],
+        "area": thing.area,
+        "segmentation": [[x, y, x + width, y, x + width, y + height, x, y + height]],
+        "iscrowd": 0,
+    }

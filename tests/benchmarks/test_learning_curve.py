@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.learning_curve import fit, foretell, main
+from benchmarks.learning_curve import fit, main, predict
 
 
 def write(folder: Path, images: int, seed: int, experiment: str, recall: float) -> None:
@@ -18,11 +18,11 @@ def write(folder: Path, images: int, seed: int, experiment: str, recall: float) 
     )
 
 
-def test_the_curve_is_found_again_and_foretells() -> None:
+def test_the_curve_is_found_again_and_predicts() -> None:
     points = {images: [0.9 - 2 * images**-0.5] for images in (250, 500, 1000, 2000, 4000)}
     curve = fit(points)
     assert curve[2] == pytest.approx(0.5, abs=0.03)
-    assert foretell(curve, 16_000) == pytest.approx(0.9 - 2 * 16_000**-0.5, abs=0.003)
+    assert predict(curve, 16_000) == pytest.approx(0.9 - 2 * 16_000**-0.5, abs=0.003)
 
 
 def test_it_reads_the_children_of_one_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

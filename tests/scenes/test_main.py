@@ -1,10 +1,12 @@
 """`python -m scenes`: what it writes, and what it says when it can't."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from scenes import CHECKPOINT
 from scenes.__main__ import main
 from scenes.categories import CATEGORIES
 from scenes.show import contact_sheet
@@ -37,6 +39,7 @@ def test_world_command_makes_then_reuses(tmp_path: Path, capsys: pytest.CaptureF
         (["world", "--train", "0"], "train=0"),
         (["fit", "--steps-scale", "-1"], "steps scale -1"),
         (["evaluate", "--checkpoint", "nowhere"], "no checkpoint at nowhere"),
+        (["evaluate", "--check", "1"], "check=1"),
         (["sprites", "--font", "nowhere.ttf"], "No font at nowhere.ttf"),
     ],
 )
@@ -51,6 +54,12 @@ def test_bad_values_are_named_and_nothing_is_written(
     assert main(arguments) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_without_weights_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copy(CHECKPOINT / "config.json", tmp_path)
+    assert main(["evaluate", "--checkpoint", str(tmp_path)]) == 2
+    assert "cannot load a vision-language model" in capsys.readouterr().err
 
 
 def test_sheet_has_a_sprite_for_every_category():
