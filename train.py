@@ -30,17 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(sweep: Sweep) -> int:
     """Opens the tracking store, then runs one configuration or all; returns the exit code."""
-    from pipeline.runs import TrackingError, connect
+    from pipeline.checks import check_all
+    from pipeline.runs import connect
     from pipeline.sweep import run_once, run_sweep
 
     started = time.perf_counter()
-    config = sweep.children[0].config
-    experiments = list(dict.fromkeys(child.config.experiment for child in sweep.children))
-    try:
-        client = connect(config.tracking_uri, experiments, config.paths.mlflow_artifacts)
-    except TrackingError as error:
-        print(f"error: {error}\nSee tracking.uri.", file=sys.stderr)
-        return 1
+    configs = [child.config for child in sweep.children]
+    check_all(configs)
+    experiments = list(dict.fromkeys(config.experiment for config in configs))
+    client = connect(configs[0].tracking_uri, experiments, configs[0].paths.mlflow_artifacts)
     failed = run_sweep(sweep, client) if sweep.keys else run_once(sweep.children[0], client)
     if failed:
         print(f"error: {failed} of {len(sweep.children)} children have no result", file=sys.stderr)

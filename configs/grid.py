@@ -135,8 +135,7 @@ def _named(config: TrainConfig, choices: Mapping[str, str]) -> TrainConfig:
     The checksum keeps apart the children of two sweeps over the same keys that differ in what they hold fixed.
     Devices, caches and the like do not count: with others of these the same sweep goes on.
     """
-    model, data = config.model, {**config.data.model_dump(), "root": None}
-    own = digest(config.result_settings, config.harvest, data, [model.hub_id, model.revision, model.dtype])[:6]
+    own = digest(*config.run_settings)[:6]
     config = config.model_copy(update={"variant": f"{_slug(choices)}-{own}"})
     changed = {key: value for key, value in choices.items() if _decides_harvest(key)}
     if changed and config.harvest.name is None:

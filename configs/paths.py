@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,25 +17,24 @@ class Paths:
     """Every place of one configuration; all that is generated lies under `runs_dir`. Made by `TrainConfig.paths`."""
 
     data: Path
-    """Root of the data set: data.root, or runs/data/<data.name>."""
+    """Root of the data set: data.root, or runs/data/<data.name>, with its sizes behind it for a world of others."""
     train_images: Path
     train_annotations: Path
     eval_images: Path
     eval_annotations: Path
     harvest: Path
-    """Shards: runs/harvest/<model>-<data>, and -block<n> behind it where model.scr.state_layer is not 0."""
-    checkpoints: Path
-    """Lightning checkpoints: runs/checkpoints/<model>; of a variant runs/sweeps/<model>/<variant>/checkpoints."""
+    """Shards: runs/harvest/<model>-<data>; behind it -block<n> where model.scr.state_layer is not 0, and a digest
+    where settings of the harvest are not the defaults."""
+    fits: Path
+    """One folder for each run: runs/fits/<model>."""
+    latest: Path
+    """The newest complete run: the link runs/fits/<model>/latest; of a variant runs/sweeps/<model>/<variant>."""
     predictor: Path
-    """The exported predictor: runs/predictors/<model>; of a variant runs/sweeps/<model>/<variant>/predictor."""
+    """Its exported predictor: runs/predictors/<model>, a link; of a variant in its folder."""
     cache: Path
     """What is derived from inputs and can be made again: runs/cache."""
     sweeps: Path
     """Children of sweeps, and the summaries: runs/sweeps/<model>."""
-    reports: Path
-    """Tables and figures: runs/reports/<model>; of a variant runs/sweeps/<model>/<variant>/reports."""
-    config: Path
-    """The resolved config of the last run: config.yaml in `reports`."""
     mlflow_db: Path
     """runs/mlflow.db."""
     mlflow_artifacts: Path
@@ -44,12 +45,12 @@ def paths_of(config: TrainConfig) -> Paths:
     """Works out every place of a configuration."""
     runs = Path(config.runs_dir).expanduser()
     name, data = config.model.name, config.data
-    root = Path(data.root).expanduser() if data.root else runs / "data" / data.name
+    data_name = f"{data.name}{_world_suffix(config)}"
+    root = Path(data.root).expanduser() if data.root else runs / "data" / data_name
     sweeps = runs / "sweeps" / name
     own = sweeps / config.variant if config.variant else None
-    reports = own / "reports" if own else runs / "reports" / name
     layer = config.model.scr.state_layer
-    harvest = f"{name}-{data.name}" + (f"-block{layer}" if layer else "")
+    harvest = f"{name}-{data_name}" + (f"-block{layer}" if layer else "") + _harvest_suffix(config)
     return Paths(
         data=root,
         train_images=root / data.train_images,
@@ -57,12 +58,27 @@ def paths_of(config: TrainConfig) -> Paths:
         eval_images=root / data.eval_images,
         eval_annotations=root / data.eval_annotations,
         harvest=runs / "harvest" / (config.harvest.name or harvest),
-        checkpoints=own / "checkpoints" if own else runs / "checkpoints" / name,
+        fits=runs / "fits" / name,
+        latest=own or runs / "fits" / name / "latest",
         predictor=own / "predictor" if own else runs / "predictors" / name,
         cache=runs / "cache",
         sweeps=sweeps,
-        reports=reports,
-        config=reports / "config.yaml",
         mlflow_db=runs / "mlflow.db",
         mlflow_artifacts=runs / "mlflow",
     )
+
+
+def _world_suffix(config: TrainConfig) -> str:
+    """Worlds of other sizes or seeds lie beside the default one; they never replace it."""
+    world = config.data.world
+    if world is None or world == type(world)():
+        return ""
+    return f"-{world.train}-{world.val}" + (f"-seed{world.seed}" if world.seed else "")
+
+
+def _harvest_suffix(config: TrainConfig) -> str:
+    """Harvests of other settings lie beside the default one; they never replace it."""
+    changed = config.harvest.sample_settings
+    if changed == type(config.harvest)().sample_settings:
+        return ""
+    return "-" + hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6]

@@ -93,9 +93,9 @@ class WorldConfig(BaseModel):
 
     model_config = _SECTION
 
-    train: int = Field(ge=1)
+    train: int = Field(default=6000, ge=1)
     """Images to render for harvesting."""
-    val: int = Field(ge=1)
+    val: int = Field(default=500, ge=1)
     """Images to render for evaluation."""
     seed: int = Field(default=0, ge=0)
     """Seed of the renderer."""
@@ -203,6 +203,9 @@ class TrainConfig(BaseModel):
     """Folder of everything that is generated."""
     seed: int = Field(default=0, ge=0)
     """Seed of the fit: initial weights and order of the batches."""
+    overwrite: bool = False
+    """Delete what stands in the way: a harvest in the folder that was made with other settings, a variant that was
+    fitted with others. Nothing is ever deleted without it."""
     variant: FolderName | None = None
     """Name of a fit that lies beside others of its model, under runs_dir/sweeps/<model.name>; null is the model's own
     place. A sweep names its children; with that name, export and evaluation find a child."""
@@ -306,7 +309,7 @@ class TrainConfig(BaseModel):
         fingerprint. A new key counts until it is named here.
         """
         plain = self.model_dump()
-        for key in ("runs_dir", "variant", "tracking", "harvest"):
+        for key in ("runs_dir", "overwrite", "variant", "tracking", "harvest"):
             del plain[key]
         plain["model"] = plain["model"]["scr"]
         del plain["data"]["root"]
@@ -316,3 +319,10 @@ class TrainConfig(BaseModel):
             del plain["data"]
             plain["evaluation"] = {key: plain["evaluation"][key] for key in ("images", "bootstrap", "seed")}
         return plain
+
+    @property
+    def run_settings(self) -> list[Any]:
+        """The settings that identify a run before its harvest exists: two runs with equal ones give equal results."""
+        model, data = self.model, {**self.data.model_dump(), "root": None}
+        place = [model.hub_id, model.revision, model.dtype]
+        return [self.result_settings, self.harvest.model_dump(exclude={"name"}), data, place]

@@ -63,8 +63,11 @@ class VLMSettings(BaseModel):
     @property
     def location(self) -> str:
         """`hub_id` as transformers takes it: an absolute path if it is a folder, else the hub id."""
-        folder = _PROJECT_ROOT / Path(self.hub_id).expanduser()
-        return str(folder) if folder.is_dir() else self.hub_id
+        try:
+            folder = _PROJECT_ROOT / Path(self.hub_id).expanduser()
+            return str(folder) if folder.is_dir() else self.hub_id
+        except (RuntimeError, OSError):  # no such user's home; a name that is too long
+            return self.hub_id
 
 
 class HarvestSettings(BaseModel):
@@ -160,6 +163,13 @@ class HarvestSettings(BaseModel):
     def splits(self) -> dict[str, int]:
         """Images of each split that is harvested."""
         return {"train": self.samples, "validation": self.validation, "test": self.test}
+
+    @property
+    def sample_settings(self) -> dict[str, object]:
+        """The settings that decide which samples a harvest holds; batches, engines and places don't."""
+        keys = {"samples", "validation", "test", "tuning", "prompts", "prompts_per_image", "shard_size",
+                "states_dtype", "seed"}  # fmt: skip
+        return self.model_dump(include=keys)
 
     @property
     def images(self) -> int:

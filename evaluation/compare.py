@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 from data.chat import chat_inputs
 from data.images import CocoImages, seeded_order
 from data.questions import STRATEGIES
+from data.vlm import model_identity
+from evaluation.answers import AnswerLog
 from evaluation.errors import EvaluationError
 from evaluation.fidelity import FallbackPoint, Fidelity, fallback_curve, fidelity
 from evaluation.latency import Cost, prefill_costs
@@ -39,6 +42,7 @@ class Reference:
         quiz: The questions.
         margins: [Q] yes margins of vanilla, two-pass and the controls.
         entropy: [Q] normalised credit entropy of the image, before any edit.
+        cache: Folder in which answers are kept while they are asked for; ``None`` for none.
     """
 
     model: Any
@@ -49,6 +53,18 @@ class Reference:
     quiz: Quiz
     margins: dict[str, Floats]
     entropy: Floats
+    cache: Path | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the answers depend on, beside methods and predictor."""
+        asked = {"images", "questions_per_image", "batch_size", "seed"}
+        return {
+            "model": model_identity(self.model, self.processor),
+            "scr": self.scr.to_dict(),
+            "annotations_sha256": self.images.annotations_sha256,
+            "settings": self.settings.model_dump(include=asked),
+        }
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,12 @@ class Comparison:
 
 
 def measure_reference(
-    model: Any, processor: Any, scr: SCRConfig, images: CocoImages, settings: EvaluationSettings
+    model: Any,
+    processor: Any,
+    scr: SCRConfig,
+    images: CocoImages,
+    settings: EvaluationSettings,
+    cache: Path | None = None,
 ) -> Reference:
     """Asks held-out questions under every method that needs no predictor.
 
@@ -85,6 +106,7 @@ def measure_reference(
         scr: The method's settings.
         images: Held-out images with annotations.
         settings: How many images and questions, and the seed of both and of the uniform control.
+        cache: Folder in which answers are kept: an interrupted call resumes, a finished one asks nothing again.
 
     Raises:
         EvaluationError: If there are fewer images than asked for, or the tokenizer has no single token for yes or no.
@@ -97,10 +119,12 @@ def measure_reference(
     quiz = make_quiz(images, chosen, settings)
     methods = Methods(model, scr, seed=settings.seed)
     names = (VANILLA, TWO_PASS, UNIFORM, SWAPPED)
-    margins, reports = ask(model, processor, methods, names, images, quiz, settings.batch_size)
+    reference = Reference(model, processor, scr, images, settings, quiz, {}, np.empty(0), cache)
+    log = AnswerLog(cache, {**reference.identity, "methods": names})
+    margins, reports = ask(model, processor, methods, names, images, quiz, settings.batch_size, log)
     margins[SHIFT] = margins[VANILLA] + (margins[TWO_PASS] - margins[VANILLA]).mean()
     entropy = np.array([report.entropy_normalised for report in reports[TWO_PASS]])
-    return Reference(model, processor, scr, images, settings, quiz, margins, entropy)
+    return replace(reference, margins=margins, entropy=entropy)
 
 
 def compare(reference: Reference, predictor: str | Path | SourcePredictor, settings: EvaluationSettings) -> Comparison:
@@ -129,6 +153,7 @@ def compare(reference: Reference, predictor: str | Path | SourcePredictor, setti
 def _answer(reference: Reference, methods: Methods, predictor: SourcePredictor) -> Answers:
     """Adds one-pass's answers to the reference's, and auto's: one-pass's or two-pass's, as the confidence decides."""
     quiz = reference.quiz
+    log = AnswerLog(reference.cache, {**reference.identity, "methods": (ONE_PASS,), "predictor": _weights(predictor)})
     found, reports = ask(
         reference.model,
         reference.processor,
@@ -137,6 +162,7 @@ def _answer(reference: Reference, methods: Methods, predictor: SourcePredictor) 
         reference.images,
         quiz,
         reference.settings.batch_size,
+        log,
     )
     limit = math.inf if predictor.drift_limit is None else predictor.drift_limit
     confidence = np.array([0.0 if (r.drift or 1) > limit else r.confidence or 0.0 for r in reports[ONE_PASS]])
@@ -152,6 +178,14 @@ def _answer(reference: Reference, methods: Methods, predictor: SourcePredictor) 
         confidence=confidence,
         fallback=float(falls_back.mean()),
     )
+
+
+def _weights(predictor: SourcePredictor) -> str:
+    """Checksum of everything that a predictor's scores and confidences depend on."""
+    digest = hashlib.sha256(repr((predictor.config, predictor.drift_typical, predictor.drift_limit)).encode())
+    for name, tensor in predictor.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _prefill_costs(reference: Reference, methods: Methods, repeats: int) -> dict[str, Cost]:

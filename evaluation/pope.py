@@ -18,6 +18,7 @@ from tqdm import tqdm
 from data.chat import chat_inputs
 from data.images import CocoImages
 from data.questions import STRATEGIES, Question, count_objects, pope_questions
+from evaluation.answers import AnswerLog
 from evaluation.errors import EvaluationError
 from evaluation.methods import VANILLA, Methods
 from evaluation.settings import EvaluationSettings
@@ -145,6 +146,7 @@ def ask(
     images: CocoImages,
     quiz: Quiz,
     batch_size: int,
+    log: AnswerLog | None = None,
 ) -> tuple[dict[str, Floats], dict[str, list[ImageReport]]]:
     """Asks every question under the named methods, batch by batch, methods interleaved.
 
@@ -156,28 +158,40 @@ def ask(
         images: Held-out images with annotations.
         quiz: The questions.
         batch_size: Questions per forward, at least 2.
+        log: Answers of an earlier, interrupted call: these are not asked again, and new ones are added.
 
     Returns:
         Per method, the [Q] yes margins, and the report of each question's image; none for vanilla.
     """
     yes, no = yes_no_tokens(processor.tokenizer)
+    log = log or AnswerLog(None, {})
     margins: dict[str, list[float]] = {name: [] for name in names}
     reports: dict[str, list[ImageReport]] = {name: [] for name in names}
     title = "evaluate" if len(names) > 1 else f"evaluate {names[0]}"
     with tqdm(total=len(quiz.questions), desc=title, unit="question") as progress:
         for start in range(0, len(quiz.questions), batch_size):
             batch = quiz.questions[start : start + batch_size]
-            pictures = {question.image_id: images.open(question.image_id) for question in batch}
-            inputs = chat_inputs(
-                processor, [pictures[q.image_id] for q in batch], [question.text for question in batch]
-            ).to(model.device, dtype=model.dtype)
-            logits, found = methods.logits(model, inputs, names)
-            for name, values in logits.items():
-                margin = values[:, yes].amax(-1) - values[:, no].amax(-1)
-                margins[name] += margin.double().tolist()
-                reports[name] += found[name]
+            answers = log.get(start, tuple(names))
+            if answers is None:
+                inputs = _inputs(model, processor, images, batch)
+                logits, found = methods.logits(model, inputs, names)
+                answers = {}
+                for name, values in logits.items():
+                    margin = values[:, yes].amax(-1) - values[:, no].amax(-1)
+                    answers[name] = margin.double().tolist(), found[name]
+                    log.add(start, name, *answers[name])
+            for name, (margin, found_reports) in answers.items():
+                margins[name] += margin
+                reports[name] += found_reports
             progress.update(len(batch))
     return {name: np.array(values) for name, values in margins.items()}, reports
+
+
+def _inputs(model: Any, processor: Any, images: CocoImages, batch: Sequence[Question]) -> Any:
+    """The batch as the model takes it; each image is decoded once."""
+    pictures = {question.image_id: images.open(question.image_id) for question in batch}
+    inputs = chat_inputs(processor, [pictures[q.image_id] for q in batch], [question.text for question in batch])
+    return inputs.to(model.device, dtype=model.dtype)
 
 
 def score(answers: Answers, method: str, split: str, settings: EvaluationSettings) -> Score:

@@ -74,11 +74,24 @@ def export_predictor(
     reloaded = load_predictor(staged)
     _check_scores(module, reloaded, validation)
     _check_calibration(module.predictor, reloaded, staged)
-    if folder.exists():
-        shutil.rmtree(folder)
+    keep_former(folder)
     staged.rename(folder)
     sync_folder(folder.parent)
     return Exported(folder, reloaded, calibration)
+
+
+def keep_former(folder: Path) -> Path | None:
+    """Moves what lies at a place to the first free name behind it, ``<name>.former-<n>``.
+
+    Returns:
+        Where it is now; ``None`` if nothing was there.
+    """
+    if not folder.exists():
+        return None
+    number = 1
+    while (former := folder.with_name(f"{folder.name}.former-{number}")).exists():
+        number += 1
+    return folder.rename(former)
 
 
 def _calibrate(

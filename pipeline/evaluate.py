@@ -14,6 +14,7 @@ from evaluation.compare import compare, measure_reference
 from evaluation.errors import EvaluationError
 from evaluation.tables import bullets, table
 from pipeline.exits import exit_code
+from pipeline.folders import latest_run, new_folder
 from pipeline.harvest import held_out_images
 from scr_runtime import load_predictor
 
@@ -29,14 +30,15 @@ def run(config: TrainConfig) -> int:
     """Compares, prints the tables and writes the report."""
     if not config.evaluation.images:
         raise EvaluationError("evaluation.images=0 compares no answers: give it a number of images")
-    predictor = load_predictor(config.paths.predictor)  # first: the questions take minutes
+    predictor = load_predictor(latest_run(config).predictor)  # first: the questions take minutes
     images = held_out_images(config)
     model, processor = load_vlm(config.model)
-    reference = measure_reference(model, processor, config.scr, images, config.evaluation)
+    reference = measure_reference(model, processor, config.scr, images, config.evaluation, config.paths.cache)
     comparison = compare(reference, predictor, config.evaluation)
     embedded = config.data.world is not None
     print(table(report.answer_rows(comparison)))
     print("\n" + bullets(report.reading(comparison, embedded=embedded)))
-    files = report.write(config.paths.reports, comparison, embedded=embedded)
+    folder = new_folder(latest_run(config).path / "evaluations")
+    files = report.write(folder, comparison, embedded=embedded)
     print(f"\nreport: {files['md']}, figure: {files['png']}")
     return 0

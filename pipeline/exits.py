@@ -13,11 +13,12 @@ from collections.abc import Callable
 from data.errors import DataError
 from evaluation.errors import EvaluationError
 from export.package import ExportError
+from pipeline.errors import RunError
 from predictor.errors import FitError
 from predictor.fit import Preempted
 from scr_runtime.errors import SCRError
 
-USER_ERRORS = (DataError, SCRError, FitError, ExportError, EvaluationError)
+USER_ERRORS = (DataError, SCRError, FitError, ExportError, EvaluationError, RunError)
 """Errors that a user caused or can mend: their message is enough. Every other error keeps its traceback."""
 STOPS = (KeyboardInterrupt, SystemExit, Preempted)
 """What ends a command, and with it a sweep, not one child alone."""

@@ -12,6 +12,8 @@ from configs import TrainConfig, parse_cli
 from data.datamodule import ShardDataModule
 from export.package import ExportError, export_predictor
 from pipeline.exits import exit_code
+from pipeline.folders import latest_run
+from predictor.checkpoints import BEST
 from scr_runtime import SCRConfig
 from scr_runtime.artifact import CONFIG_NAME
 
@@ -25,18 +27,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: TrainConfig) -> int:
-    """Exports, and prints where to."""
-    paths = config.paths
-    record = paths.predictor / CONFIG_NAME
+    """Exports, and prints where to. The former predictor is kept beside the new one."""
+    folder = latest_run(config)
+    record = folder.predictor / CONFIG_NAME
     if not record.is_file():
-        raise ExportError(f"no predictor at {paths.predictor}: run train.py first")
+        raise ExportError(f"no predictor at {folder.predictor}: run train.py first")
     former = json.loads(record.read_text())
     exported = export_predictor(
-        paths.checkpoints / "best.ckpt",
-        paths.predictor,
+        folder.checkpoints / BEST,
+        folder.predictor,
         scr=SCRConfig.from_dict(former["scr"]),
         model=former["model"],
-        validation=ShardDataModule(paths.harvest, config.trainer).val_dataloader(),
+        validation=ShardDataModule(config.paths.harvest, config.trainer).val_dataloader(),
         settings=config.predictor,
         metrics=former["metrics"],
         provenance=former["provenance"],

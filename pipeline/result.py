@@ -18,6 +18,7 @@ from evaluation.figures import map_example, reliability_figure, source_maps_figu
 from evaluation.tables import bullets, table
 from export import registry
 from pipeline import runs
+from pipeline.folders import RunFolder
 from pipeline.harvest import training_images
 from pipeline.stages import Fit, Packed, Result, Work
 from predictor.module import SourceModule
@@ -26,12 +27,14 @@ from scr_runtime.rule import source_rule
 _FIGURE_IMAGES = 4
 
 
-def log_fit(config: TrainConfig, work: Work, fitted: Fit, packed: Packed, tracker: MLFlowLogger) -> str:
+def log_fit(
+    config: TrainConfig, work: Work, folder: RunFolder, fitted: Fit, packed: Packed, tracker: MLFlowLogger
+) -> str:
     """Logs the predictor, its metrics and its figures; returns the id of the LoggedModel.
 
     It comes before the comparison, which takes longest: what the fit found is kept if that fails.
     """
-    client, run, folder = tracker.experiment, str(tracker.run_id), config.paths.reports
+    client, run = tracker.experiment, str(tracker.run_id)
     shown = {"loss": config.predictor.loss, "seed": config.seed, "data": work.harvested.fingerprint}
     model_id = registry.log_predictor(client, run, packed.exported.folder, shown)
     figures = {
@@ -39,23 +42,25 @@ def log_fit(config: TrainConfig, work: Work, fitted: Fit, packed: Packed, tracke
         "reliability.png": reliability_figure(packed.exported.calibration, packed.rows),
     }
     for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=130)
-        client.log_artifact(run, str(folder / name), "figures")
+        figure.savefig(folder.reports / name, dpi=130)
+        client.log_artifact(run, str(folder.reports / name), "figures")
     values = fit_report.metrics(fitted.metrics, fitted.floors, packed.confidence)
     runs.log_metrics(client, run, values, model_id)
     return model_id
 
 
-def log_comparison(config: TrainConfig, comparison: Comparison, tracker: MLFlowLogger, model_id: str) -> None:
+def log_comparison(
+    config: TrainConfig, folder: RunFolder, comparison: Comparison, tracker: MLFlowLogger, model_id: str
+) -> None:
     """Writes the report of a comparison, and logs it with every number."""
     client, run = tracker.experiment, str(tracker.run_id)
-    files = report.write(config.paths.reports, comparison, embedded=config.data.world is not None)
+    files = report.write(folder.reports, comparison, embedded=config.data.world is not None)
     runs.log_metrics(client, run, report.metrics(comparison), model_id)
     for file in files.values():
         client.log_artifact(run, str(file), "reports")
 
 
-def print_result(config: TrainConfig, result: Result, run: str) -> None:
+def print_result(config: TrainConfig, folder: RunFolder, result: Result, run: str) -> None:
     """Prints the tables and where everything is."""
     k = config.scr.num_sources
     print(
@@ -73,11 +78,12 @@ def print_result(config: TrainConfig, result: Result, run: str) -> None:
         print(f"\nAnswers on {comparison.images} held-out images\n")
         print(table(report.answer_rows(comparison)))
         print("\n" + bullets(report.reading(comparison, embedded=config.data.world is not None)))
-    exported = result.packed.exported
-    print(f"\nreport and figures: {config.paths.reports}")
-    print(f"predictor: {exported.folder}  ({exported.predictor.count_parameters():,} parameters)")
+    count = result.packed.exported.predictor.count_parameters()
+    print(f"\nthis run: {folder.path}")
+    print(f"report and figures: {folder.reports}")
+    print(f"predictor: {config.paths.predictor}  ({count:,} parameters)")
     print(f"compare runs: {pages(config)}  (experiment {config.experiment!r}, run {run})")
-    print(f'use it: with SCR(model, predictor="{exported.folder}", mode="auto"): model.generate(**inputs)')
+    print(f'use it: with SCR(model, predictor="{config.paths.predictor}", mode="auto"): model.generate(**inputs)')
 
 
 def register(client: MlflowClient, config: TrainConfig, run: str) -> None:

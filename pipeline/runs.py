@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import mlflow
+import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Run
 from mlflow.exceptions import MlflowException
@@ -20,20 +22,18 @@ from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID
 from pytorch_lightning.loggers import MLFlowLogger
 
-from configs import Child, ConfigError, TrainConfig, read_config, save_config
+from configs import Child, TrainConfig
 from data.folder import HarvestSummary
+from pipeline.errors import TrackingError
 from pipeline.exits import STOPS
+from pipeline.folders import RunFolder
 from pipeline.stages import SELECTED_BY
-from predictor.checkpoints import interrupted_run
 
-_PLACES = ("runs_dir", "variant", "harvest.name", "tracking.")
+_PLACES = ("runs_dir", "overwrite", "variant", "harvest.name", "tracking.")
 """Settings that are no params: they would tell equal runs apart."""
+_HOST, _PROCESS = "process.host", "process.id"
 SYSTEM_METRICS_SECONDS = 5
 """Sampling interval; MLflow's own 10 s would miss short fits. MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides it."""
-
-
-class TrackingError(Exception):
-    """The tracking store cannot be used."""
 
 
 def connect(uri: str, experiments: Sequence[str], artifacts: Path) -> MlflowClient:
@@ -58,42 +58,41 @@ def connect(uri: str, experiments: Sequence[str], artifacts: Path) -> MlflowClie
                     client.create_experiment(name, None if server else artifacts.absolute().as_uri())
                 elif found.lifecycle_stage == "deleted":
                     raise TrackingError(f"the experiment {name!r} is deleted: restore it, or set tracking.experiment")
+            close_dead_runs(client, experiments)
     except TrackingError:
         raise
     except Exception as error:  # every kind of store has errors of its own; before any work, all mean the same
-        raise TrackingError(f"MLflow at {uri} cannot be used: {error}") from error
+        raise TrackingError(f"MLflow at {uri} cannot be used: {error}\nSee tracking.uri.") from error
     return client
 
 
 @contextlib.contextmanager
-def tracked(child: Child, client: MlflowClient, parent: Run | None = None) -> Iterator[MLFlowLogger]:
+def tracked(
+    child: Child, client: MlflowClient, folder: RunFolder, parent: Run | None = None
+) -> Iterator[MLFlowLogger]:
     """A run with the resolved configuration; its status says how the block ended.
 
-    It is the run of an interrupted fit of the same configuration, if that fit will be resumed.
+    It is the run that an interrupted command left for the same folder, if the store still has it.
     """
-    config, paths = child.config, child.config.paths
-    earlier = interrupted_run(paths.checkpoints) if config.trainer.resume and _same_as_saved(config) else None
-    paths.reports.mkdir(parents=True, exist_ok=True)
-    save_config(config, paths.config)
-    run = reopen_run(client, earlier) if earlier else None
+    config = child.config
+    earlier = folder.record.get("mlflow_run_id")
+    # Lightning's logger marks a run as finished when its fit is; the folder knows better
+    run = reopen_run(client, earlier, even_finished=not folder.complete) if isinstance(earlier, str) else None
     if run is None:
         name = child.short_label or f"{config.model.name}-{config.predictor.loss}-seed{config.seed}"
         tags = {"run.kind": "child", "sweep.choice": child.label} if parent else {"run.kind": "single"}
         run = create_run(client, config.experiment, name, tags, parent.info.run_id if parent else None)
         client.log_metric(run.info.run_id, SELECTED_BY, 0.0, step=0)  # MLflow's comparison shows the first metric
+    folder.note(mlflow_run_id=run.info.run_id)
     with recorded(client, run.info.run_id, config.tracking_uri, STOPS):
         tracker = MLFlowLogger(config.experiment, tracking_uri=config.tracking_uri, run_id=run.info.run_id)
         settings = {key: value for key, value in _flat(config.model_dump()).items() if not key.startswith(_PLACES)}
-        tracker.log_hyperparams({**child.groups, **settings})
-        client.log_artifact(run.info.run_id, str(paths.config))
+        logged = run.data.params  # of a reopened run; MLflow rejects other values, such as another cache
+        tracker.log_hyperparams(
+            {key: value for key, value in {**child.groups, **settings}.items() if key not in logged}
+        )
+        client.log_artifact(run.info.run_id, str(folder.config))
         yield tracker
-
-
-def _same_as_saved(config: TrainConfig) -> bool:
-    try:
-        return config.paths.config.exists() and read_config(config.paths.config) == config
-    except ConfigError:  # written by another version of the project
-        return False
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -128,23 +127,52 @@ def create_run(
         tags: More tags.
         parent: Run id that it is nested under.
     """
-    origin = {"command": shlex.join(["python", *sys.argv]), **git_tags(Path(__file__).parents[1])}
+    origin = {"command": shlex.join(["python", *sys.argv]), **git_tags(Path(__file__).parents[1]), **_process_tags()}
     if parent is not None:
         origin[MLFLOW_PARENT_RUN_ID] = parent
     tags = resolve_tags({**origin, **tags})
     return client.create_run(_experiment_id(client, experiment), run_name=name, tags=tags)
 
 
-def reopen_run(client: MlflowClient, run_id: str) -> Run | None:
-    """Takes up a run that ended before its work did; None if the store no longer has it."""
+def reopen_run(client: MlflowClient, run_id: str, *, even_finished: bool = False) -> Run | None:
+    """Reopens a run that ended before its work did; None if the store no longer has it, or it is finished."""
     try:
         run = client.get_run(run_id)
     except MlflowException:
         return None
-    if run.info.lifecycle_stage != "active" or run.info.status == "FINISHED":
+    if run.info.lifecycle_stage != "active" or (run.info.status == "FINISHED" and not even_finished):
         return None
     client.update_run(run_id, status="RUNNING")
+    for key, value in _process_tags().items():
+        client.set_tag(run_id, key, value)
     return run
+
+
+def close_dead_runs(client: MlflowClient, experiments: Sequence[str]) -> int:
+    """Marks runs as KILLED that say RUNNING although their process on this machine has died; returns how many."""
+    closed = 0
+    for name in experiments:
+        wanted = f"attributes.status = 'RUNNING' and tags.`{_HOST}` = '{socket.gethostname()}'"
+        for run in client.search_runs([_experiment_id(client, name)], wanted, max_results=1000):
+            if not _is_alive(run.data.tags.get(_PROCESS, "")):
+                client.set_tag(run.info.run_id, "error", "the process died (SIGKILL, out of memory, power)")
+                client.set_terminated(run.info.run_id, "KILLED")
+                closed += 1
+    return closed
+
+
+def _process_tags() -> dict[str, str]:
+    own = psutil.Process()
+    return {_HOST: socket.gethostname(), _PROCESS: f"{own.pid} {own.create_time():.2f}"}
+
+
+def _is_alive(process: str) -> bool:
+    """Whether the process "<pid> <start>" of this machine lives; another that got its number doesn't count."""
+    try:
+        pid, start = process.split()
+        return abs(psutil.Process(int(pid)).create_time() - float(start)) < 1
+    except (ValueError, psutil.Error):
+        return False
 
 
 @contextlib.contextmanager
@@ -172,11 +200,14 @@ def recorded(
         status = "KILLED"
         raise
     except Exception as error:
-        client.set_tag(run_id, "error", f"{type(error).__name__}: {error}"[:500])
+        with contextlib.suppress(Exception):  # on a full disk the store fails too; the error itself counts
+            client.set_tag(run_id, "error", f"{type(error).__name__}: {error}"[:500])
         raise
     finally:
-        monitor.finish()
-        client.set_terminated(run_id, status)
+        failed = status != "FINISHED"
+        with contextlib.suppress(*(Exception,) * failed):
+            monitor.finish()
+            client.set_terminated(run_id, status)
 
 
 def find_run(client: MlflowClient, experiment: str, tag: str, value: str, status: str | None = None) -> Run | None:

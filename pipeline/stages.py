@@ -13,9 +13,11 @@ from data.datamodule import ShardDataModule
 from data.vlm import library_versions, load_vlm
 from evaluation.compare import Comparison, Reference, compare, measure_reference
 from export.package import Exported, export_predictor
+from pipeline.folders import RunFolder
 from pipeline.harvest import harvest_from_config, held_out_images
 from predictor import baselines
 from predictor.calibration import ConfidenceRows, confidence_rows
+from predictor.checkpoints import BEST
 from predictor.fit import fit
 from predictor.metrics import Interval, summarise_rows
 from predictor.module import SourceModule
@@ -40,10 +42,9 @@ class Work:
         print_step(1, f"model {config.model.name} and images of {config.data.name}")
         self.model, self.processor = load_vlm(config.model)
         print_step(2, "harvest: attention maps and block-0 states of the training images")
-        self.harvested = harvest_from_config(config, self.model, self.processor, overwrite=True)
-        self._data = ShardDataModule(
-            config.paths.harvest, config.trainer, seed=config.seed, mean_maps=config.mean_maps
-        )
+        self.harvested = harvest_from_config(config, self.model, self.processor, overwrite=config.overwrite)
+        reading = config.trainer.model_copy(update={"train_images": None})  # that choice is each fit's own
+        self._data = ShardDataModule(config.paths.harvest, reading)
         self._references: dict[str, Reference] = {}
         self._floors: dict[str, dict[str, dict[str, Interval]]] = {}
 
@@ -58,7 +59,8 @@ class Work:
         key = digest(config.scr.to_dict(), asked)
         if key not in self._references:
             images = held_out_images(config)
-            self._references[key] = measure_reference(self.model, self.processor, config.scr, images, settings)
+            cache = config.paths.cache
+            self._references[key] = measure_reference(self.model, self.processor, config.scr, images, settings, cache)
         return self._references[key]
 
     def floors(self, config: TrainConfig) -> dict[str, dict[str, Interval]]:
@@ -106,7 +108,7 @@ class Result:
     comparison: Comparison | None
 
 
-def fit_predictor(config: TrainConfig, work: Work, tracker: MLFlowLogger) -> Fit:
+def fit_predictor(config: TrainConfig, work: Work, folder: RunFolder, tracker: MLFlowLogger) -> Fit:
     """Fits with Lightning, takes the epoch of best validation mass, and measures it beside floors and ceiling."""
     print_step(3, "fit: the predictor learns the maps")
     pl.seed_everything(config.seed, verbose=False)
@@ -118,7 +120,7 @@ def fit_predictor(config: TrainConfig, work: Work, tracker: MLFlowLogger) -> Fit
     print(f"{count:,} parameters, rank {module.predictor.config.rank}; {data.count('train'):,} training maps")
     tracker.log_metrics({"predictor/parameters": count})
     module.compute_statistics(data.train_dataloader())
-    fitted = fit(module, data, config.paths.checkpoints, config.trainer, logger=tracker)
+    fitted = fit(module, data, folder.checkpoints, config.trainer, logger=tracker)
     tracker.experiment.update_run(tracker.run_id, status="RUNNING")  # Lightning's logger has marked it as finished
     tracker.log_metrics({SELECTED_BY: fitted.score}, step=fitted.epochs)
     print(f"best epoch: val/mass {fitted.score:.4f} after {fitted.epochs} epochs")
@@ -131,13 +133,13 @@ def measure(config: TrainConfig, data: ShardDataModule, score: baselines.Score) 
     return summarise_rows(rows, config.evaluation.bootstrap, config.evaluation.seed)
 
 
-def export(config: TrainConfig, fitted: Fit, work: Work, run: str) -> Packed:
+def export(config: TrainConfig, fitted: Fit, work: Work, folder: RunFolder, run: str) -> Packed:
     """Packs the best checkpoint with its metrics and origin, and judges its confidence on the test split."""
     print_step(4, "export: the predictor folder, calibrated, reloaded and compared")
     data = work.data(config)
     exported = export_predictor(
-        config.paths.checkpoints / "best.ckpt",
-        config.paths.predictor,
+        folder.checkpoints / BEST,
+        folder.predictor,
         scr=config.scr,
         model=describe_model(work.model, work.processor),
         validation=data.val_dataloader(),

@@ -17,6 +17,7 @@ from evaluation.sweep_report import Trial
 from evaluation.tables import table
 from pipeline import runs
 from pipeline.exits import STOPS, print_error
+from pipeline.folders import RunFolder, finish_run, open_run
 from pipeline.result import log_comparison, log_fit, pages, print_result, register
 from pipeline.stages import SELECTED_BY, Result, Work, compare_answers, export, fit_predictor, shared_settings
 
@@ -27,23 +28,28 @@ GRID_TAG = "sweep.fingerprint"
 
 def run_once(child: Child, client: MlflowClient) -> int:
     """Runs one configuration; returns 0, the number of failed runs."""
-    with runs.tracked(child, client) as tracker:
-        result = chain(child.config, Work(child.config), tracker)
-    print_result(child.config, result, str(tracker.run_id))
-    register(client, child.config, str(tracker.run_id))
+    config = child.config
+    with open_run(config) as folder:
+        with runs.tracked(child, client, folder) as tracker:
+            result = chain(config, Work(config), folder, tracker)
+        notes = finish_run(folder, config)
+        print_result(config, folder, result, str(tracker.run_id))
+    for note in notes:
+        print(f"note: {note}")
+    register(client, config, str(tracker.run_id))
     return 0
 
 
-def chain(config: TrainConfig, work: Work, tracker: MLFlowLogger) -> Result:
-    """Fits, exports and compares; all of it goes to MLflow."""
+def chain(config: TrainConfig, work: Work, folder: RunFolder, tracker: MLFlowLogger) -> Result:
+    """Fits, exports and compares; all of it goes to MLflow. What an interrupted run has done is not done again."""
     client, run = tracker.experiment, str(tracker.run_id)
     runs.log_data(client, run, config, work.harvested)
-    fitted = fit_predictor(config, work, tracker)
-    packed = export(config, fitted, work, run)
-    model_id = log_fit(config, work, fitted, packed, tracker)
+    fitted = fit_predictor(config, work, folder, tracker)
+    packed = export(config, fitted, work, folder, run)
+    model_id = log_fit(config, work, folder, fitted, packed, tracker)
     comparison = compare_answers(config, work, packed.exported)
     if comparison is not None:
-        log_comparison(config, comparison, tracker, model_id)
+        log_comparison(config, folder, comparison, tracker, model_id)
     client.set_tag(run, RESULT_TAG, work.result_id(config))
     return Result(fitted, packed, comparison)
 
@@ -84,9 +90,11 @@ def run_children(
         if run is None:
             run_id = ""
             try:
-                with runs.tracked(child, client, parent) as tracker:
-                    run_id = str(tracker.run_id)
-                    chain(child.config, work, tracker)
+                with open_run(child.config) as folder:
+                    with runs.tracked(child, client, folder, parent) as tracker:
+                        run_id = str(tracker.run_id)
+                        chain(child.config, work, folder, tracker)
+                    finish_run(folder, child.config)
             except STOPS:
                 raise
             except Exception as error:

@@ -30,6 +30,7 @@ from scr_runtime.files import replace_file, write_file
 
 MONITOR = "val/mass"
 BEST, LAST, RECORD = "best.ckpt", "last.ckpt", "fit.json"
+_STATE_KEY = "_Keeper"
 _LIGHTNING = logging.getLogger("pytorch_lightning")
 
 
@@ -54,7 +55,7 @@ class CheckpointKeeper(Checkpoint):
     @property
     def state_key(self) -> str:
         """Where checkpoints hold this object's state: the name of its class in former versions."""
-        return "_Keeper"
+        return _STATE_KEY
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.world_size > 1:  # a spawned process, which should be as quiet as the one that started it
@@ -71,10 +72,6 @@ class CheckpointKeeper(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.score, self.epochs = state_dict["score"], state_dict["epochs"]
-
-    def saved_state(self) -> dict[str, Any]:
-        """Score of the best epoch and number of epochs as `last.ckpt` has them: a spawned process counted them."""
-        return torch.load(self._folder / LAST, map_location="cpu", weights_only=True)["callbacks"][self.state_key]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if in_main_thread():  # Lightning's own handler talks to other processes out of turn
@@ -127,11 +124,17 @@ class FitRecord:
         self._folder = folder
         self._identity = dict(identity)
 
+    def is_finished(self) -> bool:
+        """Whether the folder holds a finished fit of this very identity, with readable checkpoints."""
+        earlier = _read_record(self._folder)
+        finished = bool(earlier and earlier["finished"] and earlier["fit"] == self._identity)
+        return finished and _can_resume(self._folder)
+
     def begin(self, resume: bool, logger: Any) -> Path | None:
         """Clears the folder, or returns the checkpoint to resume from."""
         earlier = _read_record(self._folder)
         last = self._folder / LAST
-        if earlier and not earlier["finished"] and resume and last.exists():
+        if earlier and not earlier["finished"] and resume and _can_resume(self._folder):
             differences = self._differences(earlier["fit"])
             if not differences:
                 log_line(f"resumes from {last}")
@@ -163,7 +166,27 @@ class FitRecord:
 def interrupted_run(folder: Path) -> str | None:
     """The logger's version (MLflow's run id) of the fit in a folder, if that is unfinished and can be resumed."""
     record = _read_record(folder)
-    return record["run"] if record and not record["finished"] and (folder / LAST).exists() else None
+    return record["run"] if record and not record["finished"] and (folder / LAST).is_file() else None
+
+
+def saved_state(folder: Path) -> dict[str, Any]:
+    """The keeper's part of `last.ckpt`: score of the best epoch, number of epochs."""
+    return torch.load(folder / LAST, map_location="cpu", weights_only=True)["callbacks"][_STATE_KEY]
+
+
+def _can_resume(folder: Path) -> bool:
+    """Whether `last.ckpt` is readable, and `best.ckpt` there if an epoch has ended; logs why not."""
+    if not (folder / LAST).is_file():
+        return False
+    try:
+        state = saved_state(folder)
+    except Exception as error:  # torch, pickle and zipfile each raise errors of their own for damaged bytes
+        log_line(f"{folder / LAST} can't be read ({type(error).__name__}), so the fit starts from the beginning")
+        return False
+    if state["score"] > float("-inf") and not (folder / BEST).is_file():
+        log_line(f"{folder / BEST} is gone, so the fit starts from the beginning")
+        return False
+    return True
 
 
 def in_main_thread() -> bool:
@@ -179,6 +202,6 @@ def log_line(message: str) -> None:
 def _read_record(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((folder / RECORD).read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and {"fit", "finished", "run"} <= set(record) else None

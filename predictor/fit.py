@@ -23,7 +23,16 @@ from pytorch_lightning.plugins.environments import LightningEnvironment  # pyrig
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from predictor.checkpoints import BEST, LAST, MONITOR, CheckpointKeeper, FitRecord, in_main_thread, log_line
+from predictor.checkpoints import (
+    BEST,
+    LAST,
+    MONITOR,
+    CheckpointKeeper,
+    FitRecord,
+    in_main_thread,
+    log_line,
+    saved_state,
+)
 from predictor.errors import FitError, Preempted
 from predictor.memory import freed_memory_kept
 from predictor.module import SourceModule, load_module
@@ -71,9 +80,10 @@ def fit(
         module: With its statistics (`compute_statistics`), and with the settings of its optimiser.
         data: Lightning data module with train and validation batches; its `identity` names everything that determines
             them, its `count(split)` says how many maps there are.
-        folder: Where checkpoints go; made if need be. Those of an earlier fit in it are replaced.
-        settings: How to fit. With `resume`, an unfinished fit in the folder is resumed if it had the same settings,
-            data and initial weights; otherwise the differences are logged and the fit starts from the beginning.
+        folder: Where checkpoints go; made if need be. Those of a fit of other settings in it are replaced.
+        settings: How to fit. With `resume`, an unfinished fit in the folder is resumed, and a finished one returned,
+            if it had the same settings, data and initial weights; otherwise the differences are logged and the fit
+            starts from the beginning.
         logger: Lightning's logger, or False.
         callbacks: Further Lightning callbacks.
 
@@ -87,6 +97,9 @@ def fit(
             raise FitError(f"the {split} split has no maps: harvest more images (see {key})")
     precision = choose_precision(settings.accelerator) if settings.precision == "auto" else settings.precision
     record = FitRecord(folder, _identity(module, data, settings, precision))
+    if settings.resume and record.is_finished():
+        log_line(f"the finished fit in {folder} has these settings, data and initial weights: it is not fitted again")
+        return _fitted(folder)
     last = record.begin(settings.resume, logger)
     stopping = EarlyStopping(MONITOR, mode="max", patience=settings.patience)
     keeper = CheckpointKeeper(folder, stopping)
@@ -110,14 +123,18 @@ def fit(
     with _sigterm_handled(keeper.ask_to_stop, trainer), freed_memory_kept(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # the data module knows the place
         _run(trainer, module, data, last)
-    kept = keeper.saved_state()
+    fitted = _fitted(folder)
+    record.end()
+    return fitted
+
+
+def _fitted(folder: Path) -> Fitted:
+    kept = saved_state(folder)  # from the file: with several devices, spawned processes counted the epochs
     if kept["score"] == float("-inf"):
         raise FitError(
             "the fit diverged: scores or val/mass are inf or nan in every epoch; lower trainer.learning_rate"
         )
-    fitted = load_module(folder / BEST)
-    record.end()
-    return Fitted(fitted, kept["score"], kept["epochs"])
+    return Fitted(load_module(folder / BEST), kept["score"], kept["epochs"])
 
 
 def choose_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:

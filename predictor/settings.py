@@ -99,5 +99,5 @@ class FitSettings(BaseModel):
     """Number format of the fit: 32-true, float32; bf16-mixed, bfloat16 where torch's autocast allows it; auto takes
     bf16-mixed where the processor multiplies bfloat16 by itself, and logs which."""
     resume: bool = True
-    """Resume an interrupted fit of the same settings, data and seed; false starts from the beginning. A finished fit
-    is always fitted again."""
+    """Resume an interrupted run of the same settings; false starts a new one. After a finished run, the same command
+    starts a new one."""

@@ -70,8 +70,12 @@ def test_the_chain_ends_in_a_predictor_tables_and_where_they_are(
     assert re.search(r"done in [\d.]+ minutes\n$", result.stdout)
     assert not re.search(r"warn|Traceback", result.stderr, re.IGNORECASE)
     reports = {path.name for path in (folder / "runs/reports/scene-llava").iterdir()}
-    assert reports == {
-        "config.yaml", "evaluation.md", "evaluation.json", "evaluation.png", "maps.png", "reliability.png",
+    assert reports == {"evaluation.md", "evaluation.json", "evaluation.png", "maps.png", "reliability.png"}
+    (this,) = [path for path in (folder / "runs/fits/scene-llava").iterdir() if not path.is_symlink()]
+    assert (folder / "runs/fits/scene-llava/latest").resolve() == this.resolve()
+    assert (folder / "runs/predictors/scene-llava").resolve() == (this / "predictor").resolve()
+    assert {path.name for path in this.iterdir()} == {
+        "config.yaml", "run.json", "run.lock", "checkpoints", "predictor", "reports",
     }  # fmt: skip
     assert {path.name for path in folder.iterdir()} == {"runs"}  # nothing lies anywhere else
 
@@ -203,6 +207,7 @@ def test_the_same_sweep_resumes_where_it_was_interrupted(
     lost = children[1].info.run_id
     client.set_terminated(lost, "KILLED")
     client.delete_tag(children[2].info.run_id, "config.fingerprint")  # killed behind the fit
+    client.set_terminated(children[2].info.run_id, "KILLED")
     client.update_run(parent.info.run_id, status="FAILED")
     again = run(*SWEEP, "tracking.register=tiny", "trainer.cache=none", cwd=folder)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -210,12 +215,12 @@ def test_the_same_sweep_resumes_where_it_was_interrupted(
     assert "[child 2/4] predictor.loss=kl seed=1\n" in again.stdout
     ((same,), after) = runs_of(folder, "sweep"), runs_of(folder, "child")
     assert (same.info.run_id, same.info.status) == (parent.info.run_id, "FINISHED")
-    assert [run.info.run_name for run in after[4:]] == ["loss=kl seed=1", children[2].info.run_name]
-    for one, other in zip(after[4:], children[1:], strict=False):
+    assert [run.info.run_id for run in after] == [run.info.run_id for run in children]  # each in its own run
+    assert {run.info.status for run in after} == {"FINISHED"}
+    for one, other in zip(after, children, strict=True):
         assert one.data.metrics["test/mass"] == other.data.metrics["test/mass"]  # the same fit, bit for bit
-    table = (folder / "runs/sweeps/scene-llava").glob("summary-*/children.csv")
-    (text,) = [path.read_text() for path in table]
-    assert after[-1].info.run_id in text and after[-2].info.run_id in text and lost not in text
+        assert one.data.tags["config.fingerprint"] and one.data.params["trainer.cache"] == "auto"
+    assert again.stdout.count("it is not fitted again") + again.stderr.count("it is not fitted again") == 2
 
 
 @pytest.mark.slow
@@ -223,17 +228,17 @@ def test_a_child_that_fails_does_not_take_the_others_with_it(
     swept: tuple[Path, subprocess.CompletedProcess[str], dict[str, Any]],
 ) -> None:
     folder, _, _ = swept
-    result = run(*FITS, "predictor.width=32", "trainer.accelerator=mps,cpu", cwd=folder)
-    assert result.returncode == 1
-    assert "error: 1 of 2 children have no result" in result.stderr and "MPSAccelerator" in result.stderr
-    assert "[child 2/2] trainer.accelerator=cpu\n" in result.stdout
-    assert re.search(r"^mps +-.*\ncpu +0\.\d{3} ", result.stdout, re.MULTILINE)
-    assert re.search(r"without a result: trainer.accelerator=mps \(FAILED, run \w{32}\)", result.stdout)
+    result = run(*FITS, "predictor.width=32", "trainer.train_images=41,30", cwd=folder)  # 40 are harvested
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "error: 1 of 2 children have no result" in result.stderr and "trainer.train_images=41" in result.stderr
+    assert "[child 2/2] trainer.train_images=30\n" in result.stdout
+    assert re.search(r"^41 +-.*\n30 +0\.\d{3} ", result.stdout, re.MULTILINE)
+    assert re.search(r"without a result: trainer.train_images=41 \(FAILED, run \w{32}\)", result.stdout)
     parent = runs_of(folder, "sweep")[-1]
     assert parent.info.status == "FAILED"
     failed, finished = runs_of(folder, "child")[-2:]
-    assert failed.info.status == "FAILED" and "MPSAccelerator" in failed.data.tags["error"]
-    assert finished.info.status == "FINISHED" and finished.data.params["trainer.accelerator"] == "cpu"
+    assert failed.info.status == "FAILED" and "train_images" in failed.data.tags["error"]
+    assert finished.info.status == "FINISHED" and finished.data.params["trainer.train_images"] == "30"
 
 
 @pytest.mark.slow
@@ -246,9 +251,10 @@ def test_a_second_run_reuses_what_is_finished_and_other_settings_do_not(
     said = again.stdout + again.stderr
     assert "reusing the finished world" in said
     assert "reusing the finished harvest" in said
-    other = run(*SMALL, "model.scr.attention_layers=[2,3]", cwd=folder, program="data.harvest")
-    assert other.returncode != 0
-    assert "attention_layers" in other.stdout + other.stderr
+    for program in ("data.harvest", "train.py"):
+        other = run(*SMALL, "model.scr.attention_layers=[2,3]", cwd=folder, program=program)
+        assert other.returncode != 0
+        assert "attention_layers" in other.stdout + other.stderr and "overwrite=true" in other.stdout + other.stderr
 
 
 @pytest.mark.slow
@@ -261,12 +267,12 @@ def test_a_fit_that_was_ended_resumes_in_its_own_run(
     settings += ["evaluation.images=0", "tracking.experiment=preempted", "trainer.max_epochs=400"]
     command = [sys.executable, str(ROOT / "train.py"), *settings, "trainer.patience=400"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    place = folder / "runs/checkpoints/scene-llava"
-    (place / "last.ckpt").unlink()
+    fits = folder / "runs/fits/scene-llava"
+    before_it = set(fits.iterdir())
     with subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as fit:
-        while fit.poll() is None and not (place / "last.ckpt").exists():
+        while fit.poll() is None and not [p for p in set(fits.iterdir()) - before_it if list(p.rglob("last.ckpt"))]:
             time.sleep(0.05)
         fit.send_signal(signal.SIGTERM)
         assert fit.stderr is not None
@@ -285,6 +291,7 @@ def test_a_fit_that_was_ended_resumes_in_its_own_run(
             time.sleep(0.2)
         fit.send_signal(signal.SIGTERM)
     (same,) = client.search_runs([experiment.experiment_id])  # no second run
+    assert len(set(fits.iterdir()) - before_it) == 1  # and no second folder
     epochs = [metric.step for metric in client.get_metric_history(same.info.run_id, "val/mass")]
     assert len(epochs) >= before + 2 and epochs == sorted(set(epochs))  # none twice
 
@@ -382,3 +389,52 @@ def test_a_sweep_with_a_wrong_value_or_without_its_server_fails_before_any_work(
     assert unreachable.returncode == 1 and time.monotonic() - started < 60  # MLflow's own patience is minutes
     assert "http://127.0.0.1:9 cannot be used" in unreachable.stderr and "See tracking.uri." in unreachable.stderr
     assert not (tmp_path / "runs/data").exists()
+
+
+def test_what_can_be_known_is_checked_before_any_work(tmp_path: Path) -> None:
+    wrong = run(*SMALL, "model.scr.edit_layers=[0,11]", "trainer.accelerator=gpu,mps", "seed=0", cwd=tmp_path)
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: ") and "problems before the start" in wrong.stderr
+    assert "edit_layers ends at block 11, but the model has 8" in wrong.stderr
+    assert "trainer.accelerator=mps: there is none on this machine" in wrong.stderr
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "images").mkdir()
+    missing = run("data=coco2014", f"data.root={tmp_path}", cwd=tmp_path)
+    assert missing.returncode == 1 and missing.stderr.count("does not exist") == 4 and "[1/5]" not in missing.stdout
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_resumes_without_another_fit(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = finished
+    settings = [setting for setting in SMALL if not setting.startswith("evaluation.images")]
+    settings += ["evaluation.images=8", "evaluation.batch_size=4", "tracking.experiment=resumed"]
+    command = [sys.executable, "-u", str(ROOT / "train.py"), *settings]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    logs = set((folder / "runs/cache").glob("answers-*"))
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as chain:  # fmt: skip
+        while chain.poll() is None:
+            fresh = set((folder / "runs/cache").glob("answers-*")) - logs
+            if any(len(file.read_bytes().splitlines()) > 8 for file in fresh):
+                chain.kill()
+            time.sleep(0.05)
+    assert chain.returncode == -signal.SIGKILL
+    uri = f"sqlite:///{folder}/runs/mlflow.db"
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("resumed")
+    assert experiment is not None
+    (dead,) = client.search_runs([experiment.experiment_id])
+    assert dead.info.status == "RUNNING"
+    before = (folder / "runs/predictors/scene-llava").resolve()
+    again = run(*settings, cwd=folder)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "resumes the interrupted run in" in again.stdout
+    assert "it is not fitted again" in again.stdout + again.stderr
+    (same,) = client.search_runs([experiment.experiment_id])
+    assert (same.info.run_id, same.info.status) == (dead.info.run_id, "FINISHED")
+    after = (folder / "runs/predictors/scene-llava").resolve()
+    assert after != before and before.is_dir()
+    written = json.loads((after.parent / "reports/evaluation.json").read_text())
+    assert written["eval/two-pass/adversarial/hr"] >= 0
