@@ -29,12 +29,28 @@ def chat_inputs(processor: Any, images: Sequence[PILImage], texts: Sequence[str]
     conversations = [_conversation(image, text) for image, text in zip(images, texts, strict=True)]
     return processor.apply_chat_template(
         conversations,
+        chat_template=chat_template(processor),
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
         processor_kwargs={"padding": True},
     )
+
+
+def chat_template(processor: Any) -> str | None:
+    """The template of a processor, or else its tokenizer's: some processors (Chameleon's) drop it when they are made.
+
+    Returns:
+        The template; None if there is none. Of several that have names, the one named default.
+    """
+    for owner in (processor, getattr(processor, "tokenizer", None)):
+        template = getattr(owner, "chat_template", None)
+        if isinstance(template, dict):
+            template = template.get("default")
+        if template is not None:
+            return template
+    return None
 
 
 def _conversation(image: PILImage, text: str) -> list[dict[str, Any]]:
@@ -63,7 +79,9 @@ class TokenCounter:
         return words + self._visual[image.size]
 
     def _text_tokens(self, image: PILImage, text: str) -> int:
-        written = self._processor.apply_chat_template(_conversation(image, text), add_generation_prompt=True)
+        written = self._processor.apply_chat_template(
+            _conversation(image, text), chat_template=chat_template(self._processor), add_generation_prompt=True
+        )
         return len(self._processor.tokenizer(written)["input_ids"])
 
 
@@ -119,9 +137,17 @@ class _EachImageOnce:
 
 
 def unprocessed(processor: Any, image: PILImage) -> NDArray[np.uint8]:
-    """The part of an image that the model sees, as it sees it: resized and cropped by the processor, [H, W, 3]."""
+    """The part of an image that the model sees, as it sees it: resized and cropped by the processor, [H, W, 3].
+
+    Where the pixels are no picture (patches in a row, tiles), the image as it is: such processors crop nothing.
+    """
     settings = processor.image_processor
-    pixels = settings(images=image, return_tensors="np")["pixel_values"][0]  # [3, H, W]
-    mean, deviation = np.array(settings.image_mean), np.array(settings.image_std)
-    scaled = pixels.transpose(1, 2, 0) * deviation + mean
-    return (scaled * 255).round().clip(0, 255).astype(np.uint8)
+    pixels = np.asarray(settings(images=image, return_tensors="np")["pixel_values"])
+    if pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
+        return np.asarray(image.convert("RGB"))
+    picture = pixels[0].transpose(1, 2, 0)  # [H, W, 3]
+    if getattr(settings, "do_normalize", True):
+        picture = picture * np.array(settings.image_std) + np.array(settings.image_mean)
+    if getattr(settings, "do_rescale", True):
+        picture = picture / settings.rescale_factor
+    return picture.round().clip(0, 255).astype(np.uint8)

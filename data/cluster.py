@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
+from data.claims import claim, difference, working_in
 from data.errors import (
     ClusterError,
     DataError,
@@ -28,8 +32,6 @@ from data.errors import (
 )
 from data.folder import (
     HarvestSummary,
-    claim,
-    difference,
     discard_shards,
     find_shards,
     finish,
@@ -104,12 +106,24 @@ def harvest_with_ray(prepare: Prepare, settings: HarvestSettings, *, overwrite: 
     if ours:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # an actor without GPUs is left as it is
-        ray.init(**({} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}))
+        with _sigterm_kept():
+            ray.init(**({} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}))
     try:
         return _Driver(ray, prepare, settings, overwrite).run(started)
     finally:
         if ours:
             ray.shutdown()
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Puts this process's answer to SIGTERM back: Ray's own prints C++ stacks and aborts."""
+    answer = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if answer is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, answer)
 
 
 class _Driver:
@@ -136,9 +150,14 @@ class _Driver:
         self.reused: list[str] = []
         self.redo: frozenset[str] = frozenset()
         self.progress: Any = None
+        self.opened = ExitStack()  # what is held until the end
 
     def run(self, started: float) -> HarvestSummary:
         """Makes all shards; `started` is when the harvest began, in seconds of `time.perf_counter`."""
+        with self.opened:
+            return self._run(started)
+
+    def _run(self, started: float) -> HarvestSummary:
         try:
             self._make_shards()
         finally:
@@ -210,6 +229,7 @@ class _Driver:
     def _begin(self, job: Job) -> None:
         self.job = job
         claim(job, self.overwrite)
+        self.opened.enter_context(working_in(job))
         self.redo = shards_to_retry(job, find_shards(job))
         missing = missing_shards(job)
         if missing or self.redo:

@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.batches import BEGINNING, Batch, GridBatches, Part, ShardRows, Start
-from data.errors import SettingsError
+from data.errors import DataError, SettingsError
+from data.files import is_count
 from data.index import SPLITS, Index, read_index
 from data.log import log
 from data.ranks import Rank
@@ -136,8 +137,15 @@ class ShardDataModule(pl.LightningDataModule):
 
     @property
     def hidden_size(self) -> int:
-        """Width d of the states."""
-        return self.rows("validation" if self.streams else "train")[Part([0])]["states"].shape[-1]
+        """Width d of the states.
+
+        Raises:
+            SettingsError: there are none.
+        """
+        rows = self.rows("validation" if self.streams else "train")
+        if not len(rows):
+            raise SettingsError(f"{self.directory} has no images to fit to: none of them could be decoded")
+        return rows[Part([0])]["states"].shape[-1]
 
     def count(self, split: str) -> int:
         """Rows (maps) of a split."""
@@ -154,7 +162,14 @@ class ShardDataModule(pl.LightningDataModule):
         return {"epoch": self.trainer.current_epoch + over, "batches": 0 if over else done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lets the fit begin where the checkpoint was made."""
+        """Lets the fit begin where the checkpoint was made.
+
+        Raises:
+            DataError: the checkpoint does not say where.
+        """
+        place = [state_dict.get(key) for key in ("epoch", "batches")]
+        if not all(map(is_count, place)):
+            raise DataError(f"the checkpoint was made at epoch and batch {place}: remove it, and fit again")
         self._start = Start(state_dict["epoch"], state_dict["batches"])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 One process, several ranks and a Ray cluster share these steps:
 
-    claim(job)                    the folder is ours: it is empty, or it was begun with the same settings
+    claim(job)                    the folder is ours: it is empty, or it was begun with the same settings (data.claims)
     verified_shards(job, plans)   shards that are whole, every byte read
     check_disk(job, names)        what is missing fits
     publish(job, name)            a finished shard is uploaded, if the job has a URL (`harvest.output`)
@@ -14,29 +14,27 @@ With a URL, a shard is there if the folder or the URL has it: shards of other ma
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from tqdm import tqdm
 
-from data.errors import DamagedShardError, DataError, HarvestMismatchError
+from data.claims import claim as claim  # the first step
+from data.claims import difference as difference
+from data.errors import DamagedShardError, DataError, HarvestMismatchError, UnreadableFileError
+from data.files import RECORD_BYTES, read_bytes
 from data.index import (
     INDEX,
     MANIFEST,
-    SETTINGS,
     build_index,
-    canonical_json,
+    changing,
     check_shard,
     index_bytes,
     parse_index,
     parse_sidecar,
-    remove_all,
-    remove_leftovers,
     write_index_files,
 )
 from data.limits import check_bad_images, check_room
@@ -44,90 +42,8 @@ from data.log import log
 from data.plan import Job, ShardPlan
 from data.records import Index, Sidecar
 from data.store import Store
-from scr_runtime.files import create_file, write_file
 
 _UPLOADS_AHEAD = 2
-_DEFAULTS = {"state_layer": 0}  # of keys that older harvests lack
-
-
-# -- the settings of the folder --------------------------------------------------------------------------------------
-
-
-def claim(job: Job, overwrite: bool = False) -> None:
-    """Creates the folder if it is missing, and checks that it holds these settings.
-
-    Of several processes that begin at once, one writes the settings; the others compare theirs with them. An object
-    store has no such arbiter: there, settings are written and read again, and every sidecar names its own. Nothing of
-    other settings is ever removed at a URL, which others may use.
-
-    Args:
-        job: the job.
-        overwrite: remove the shards of other settings.
-
-    Raises:
-        HarvestMismatchError: the folder was begun with other settings, and `overwrite` is False; or the URL was.
-    """
-    store = job.store
-    remote = _settings_at(store) if store else None
-    if store and remote is not None:
-        _check_same(store, remote, job)  # first: a rejected job leaves nothing behind
-    _claim_folder(job, overwrite)
-    if store and remote is None:
-        store.write(SETTINGS, _settings_bytes(job))
-        _check_same(store, _settings_at(store) or {}, job)
-
-
-def _settings_bytes(job: Job) -> bytes:
-    return json.dumps(job.settings, indent=1).encode()
-
-
-def _parse_settings(content: bytes) -> dict[str, Any]:
-    try:
-        return json.loads(content)
-    except ValueError:
-        return {}  # unreadable settings are other settings
-
-
-def _settings_at(store: Store) -> dict[str, Any] | None:
-    content = store.read([SETTINGS]).get(SETTINGS)
-    return None if content is None else _parse_settings(content)
-
-
-def _check_same(store: Store, remote: Mapping[str, Any], job: Job) -> None:
-    if changes := difference(remote, job.settings):
-        raise HarvestMismatchError(store.url, changes)
-
-
-def _claim_folder(job: Job, overwrite: bool) -> None:
-    directory = job.directory
-    directory.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(directory)
-    file = directory / SETTINGS
-    if create_file(file, _settings_bytes(job)):
-        return
-    changes = difference(_parse_settings(file.read_bytes()), job.settings)
-    if not changes:
-        return
-    if not overwrite:
-        raise HarvestMismatchError(directory, changes)
-    changed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in sorted(changes.items()))
-    log("harvest", f"other settings than those of {directory} ({changed}): harvesting again")
-    remove_all(directory)
-    write_file(file, _settings_bytes(job))
-
-
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with the old and the new value (None where there is none)."""
-    before, after = (_flat({**_DEFAULTS, **settings}) for settings in (old, json.loads(canonical_json(new))))
-    keys = before.keys() | after.keys()
-    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
-    return flat
 
 
 # -- which shards are there ------------------------------------------------------------------------------------------
@@ -152,14 +68,23 @@ class FoundShards:
 
 
 def find_shards(job: Job, names: Sequence[str] | None = None) -> FoundShards:
-    """Finds all shards of a job, or these; sizes are compared, no byte of a tar is read."""
+    """Finds all shards of a job, or these; sizes are compared, no byte of a tar is read.
+
+    Raises:
+        HarvestMismatchError: the folder has a shard of other settings, which is not touched.
+    """
     found = FoundShards()
     names = job.names if names is None else names
     for name in names:
         try:
-            found.local[name] = check_shard(job.directory, name, full=False, settings_digest=job.settings_digest)
+            sidecar = check_shard(job.directory, name, full=False)
         except DamagedShardError:
             continue
+        if sidecar["settings"] != job.settings_digest:
+            raise HarvestMismatchError(
+                job.directory, {f"digest of the settings in {name}.json": (sidecar["settings"], job.settings_digest)}
+            )
+        found.local[name] = sidecar
     if store := job.store:
         sizes = store.sizes([f"{name}{ending}" for name in names for ending in (".tar", ".json")])
         for file, content in store.read([file for file in sizes if file.endswith(".json")]).items():
@@ -179,17 +104,23 @@ def missing_shards(job: Job) -> list[str]:
     return [name for name in job.names if name not in found]
 
 
-def verified_shards(job: Job, plans: Sequence[ShardPlan]) -> dict[str, Sidecar]:
+def verified_shards(job: Job, plans: Sequence[ShardPlan], found: FoundShards | None = None) -> dict[str, Sidecar]:
     """Sidecars of those of the plans whose shards are whole, by name; every byte of them is read.
 
     Shards that are at the URL only are downloaded. A damaged shard loses its sidecar, so that no process takes it for
     whole while it is redone. After a run that stopped for too many bad images, shards with bad images count as
     missing: the files may have been repaired.
 
+    Args:
+        job: the job.
+        plans: the shards to look at.
+        found: what `find_shards` has found; None searches now.
+
     Raises:
         DiskTooSmallError: what has to be downloaded does not fit.
+        HarvestMismatchError: the folder has a shard of other settings.
     """
-    found = find_shards(job)
+    found = found or find_shards(job)
     retry = shards_to_retry(job, found)
     names = [plan.name for plan in plans if plan.name not in retry]
     check_room(job, [found.remote[name] for name in names if name in found.remote and name not in found.local])
@@ -220,7 +151,7 @@ def verified_shard(job: Job, name: str, found: FoundShards | None = None) -> Sid
         name: the shard.
         found: what `find_shards` has found of it; None searches now.
     """
-    local = _verified_local(job, name)
+    local = verified_local(job, name)
     store = job.store
     if store is None:
         return local
@@ -241,22 +172,28 @@ def verified_shard(job: Job, name: str, found: FoundShards | None = None) -> Sid
     return local
 
 
-def _verified_local(job: Job, name: str) -> Sidecar | None:
+def verified_local(job: Job, name: str) -> Sidecar | None:
+    """The sidecar of a shard if every byte of it is as written in the folder; a damaged one loses its sidecar."""
     try:
         return check_shard(job.directory, name, settings_digest=job.settings_digest)
-    except DamagedShardError as error:
-        if (job.directory / f"{name}.json").exists():
-            log(
-                "harvest", f"shard {error.name}: {error.reason}; it is redone" + (", or fetched" if job.output else "")
-            )
+    except DamagedShardError:
+        if not (job.directory / f"{name}.json").exists():
+            return None
+    with changing(job.directory):  # another process may just have replaced it
+        try:
+            return check_shard(job.directory, name, settings_digest=job.settings_digest)
+        except DamagedShardError as error:
+            way = "it is redone" + (", or fetched" if job.output else "")
+            log("harvest", f"shard {error.name}: {error.reason}; {way}")
             _discard_local(job, name)
-        return None
+            return None
 
 
 def discard_shards(job: Job, names: Sequence[str]) -> None:
     """Declares shards missing, and the harvest unfinished, in the folder and at the URL: removes their sidecars."""
-    for name in names:
-        _discard_local(job, name)
+    with changing(job.directory):
+        for name in names:
+            _discard_local(job, name)
     if job.store and names:
         job.store.remove([INDEX, *(f"{name}.json" for name in names)])
 
@@ -347,10 +284,11 @@ def _new_index(job: Job, sidecars: Mapping[str, Sidecar]) -> tuple[bytes, Index]
 
 
 def _local_index(job: Job, hashes: Mapping[str, str]) -> tuple[bytes, Index] | None:
-    manifest, index = job.directory / MANIFEST, job.directory / INDEX
-    if not (manifest.exists() and index.exists()):
+    try:
+        manifest, index = (read_bytes(job.directory / name, RECORD_BYTES) for name in (MANIFEST, INDEX))
+    except UnreadableFileError:
         return None
-    return _matching(manifest.read_bytes(), index.read_bytes(), hashes)
+    return _matching(manifest, index, hashes)
 
 
 def _remote_index(store: Store, hashes: Mapping[str, str]) -> tuple[bytes, Index] | None:

@@ -10,20 +10,23 @@ folder: ranks (`data.ranks`) or Ray actors (`data.cluster`). See docs/harvest.md
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module
 
 from tqdm import tqdm
 
+from data.claims import claim, working_in
 from data.errors import UnfinishedHarvestError
 from data.folder import (
     HarvestSummary,
-    claim,
     discard_shards,
+    find_shards,
     finish,
     missing_shards,
     publishing,
+    shards_to_retry,
     summarise,
+    verified_local,
     verified_shards,
 )
 from data.harvester import Harvester
@@ -50,6 +53,7 @@ def harvest(job: Job, harvester: Harvester, *, overwrite: bool = False, rank: Ra
 
     Raises:
         HarvestMismatchError: the folder holds shards of other settings, and `overwrite` is False; or the URL does.
+        HarvestFolderError: the folder cannot be used.
         StoreError: the URL cannot be read or written.
         DiskTooSmallError: what is missing does not fit.
         TooManyBadImagesError: over 1 % (and at least two) of the planned images cannot be decoded.
@@ -61,14 +65,21 @@ def harvest(job: Job, harvester: Harvester, *, overwrite: bool = False, rank: Ra
     if overwrite and rank.size > 1:
         raise ValueError("overwrite=True with several ranks: one would remove what another has made")
     claim(job, overwrite)
+    with working_in(job):
+        return _harvest(job, harvester, rank, started)
+
+
+def _harvest(job: Job, harvester: Harvester, rank: Rank, started: float) -> HarvestSummary:
     mine = rank.share(job.plans)
-    sidecars = verified_shards(job, mine)
+    found = find_shards(job)
+    sidecars = verified_shards(job, mine, found)
     reused = list(sidecars)
     todo = [plan for plan in mine if plan.name not in sidecars]
     if todo:
         if sidecars:
             log("harvest", f"reusing {len(reused):,} of {len(mine):,} shards in {job.directory}, {len(todo):,} to go")
-        _make(job, harvester, todo, sidecars, f"harvest, {rank}" if rank.size > 1 else "harvest")
+        title = f"harvest, {rank}" if rank.size > 1 else "harvest"
+        reused += _make(job, harvester, todo, sidecars, title, shards_to_retry(job, found))
     elif mine and rank.size == 1:
         log("harvest", f"reusing the finished harvest in {job.directory} ({_images(sidecars):,} images)")
     index = finish(job)
@@ -85,18 +96,37 @@ def harvest(job: Job, harvester: Harvester, *, overwrite: bool = False, rank: Ra
     return summary
 
 
-def _make(job: Job, harvester: Harvester, todo: Sequence[ShardPlan], sidecars: dict[str, Sidecar], title: str) -> None:
-    """Makes and publishes the shards of `todo`; puts their sidecars beside those of the shards that are kept."""
+def _make(
+    job: Job,
+    harvester: Harvester,
+    todo: Sequence[ShardPlan],
+    sidecars: dict[str, Sidecar],
+    title: str,
+    redo: Collection[str],
+) -> list[str]:
+    """Makes and publishes the shards of `todo`; puts their sidecars beside those of the shards that are kept.
+
+    Returns:
+        The names of those that another process has made meanwhile.
+    """
     names = [plan.name for plan in todo]
-    discard_shards(job, names)  # until they are whole again
     check_disk(job, missing_shards(job) if job.output is None else names)
     known = _images(sidecars)
     total = known + sum(len(plan.image_ids) for plan in todo)
+    met: list[str] = []
     with publishing(job) as publish, tqdm(total=total, initial=known, desc=title, unit="image") as progress:
         for plan in todo:
-            sidecars[plan.name] = harvester.harvest_shard(plan, progress.update)
+            sidecar = None if plan.name in redo else verified_local(job, plan.name)
+            if sidecar is None:
+                discard_shards(job, [plan.name])  # until it is whole again
+                sidecar = harvester.harvest_shard(plan, progress.update)
+            else:
+                met.append(plan.name)
+                progress.update(len(sidecar["samples"]))
+            sidecars[plan.name] = sidecar
             publish(plan.name)
             check_bad_images(sidecars.values(), job.allowed_bad)
+    return met
 
 
 def _images(sidecars: dict[str, Sidecar]) -> int:

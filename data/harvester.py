@@ -22,6 +22,7 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from data.chat import TokenCounter, chat_inputs, shared_chat_inputs
+from data.claims import adopted
 from data.errors import CorruptImageError, StatesOverflowError
 from data.images import CocoImages
 from data.index import read_sidecar
@@ -40,6 +41,7 @@ from scr_runtime.families import family_of
 
 SETTINGS_VERSION = 1  # bump when the same settings would produce different samples
 _PREFETCHED_BATCHES = 2
+_LOOKED_AT = 16  # images, for the estimate of the disk space
 _T = TypeVar("_T")
 
 DiagnosticRun = Callable[[Any, SCRConfig, Mapping[str, Any], int], Sequence[Capture]]
@@ -73,11 +75,13 @@ def prepare(
 
     Raises:
         NotEnoughImagesError: `settings` asks for more images than there are.
-        SettingsError: `settings` asks for more prompts per image than the annotations can give.
+        SettingsError: `settings` asks for more prompts per image than the annotations can give, or its shards are too
+            many.
+        StoreError: the URL cannot be read.
     """
     plans = plan_shards(images.ids, settings)
     check_prompts(images, settings.prompts_per_image, settings.prompts)
-    tokens = _tokens_of_first(model, processor, images, plans)
+    tokens = _tokens_of_some(model, processor, images, plans)
     width = model.config.get_text_config().hidden_size
     dtype = STATES_DTYPES[settings.states_dtype]
     job = Job(
@@ -89,12 +93,13 @@ def prepare(
             "annotations_file": str(images.annotations_file),
             "scr": dataclasses.asdict(scr),
         },
-        bytes_per_image=sample_bytes(tokens, width, settings.prompts_per_image, dtype),
+        bytes_per_image=sample_bytes(tokens[-1], width, settings.prompts_per_image, dtype),
         tokens_per_image=tokens,
         prompts_per_image=settings.prompts_per_image,
         tuning=tuple(set_aside(images.ids, settings)),
         output=output,
     )
+    job = adopted(job)
     harvester = Harvester(job, settings, model=model, processor=processor, scr=scr, images=images, capture=capture)
     return job, harvester
 
@@ -121,11 +126,30 @@ def _recorded_settings(
     return recorded
 
 
-def _tokens_of_first(model: Any, processor: Any, images: CocoImages, plans: Sequence[ShardPlan]) -> int:
-    for image_id in (image_id for plan in plans for image_id in plan.image_ids):
+def _tokens_of_some(
+    model: Any, processor: Any, images: CocoImages, plans: Sequence[ShardPlan]
+) -> tuple[int, int, int]:
+    """Visual tokens of up to 16 images, spread over the plan: the fewest, the mean, the most.
+
+    They follow from an image's size alone: one image of each size is decoded.
+    """
+    planned = [image_id for plan in plans for image_id in plan.image_ids]
+    tokens: dict[tuple[int, int], int] = {}
+    sizes = []
+    for image_id in planned[:: -(-len(planned) // _LOOKED_AT)]:
         with contextlib.suppress(CorruptImageError):
-            return visual_tokens(model, processor, images.open(image_id))
-    return 0  # no image decodes: the harvest itself will report them
+            size = images.size(image_id)
+            if size not in tokens:
+                tokens[size] = visual_tokens(model, processor, images.open(image_id))
+            sizes.append(size)
+    counts = [tokens[size] for size in sizes]
+    for image_id in () if counts else planned:  # any that decodes
+        with contextlib.suppress(CorruptImageError):
+            counts = [visual_tokens(model, processor, images.open(image_id))]
+            break
+    if not counts:
+        return 0, 0, 0  # no image decodes: the harvest itself will report them
+    return min(counts), round(sum(counts) / len(counts)), max(counts)
 
 
 def visual_tokens(model: Any, processor: Any, image: PILImage) -> int:
@@ -193,7 +217,7 @@ class Harvester:
         self._provenance = _provenance(model, processor, settings)
 
     def harvest_shard(self, plan: ShardPlan, on_image: Callable[[], object] = lambda: None) -> Sidecar:
-        """Makes one shard, replacing whatever lies under its name.
+        """Makes one shard; a whole one of the same settings that another process has made meanwhile is kept.
 
         Args:
             plan: the shard.
@@ -209,7 +233,7 @@ class Harvester:
         skipped: list[SkippedImage] = []
         directory = self.job.directory
         with (
-            ShardWriter(directory, plan.name, self.job.settings_digest, self._provenance) as writer,
+            ShardWriter(directory, plan.name, self.job.settings_digest, self._provenance, keep=True) as writer,
             # three stages at a time: decoding and preprocessing, the forward, writing
             contextlib.closing(prefetch(self._batches(plan, skipped), _PREFETCHED_BATCHES)) as batches,
             contextlib.closing(prefetch(map(self._run, batches), _PREFETCHED_BATCHES)) as finished,
@@ -305,12 +329,13 @@ class Harvester:
             states, scales = quantise(states)
         states = states.to(self._states_dtype)
         question = torch.stack([c.question for c in captures]).to(question_dtype(self._states_dtype))  # [P, d]
-        decisive = states if scales is None else scales
+        attention = torch.stack([c.attention for c in captures]).float()  # [P, N]
+        finite = [part.isfinite().all() for part in (states if scales is None else scales, question, attention)]
         sample = Sample(
             image_id=image_id,
             file=self._file(image_id),
             states=_to_host(states),
-            attention=_to_host(torch.stack([c.attention for c in captures]).float()),  # [P, N]
+            attention=_to_host(attention),
             question=_to_host(question),
             grid=(int(first.grid[0]), int(first.grid[1])),
             prompts=[
@@ -319,9 +344,12 @@ class Harvester:
             entropy=[float(c.entropy) for c in captures],
             scales=None if scales is None else _to_host(scales),
         )
-        return sample, decisive.isfinite().all() & question.isfinite().all(), first.states.abs().max().float()
+        return sample, torch.stack(finite).all(), first.states.abs().max().float()
 
     def _overflow(self, sample: Sample, largest: float) -> str:
+        if not bool(sample.attention.isfinite().all()):
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            return f"{sample.file}: its attention is not finite: the model overflows in {dtype}. Change model.dtype."
         return (
             f"{sample.file}: states up to {largest:.3g} are not finite as {self.settings.states_dtype}. Use "
             "harvest.states_dtype=bfloat16 (or float32)."

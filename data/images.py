@@ -7,20 +7,33 @@ kept as an index under the checksum of the file (`runs/cache`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Image
+import PIL.Image
+from datasets import Image
 from PIL.Image import Image as PILImage
 
-from data.errors import AnnotationError, CorruptImageError, LockTimeoutError, NotEnoughImagesError
+from data.annotations import ANNOTATION_BYTES, AnnotationIndex
+from data.annotations import parse_annotations as _parse_annotations
+from data.errors import (
+    AnnotationError,
+    CorruptImageError,
+    ImageFileError,
+    LockTimeoutError,
+    MissingImageError,
+    NotEnoughImagesError,
+    UnreadableFileError,
+)
+from data.files import open_regular, parse_json, read_bytes
 from data.index import canonical_json
 from data.locks import exclusively
+from data.log import log
 from scr_runtime.files import write_file
 
 # which key of the configuration sets the size of a split
@@ -30,23 +43,11 @@ _SPLIT_KEYS = {
     "test": "harvest.test",
     "tuning": "harvest.tuning",
 }
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2  # raised when other annotations are accepted: an index must not let in what parsing rejects
+_INDEX_BYTES = 1 << 29
+_IMAGE_BYTES = 1 << 30
+_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange width and height
 _PARSING_SECONDS = 600.0  # longest wait for another process that parses the same file
-
-
-@dataclass(frozen=True)
-class AnnotationIndex:
-    """What this project needs of a COCO `instances_*.json`.
-
-    Attributes:
-        categories: category names, by category id.
-        files: file name per image id, by image id.
-        present: per image with annotations, the places of its categories in `categories`.
-    """
-
-    categories: tuple[str, ...]
-    files: dict[int, str]
-    present: dict[int, list[int]]
 
 
 class CocoImages:
@@ -72,13 +73,8 @@ class CocoImages:
     def __init__(self, images_dir: str | Path, annotations_file: str | Path, cache: str | Path | None = None) -> None:
         self.images_dir = Path(images_dir)
         self.annotations_file = Path(annotations_file)
-        if not self.images_dir.is_dir():
-            raise AnnotationError(
-                f"images folder {self.images_dir} does not exist. Set data.root (and data.train_images or "
-                "data.eval_images, relative to it) to a folder in COCO layout."
-            )
         names = _files_in(self.images_dir)
-        if not self.annotations_file.is_file():
+        if not _exists(self.annotations_file):
             raise AnnotationError(
                 f"{images_dir} holds {len(names)} files, but its annotations {annotations_file} do not exist. "
                 "Questions are made from COCO annotations: put instances_*.json there, or set data.train_annotations "
@@ -90,10 +86,6 @@ class CocoImages:
         self.ids: tuple[int, ...] = tuple(sorted(self._file_names))
         self._check_files(names)
         self._present = {i: frozenset(self.categories[c] for c in shown) for i, shown in index.present.items()}
-
-        self._row = {image_id: row for row, image_id in enumerate(self.ids)}
-        paths = [str(self.path(image_id)) for image_id in self.ids]
-        self._files = Dataset.from_dict({"image": paths}).cast_column("image", Image(mode="RGB", decode=False))
         self._decoder = Image(mode="RGB")
 
     def __len__(self) -> int:
@@ -111,24 +103,35 @@ class CocoImages:
         """Decodes an image to RGB.
 
         Raises:
-            CorruptImageError: the file is truncated or not an image.
-            OSError: the file cannot be read (gone, no permission, a failing disk). That is not a bad image, and must
-                not be counted as one.
+            CorruptImageError: the file is truncated, not an image, or too large for one.
+            ImageFileError: the file cannot be read (gone, no permission, a failing disk). That is not a bad image,
+                and is not counted as one.
         """
-        stored = self._files[self._row[image_id]]["image"]
-        # read here: when datasets opens the file itself, a failed decoding leaves it open
-        content = Path(stored["path"]).read_bytes()
-        try:
+        path = self.path(image_id)
+        with _reading(path):
+            # read here: when datasets opens the file itself, a failed decoding leaves it open
+            content = read_bytes(path, _IMAGE_BYTES)
+        with _decoding(path):
             return self._decoder.decode_example({"path": None, "bytes": content})
-        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, bomb errors...
-            reason = str(error) if type(error) is OSError else f"not an image ({type(error).__name__})"
-            raise CorruptImageError(self.path(image_id), reason) from error
+
+    def size(self, image_id: int) -> tuple[int, int]:
+        """Width and height of an image as `open` would decode it, read from the head of the file.
+
+        Raises:
+            CorruptImageError: the file is not an image.
+            ImageFileError: the file cannot be read.
+        """
+        path = self.path(image_id)
+        with _reading(path), open_regular(path) as stream, _decoding(path), PIL.Image.open(stream) as picture:
+            width, height = picture.size
+            turned = picture.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+            return (height, width) if turned else (width, height)
 
     def _check_files(self, names: set[str]) -> None:
         missing = [
             name
             for name in self._file_names.values()
-            if name not in names and not ("/" in name and (self.images_dir / name).is_file())
+            if name not in names and not ("/" in name and _is_file(self.images_dir / name))
         ]
         if missing:
             shown = ", ".join(sorted(missing)[:5]) + (", ..." if len(missing) > 5 else "")
@@ -141,8 +144,51 @@ class CocoImages:
 
 def _files_in(folder: Path) -> set[str]:
     # one scan instead of a stat per image: 82,783 files in train2014
-    with os.scandir(folder) as entries:
-        return {entry.name for entry in entries if entry.is_file()}
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if _is_file(entry)}
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise AnnotationError(
+            f"images folder {folder} {'does not exist' if missing else f'cannot be read ({error})'}. Set data.root "
+            "(and data.train_images or data.eval_images, relative to it) to a folder in COCO layout."
+        ) from error
+
+
+def _is_file(entry: Path | os.DirEntry[str]) -> bool:
+    """Whether it is a regular file, or a link to one; a loop of links and what may not be looked at are none."""
+    try:
+        return entry.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return os.path.lexists(file)
+    except ValueError:  # a name with a null byte
+        return False
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnreadableFileError as error:
+        if not os.path.exists(path):
+            raise MissingImageError(f"{path} has vanished: put it back, or remove it from the annotations.") from error
+        if error.failed:
+            raise ImageFileError(f"{error}. Start again once it can be read.") from error
+        raise CorruptImageError(path, error.reason) from error
+
+
+@contextlib.contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, bomb errors...
+        reason = str(error) if type(error) is OSError else f"not an image ({type(error).__name__})"
+        raise CorruptImageError(path, reason) from error
 
 
 def read_annotations(file: Path, cache: Path | None = None) -> tuple[AnnotationIndex, str]:
@@ -158,8 +204,7 @@ def read_annotations(file: Path, cache: Path | None = None) -> tuple[AnnotationI
     Raises:
         AnnotationError: unreadable annotations, or annotations without their category.
     """
-    with file.open("rb") as stream:
-        checksum = hashlib.file_digest(stream, "sha256").hexdigest()
+    checksum = _checksum(file)
     stored = cache / f"annotations-{checksum[:32]}.json" if cache else None
     if stored is None:
         return _parse_annotations(file), checksum
@@ -167,70 +212,44 @@ def read_annotations(file: Path, cache: Path | None = None) -> tuple[AnnotationI
     if index is None:
         try:  # of several processes that begin at once, one parses
             with exclusively(stored.with_suffix(".lock"), _PARSING_SECONDS, "reading the annotations"):
-                index = _load_index(stored) or _parse_and_store(file, stored)
-        except LockTimeoutError:  # a file system without locks, or a holder that hangs: parsing twice does no harm
-            index = _parse_and_store(file, stored)
+                index = _load_index(stored) or _parse_and_store(file, stored, checksum)
+        except LockTimeoutError:  # a holder that hangs: parsing twice does no harm
+            index = _parse_and_store(file, stored, checksum)
     return index, checksum
 
 
-def _parse_and_store(file: Path, stored: Path) -> AnnotationIndex:
+def _checksum(file: Path) -> str:
+    try:
+        with open_regular(file) as stream:
+            if os.fstat(stream.fileno()).st_size > ANNOTATION_BYTES:
+                raise AnnotationError(f"{file} has more than {ANNOTATION_BYTES:,} bytes: split it")
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except (UnreadableFileError, OSError) as error:
+        raise AnnotationError(f"annotations {file} cannot be read ({error}): put instances_*.json there.") from error
+
+
+def _parse_and_store(file: Path, stored: Path, checksum: str) -> AnnotationIndex:
     index = _parse_annotations(file)
+    if _checksum(file) != checksum:
+        raise AnnotationError(f"{file} was changed while it was read: start again.")
     content = canonical_json({"version": _INDEX_VERSION, **asdict(index)})
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    write_file(stored, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    try:
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        write_file(stored, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    except OSError as error:  # without it, the annotations are parsed every time
+        log("annotations", f"their index cannot be kept in {stored} ({error.strerror})")
     return index
 
 
 def _load_index(file: Path) -> AnnotationIndex | None:
     try:
-        checksum, _, content = file.read_bytes().partition(b"\n")
-    except FileNotFoundError:
+        checksum, _, content = read_bytes(file, _INDEX_BYTES).partition(b"\n")
+        if checksum != hashlib.sha256(content).hexdigest().encode():
+            return None
+        record = parse_json(content)
+        return AnnotationIndex.from_json(record) if record["version"] == _INDEX_VERSION else None
+    except (UnreadableFileError, ValueError, KeyError, TypeError):
         return None
-    if checksum != hashlib.sha256(content).hexdigest().encode():
-        return None
-    record = json.loads(content)
-    if record["version"] != _INDEX_VERSION:
-        return None
-    return AnnotationIndex(
-        categories=tuple(record["categories"]),
-        files={int(image_id): name for image_id, name in record["files"].items()},
-        present={int(image_id): shown for image_id, shown in record["present"].items()},
-    )
-
-
-def _parse_annotations(file: Path) -> AnnotationIndex:
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"), object_hook=_without_outlines)
-    except ValueError as error:
-        raise AnnotationError(f"{file} is not readable JSON ({error}). Fetch or write it again.") from error
-    absent = [key for key in ("images", "annotations", "categories") if key not in record]
-    if absent:
-        raise AnnotationError(
-            f"{file} is not a COCO instances file: it has no {', '.join(absent)}. Use instances_*.json "
-            "(captions_*.json hold no categories)."
-        )
-    names = {category["id"]: category["name"] for category in record["categories"]}
-    places = {category_id: place for place, category_id in enumerate(sorted(names))}
-    present: dict[int, set[int]] = {}
-    for annotation in record["annotations"]:
-        place = places.get(annotation["category_id"])
-        if place is None:
-            raise AnnotationError(
-                f"{file}: annotation {annotation.get('id')} has category_id {annotation['category_id']}, which its "
-                "`categories` do not list."
-            )
-        present.setdefault(annotation["image_id"], set()).add(place)
-    return AnnotationIndex(
-        categories=tuple(names[category_id] for category_id in sorted(names)),
-        files={image["id"]: image["file_name"] for image in record["images"]},
-        present={image_id: sorted(shown) for image_id, shown in present.items()},
-    )
-
-
-def _without_outlines(record: dict[str, Any]) -> dict[str, Any]:
-    # nine tenths of the file are outlines; dropped as they are read, they never add up in memory
-    record.pop("segmentation", None)
-    return record
 
 
 def seeded_order(items: Iterable[Any], seed: int, salt: str = "") -> list[Any]:

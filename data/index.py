@@ -18,21 +18,26 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from tqdm import tqdm
 
-from data.errors import DamagedShardError, DataError, UnfinishedHarvestError
-from data.records import Index, ListedShard, Sidecar, SkippedIn
+from data.checks import check_listed, check_tar, damaged
+from data.errors import DamagedShardError, DataError, UnfinishedHarvestError, UnreadableFileError
+from data.files import RECORD_BYTES, SETTINGS_BYTES, is_count, open_regular, parse_json, read_bytes, read_json
+from data.locks import holding, is_alive
+from data.records import SPLITS, Index, ListedShard, Sidecar, SkippedIn, index_problem, sidecar_problem
 from scr_runtime.files import write_file
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
 MANIFEST = "manifest.json"
 SETTINGS = "harvest.json"
-SPLITS = ("train", "validation", "test")
+MOST = 200_000  # shards of a harvest, and samples of a shard: the records about them stay below RECORD_BYTES
+_INDEX_WAY_OUT = "Remove it and run the harvest again: shards are kept."
+_CHANGE_SECONDS = 600.0  # longest wait for another process that puts a shard in place
 _FOREIGN_LEFTOVER_SECONDS = 3600  # a temporary file of another machine that has not grown for so long is removed
 
 
@@ -64,18 +69,19 @@ def read_sidecar(directory: Path, name: str) -> Sidecar:
 
     Raises:
         DamagedShardError: it is missing, unreadable, changed, or of another format version.
+        HarvestFolderError: the system cannot read it.
     """
     try:
-        content = (directory / f"{name}.json").read_bytes()
-    except FileNotFoundError:
-        raise DamagedShardError(name, f"its sidecar {name}.json is missing") from None
+        content = read_bytes(directory / f"{name}.json", RECORD_BYTES)
+    except UnreadableFileError as error:
+        raise damaged(name, error, f"its sidecar {name}.json") from error
     return parse_sidecar(name, content)
 
 
 def parse_sidecar(name: str, content: bytes) -> Sidecar:
     """`read_sidecar` of bytes."""
     try:
-        record = json.loads(content)
+        record = parse_json(content)
         checksum = record.pop("checksum")
         version = record["format_version"]
         intact = checksum == hashlib.sha256(canonical_json(record)).hexdigest()
@@ -85,6 +91,8 @@ def parse_sidecar(name: str, content: bytes) -> Sidecar:
         raise DamagedShardError(name, f"it has format version {version}, this release reads {FORMAT_VERSION}")
     if not intact:
         raise DamagedShardError(name, f"its sidecar {name}.json was changed after it was written")
+    if problem := sidecar_problem(record, name):
+        raise DamagedShardError(name, f"its sidecar {name}.json is wrong: {problem}")
     return record
 
 
@@ -103,25 +111,16 @@ def check_shard(directory: Path, name: str, *, full: bool = True, settings_diges
 
     Raises:
         DamagedShardError: names what is wrong, and how to repair it.
+        HarvestFolderError: the system cannot read the shard, which may be whole.
     """
     sidecar = read_sidecar(directory, name)
     if settings_digest is not None and sidecar["settings"] != settings_digest:
         raise DamagedShardError(name, "it was made with other settings")
-    file = directory / f"{name}.tar"
     try:
-        size = file.stat().st_size
-    except FileNotFoundError:
-        raise DamagedShardError(name, f"{file.name} is missing") from None
-    if size != sidecar["bytes"]:
-        expected = f"{sidecar['bytes']:,}"
-        raise DamagedShardError(
-            name, f"{file.name} has {size:,} bytes instead of {expected}: it was cut or overwritten"
-        )
-    if full:
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if digest != sidecar["sha256"]:
-            raise DamagedShardError(name, f"the checksum of {file.name} is wrong: bytes changed after it was written")
+        with open_regular(directory / f"{name}.tar") as stream:
+            check_tar(stream, sidecar, full=full)
+    except UnreadableFileError as error:
+        raise damaged(name, error, f"{name}.tar") from error
     return sidecar
 
 
@@ -171,7 +170,7 @@ def build_index(
     manifest = canonical_json({"format_version": FORMAT_VERSION, "splits": ids, "skipped": skipped})
     index = {
         "format_version": FORMAT_VERSION,
-        "fingerprint": hashlib.sha256(canonical_json([[s["name"], s["sha256"]] for s in listed])).hexdigest(),
+        "fingerprint": _fingerprint(listed),
         "settings": settings,
         "provenance": {**provenance, **_common_provenance(sidecars.values())},
         "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
@@ -180,6 +179,10 @@ def build_index(
         "shards": listed,
     }
     return manifest, cast(Index, _sealed(index))
+
+
+def _fingerprint(shards: Iterable[ListedShard]) -> str:
+    return hashlib.sha256(canonical_json([[shard["name"], shard["sha256"]] for shard in shards])).hexdigest()
 
 
 def _common_provenance(sidecars: Iterable[Sidecar]) -> dict[str, Any]:
@@ -229,51 +232,66 @@ def read_index(directory: Path) -> Index:
         UnfinishedHarvestError: there is none; it names the missing shards, if the harvest was begun.
         DataError: it is unreadable, changed, or of another format version.
     """
-    directory = Path(directory)
-    file = directory / INDEX
+    file = Path(directory) / INDEX
     try:
-        content = file.read_bytes()
-    except FileNotFoundError:
-        raise _unfinished(directory) from None
+        content = read_bytes(file, RECORD_BYTES)
+    except UnreadableFileError as error:
+        if error.missing:
+            raise _unfinished(file.parent) from None
+        if error.failed:
+            raise
+        raise DataError(f"{error}. {_INDEX_WAY_OUT}") from error
     return parse_index(file, content)
 
 
 def parse_index(file: object, content: bytes) -> Index:
     """`read_index` of bytes; `file` is its name in messages."""
-    way_out = "Remove it and run the harvest again: shards are kept."
     try:
-        index = json.loads(content)
+        index = parse_json(content)
         version = index.get("format_version")
     except (ValueError, AttributeError) as error:
-        raise DataError(f"{file} is unreadable ({error}). {way_out}") from error
+        raise DataError(f"{file} is unreadable ({error}). {_INDEX_WAY_OUT}") from error
     if version != FORMAT_VERSION:
         raise DataError(
             f"{file} has format version {version}, this release reads {FORMAT_VERSION}: harvest "
             "again into another folder, or use the release that wrote it."
         )
     if index != _sealed({key: value for key, value in index.items() if key != "checksum"}):
-        raise DataError(f"{file} was changed after it was written. {way_out}")
+        raise DataError(f"{file} was changed after it was written. {_INDEX_WAY_OUT}")
+    problem = index_problem(index)
+    if problem is None and index["fingerprint"] != _fingerprint(index["shards"]):
+        problem = "its fingerprint is not that of its shards"
+    if problem is not None:
+        raise DataError(f"{file} is wrong: {problem}. {_INDEX_WAY_OUT}")
     return index
 
 
 def _unfinished(directory: Path) -> UnfinishedHarvestError:
-    try:
-        settings = json.loads((directory / SETTINGS).read_bytes())
-        planned = planned_shards(settings["splits"], settings["shard_size"])
-    except (OSError, ValueError, KeyError, TypeError):
-        state = ""  # no harvest was begun here
-    else:
-        names = [name for split in planned.values() for name in split]
-        missing = [name for name in names if not _is_there(directory, name)]
-        state = (
-            f"{len(missing):,} of {len(names):,} shards are missing: {abbreviated(missing)}. "
-            if missing
-            else f"All {len(names):,} shards are there, but the index is not written yet. "
-        )
+    names = _planned_names(directory)
+    missing = [name for name in names if not _is_there(directory, name)]
+    state = ""  # no harvest was begun here
+    if missing:
+        state = f"{len(missing):,} of {len(names):,} shards are missing: {abbreviated(missing)}. "
+    elif names:
+        state = f"All {len(names):,} shards are there, but the index is not written yet. "
     return UnfinishedHarvestError(
         f"{directory} holds no finished harvest ({INDEX} is missing). {state}Run `python -m data.harvest` with the "
         "settings of this folder: existing shards are kept."
     )
+
+
+def _planned_names(directory: Path) -> list[str]:
+    """Names of the shards that a folder's settings plan; none if they cannot be read."""
+    try:
+        settings = read_json(directory / SETTINGS, SETTINGS_BYTES)
+        splits, size = settings["splits"], settings["shard_size"]
+        if not is_count(size, 1) or not all(split in SPLITS and is_count(splits[split]) for split in splits):
+            return []
+        if sum(-(-images // size) for images in splits.values()) > MOST:
+            return []
+        return [name for names in planned_shards(splits, size).values() for name in names]
+    except (UnreadableFileError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def _is_there(directory: Path, name: str) -> bool:
@@ -290,7 +308,14 @@ def abbreviated(names: Sequence[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + more
 
 
-# -- damage, leftovers -----------------------------------------------------------------------------------------------
+# -- damage, leftovers, changes ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def changing(directory: Path) -> Iterator[None]:
+    """Lets one process at a time put shards and sidecars in place, or remove them."""
+    with holding(directory / SETTINGS, _CHANGE_SECONDS, f"changing shards in {directory}", alone=True):
+        yield
 
 
 def damaged_shards(directory: Path) -> list[DamagedShardError]:
@@ -302,8 +327,7 @@ def damaged_shards(directory: Path) -> list[DamagedShardError]:
         for shard in index["shards"]:
             try:
                 sidecar = check_shard(directory, shard["name"])
-                if sidecar["sha256"] != shard["sha256"]:
-                    raise DamagedShardError(shard["name"], f"it is not the shard that {INDEX} lists")
+                check_listed(sidecar, shard)
                 for entry in sidecar["samples"]:
                     if entry["key"] in seen:
                         raise DamagedShardError(shard["name"], f"{entry['key']} is in {seen[entry['key']]} already")
@@ -317,8 +341,8 @@ def damaged_shards(directory: Path) -> list[DamagedShardError]:
 def manifest_is_whole(directory: Path, index: Index) -> bool:
     """Whether `manifest.json` is the one that was written with this index."""
     try:
-        return hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest() == index["manifest_sha256"]
-    except FileNotFoundError:
+        return hashlib.sha256(read_bytes(directory / MANIFEST, RECORD_BYTES)).hexdigest() == index["manifest_sha256"]
+    except UnreadableFileError:
         return False
 
 
@@ -328,7 +352,8 @@ def remove_all(directory: Path) -> None:
     (directory / MANIFEST).unlink(missing_ok=True)
     for split in SPLITS:
         for file in directory.glob(f"{split}-*"):
-            if re.fullmatch(rf"{split}-\d{{5,}}\.(tar|json)(\.tmp\..*)?", file.name):
+            ours = re.fullmatch(rf"{split}-\d{{5,}}\.(tar|json)(\.tmp\..*)?", file.name)
+            if ours and (file.is_symlink() or not file.is_dir()):
                 file.unlink(missing_ok=True)
 
 
@@ -343,20 +368,10 @@ def remove_leftovers(directory: Path, name: str | None = None) -> None:
         if target not in (INDEX, MANIFEST, SETTINGS) and not re.fullmatch(shard, target):
             continue
         machine, _, process = writer.rpartition(".")
-        with contextlib.suppress(FileNotFoundError):
-            if machine == socket.gethostname() and process.isdigit():
-                dead = int(process) == os.getpid() or not _is_alive(int(process))
+        with contextlib.suppress(OSError):  # another process was faster, or it must not be removed
+            if machine == socket.gethostname() and re.fullmatch("[0-9]+", process):
+                dead = int(process) == os.getpid() or not is_alive(int(process))
             else:
-                dead = time.time() - leftover.stat().st_mtime > _FOREIGN_LEFTOVER_SECONDS
+                dead = time.time() - leftover.lstat().st_mtime > _FOREIGN_LEFTOVER_SECONDS
             if dead:
                 leftover.unlink()
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

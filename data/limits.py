@@ -37,15 +37,20 @@ def check_disk(job: Job, missing: Sequence[str]) -> None:
     count = sum(len(plan.image_ids) for plan in job.plans if plan.name in names)
     needed = count * job.bytes_per_image
     free = shutil.disk_usage(job.directory).free
+    fewest, mean, most = job.tokens_per_image
+    about = "about " if fewest < most else ""
+    of = f"; {fewest:,} to {most:,} in the images that were looked at" if fewest < most else ""
+    to_write = f"{'at most ' if about else ''}{needed / 1e6:,.1f} MB to write"
     log(
         "harvest",
-        f"{count:,} images x {job.prompts_per_image} prompts, {job.tokens_per_image:,} visual tokens each "
-        f"({count * job.tokens_per_image:,} in all), {needed / 1e6:,.1f} MB to write, {free / 1e6:,.0f} MB free",
+        f"{count:,} images x {job.prompts_per_image} prompts, {about}{mean:,} visual tokens each "
+        f"({about}{count * mean:,} in all{of}), {to_write}, {free / 1e6:,.0f} MB free",
     )
     if needed > free:
         raise DiskTooSmallError(
-            f"the harvest needs {needed / 1e6:,.1f} MB in {job.directory}, {free / 1e6:,.1f} MB are free. Lower "
-            "harvest.samples, choose a runs_dir on a larger disk, or free some space."
+            f"the harvest needs {'up to ' if about else ''}{needed / 1e6:,.1f} MB in {job.directory}, "
+            f"{free / 1e6:,.1f} MB are free. Lower harvest.samples, choose a runs_dir on a larger disk, or free some "
+            "space."
         )
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.errors import SettingsError
 from data.images import seeded_order, split_ids
-from data.index import canonical_json, planned_shards
+from data.index import MOST, canonical_json, planned_shards
 from data.settings import HarvestSettings
 from data.store import Store
 
@@ -51,9 +52,16 @@ def plan_shards(ids: Sequence[int], settings: HarvestSettings) -> list[ShardPlan
 
     Raises:
         NotEnoughImagesError: splits and tuning ask for more images than there are ids.
+        SettingsError: more shards, or more images in a shard, than their records can list.
     """
-    tuned = len(set_aside(ids, settings))  # first: it counts all that is asked for
     splits, size = settings.splits, settings.shard_size
+    count = sum(-(-images // size) for images in splits.values())
+    if count > MOST or min(size, max(splits.values())) > MOST:
+        raise SettingsError(
+            f"harvest.shard_size={size} makes {count:,} shards of {settings.images:,} images: a harvest has at most "
+            f"{MOST:,} shards, and a shard at most {MOST:,} images"
+        )
+    tuned = len(set_aside(ids, settings))  # before the rest: it counts all that is asked for
     chosen = split_ids(ids, splits, settings.seed)
     parts = [
         (name, split, tuple(chosen[split][number * size : (number + 1) * size]))
@@ -62,6 +70,11 @@ def plan_shards(ids: Sequence[int], settings: HarvestSettings) -> list[ShardPlan
     ]
     spare = seeded_order(ids, settings.seed, "split")[settings.images + tuned :]
     return [ShardPlan(*part, tuple(spare[number :: len(parts)])) for number, part in enumerate(parts)]
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Identity of the settings of a harvest."""
+    return hashlib.sha256(canonical_json(settings)).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -73,8 +86,8 @@ class Job:
         plans: all shards, in order.
         settings: what determines the samples; `harvest.json` holds it.
         provenance: what the index says of how they were made; the sidecars add to it.
-        bytes_per_image: what one image takes, at most.
-        tokens_per_image: visual tokens of the first image.
+        bytes_per_image: what one image takes, at most; of some images of the plan, where grids differ.
+        tokens_per_image: visual tokens of these images: the fewest, the mean and the most.
         prompts_per_image: maps per image.
         tuning: images that are set aside for hyper-parameters.
         output: URL of the folder's copy that all machines share; None for none.
@@ -85,7 +98,7 @@ class Job:
     settings: Mapping[str, Any]
     provenance: Mapping[str, Any]
     bytes_per_image: int
-    tokens_per_image: int
+    tokens_per_image: tuple[int, int, int]
     prompts_per_image: int
     tuning: tuple[int, ...] = ()
     output: str | None = None
@@ -98,7 +111,7 @@ class Job:
     @property
     def settings_digest(self) -> str:
         """Identity of the settings, written into every sidecar."""
-        return hashlib.sha256(canonical_json(self.settings)).hexdigest()[:16]
+        return settings_digest(self.settings)
 
     @property
     def names(self) -> list[str]:

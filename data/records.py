@@ -1,8 +1,21 @@
-"""The JSON records beside the tars of a harvest, key by key: sidecar and index. `data.index` reads and writes them."""
+"""The JSON records beside the tars of a harvest, key by key: sidecar and index. `data.index` reads and writes them.
+
+A checksum finds what was changed by accident. Types and ranges are checked all the same: what is read next goes by
+these numbers.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, NotRequired, TypedDict
+
+from data.files import is_count, is_relative, is_text, shown
+
+SPLITS = ("train", "validation", "test")
+_SHARD = re.compile(rf"({'|'.join(SPLITS)})-[0-9]{{5,19}}")
+_KEY = re.compile(r"[0-9]{12,19}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Entry(TypedDict):
@@ -99,3 +112,120 @@ class Index(TypedDict):
     set_aside: dict[str, list[int]]
     shards: list[ListedShard]
     checksum: str
+
+
+# -- what is wrong with a record -------------------------------------------------------------------------------------
+
+
+def is_shard_name(name: object) -> bool:
+    """Whether a value is the name of a shard, and so of files in the harvest's own folder."""
+    return isinstance(name, str) and _SHARD.fullmatch(name) is not None
+
+
+def sidecar_problem(record: Mapping[str, Any], name: str) -> str | None:
+    """What is wrong with a record as the sidecar of a shard, in words; None if nothing is."""
+    if record.get("shard") != name:
+        return f"it is the sidecar of {shown(record.get('shard'))}"
+    wrong = _first_wrong(
+        record,
+        settings=is_text,
+        bytes=is_count,
+        sha256=_is_sha256,
+        rows=is_count,
+        samples=_are_entries,
+        skipped=_are_skipped,
+    )
+    if wrong is None and not isinstance(record.get("provenance", {}), dict):
+        wrong = "provenance"
+    if wrong is not None:
+        return f"its {wrong} is {shown(record.get(wrong))}"
+    samples = record["samples"]
+    if record["rows"] != sum(entry["prompts"] for entry in samples):
+        return f"it has {record['rows']} rows, and its samples have others"
+    if len({entry["key"] for entry in samples}) < len(samples):
+        return "a sample comes twice in it"
+    place = 0
+    for entry in samples:
+        for offset, size in (entry["json"], entry["safetensors"]):  # in the order of the tar
+            if offset < place:
+                return f"the members of sample {entry['key']} overlap others"
+            place = offset + size
+    return None if place <= record["bytes"] else "its samples reach beyond the end of the tar"
+
+
+def index_problem(record: Mapping[str, Any]) -> str | None:
+    """What is wrong with a record as the index of a harvest, in words; None if nothing is."""
+    wrong = _first_wrong(
+        record,
+        fingerprint=_is_sha256,
+        settings=_is_object,
+        provenance=_is_object,
+        manifest_sha256=_is_sha256,
+        skipped=_are_skipped,
+        set_aside=lambda value: _is_object(value) and all(_are(ids, is_count) for ids in value.values()),
+        shards=lambda value: _are(value, _is_listed),
+    )
+    if wrong is not None:
+        return f"its {wrong} is {shown(record.get(wrong))}"
+    names = [shard["name"] for shard in record["shards"]]
+    return None if len(set(names)) == len(names) else "it lists a shard twice"
+
+
+def _first_wrong(record: Mapping[str, Any], **kinds: Callable[[Any], bool]) -> str | None:
+    """The first key whose value is missing or not of its kind."""
+    return next((key for key, fits in kinds.items() if not fits(record.get(key))), None)
+
+
+def _are(value: object, kind: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(kind(item) for item in value)
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def _is_place(value: object) -> bool:
+    return _are(value, is_count) and len(value) == 2  # type: ignore[arg-type]
+
+
+def _are_entries(value: object) -> bool:
+    return _are(value, _is_entry)
+
+
+def _is_entry(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("key"), str)
+        and _KEY.fullmatch(value["key"]) is not None
+        and _are(value.get("grid"), lambda side: is_count(side, 1))
+        and len(value["grid"]) == 2
+        and is_count(value.get("prompts"))
+        and _is_place(value.get("json"))
+        and _is_place(value.get("safetensors"))
+    )
+
+
+def _are_skipped(value: object) -> bool:
+    return _are(
+        value,
+        lambda image: (
+            isinstance(image, dict)
+            and is_count(image.get("image_id"))
+            and is_relative(image.get("file"))
+            and is_text(image.get("reason"))
+        ),
+    )
+
+
+def _is_listed(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and is_shard_name(value.get("name"))
+        and value["name"].startswith(f"{value.get('split')}-")
+        and all(is_count(value.get(key)) for key in ("samples", "rows", "bytes"))
+        and _is_sha256(value.get("sha256"))
+    )

@@ -13,13 +13,14 @@ At rest a sample is two members of a webdataset tar, keyed by the image id:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from data.files import is_count, is_relative, shown
 from data.settings import StatesDtype
 
 STATES_DTYPES: dict[StatesDtype, torch.dtype] = {
@@ -64,8 +65,12 @@ class Sample:
 
         Raises:
             KeyError: one of them is missing.
+            ValueError: one of them is of another kind, or they contradict each other.
         """
-        return cls(
+        wrong = [name for name, kind in _FACTS.items() if not kind(facts[name])]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {shown(facts[wrong[0]])}")
+        sample = cls(
             image_id=facts["image_id"],
             file=facts["file"],
             states=tensors["states"],
@@ -76,6 +81,8 @@ class Sample:
             entropy=facts["entropy"],
             scales=tensors.get("scales"),
         )
+        sample.check()
+        return sample
 
     def facts(self) -> dict[str, Any]:
         """What the sample's JSON member holds."""
@@ -107,6 +114,8 @@ class Sample:
 
     def check(self) -> None:
         """Raises ValueError when shapes, dtypes and counts contradict each other."""
+        if self.states.ndim != 2:
+            raise ValueError(f"sample {self.key}: states are {tuple(self.states.shape)}, expected [N, d]")
         tokens, width = self.states.shape
         prompts = len(self.prompts)
         expected = {"attention": (prompts, tokens), "question": (prompts, width)}
@@ -128,6 +137,19 @@ class Sample:
             wrong.append(f"attention is {self.attention.dtype}, expected torch.float32")
         if wrong:
             raise ValueError(f"sample {self.key}: {'; '.join(wrong)}")
+
+
+def _is_list_of(*kinds: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(type(item) in kinds for item in value)
+
+
+_FACTS: dict[str, Callable[[object], bool]] = {  # what a sample's JSON member holds
+    "image_id": is_count,
+    "file": is_relative,
+    "grid": lambda value: _is_list_of(int)(value) and len(value) == 2 and min(value) > 0,  # type: ignore
+    "prompts": _is_list_of(dict),
+    "entropy": _is_list_of(float, int),
+}
 
 
 def sample_bytes(tokens: int, width: int, prompts: int, states_dtype: torch.dtype) -> int:

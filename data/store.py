@@ -16,7 +16,8 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from data.errors import DamagedShardError, StoreError
-from data.index import parse_sidecar
+from data.files import RECORD_BYTES, read_bytes
+from data.index import changing, parse_sidecar
 from data.records import Sidecar
 from scr_runtime.files import replace_file, temporary_path, write_file
 
@@ -53,15 +54,18 @@ class Store:
                     entries = self._fs.ls(self._root, detail=True)
                 except FileNotFoundError:
                     entries = []
-        found = {str(entry["name"]).rsplit("/", 1)[-1]: int(entry["size"] or 0) for entry in entries}
+        found = {str(e["name"]).rsplit("/", 1)[-1]: int(e["size"] or 0) for e in entries if self._is_file(e)}
         return found if names is None else {name: found[name] for name in names if name in found}
 
     def read(self, names: Sequence[str]) -> dict[str, bytes]:
-        """Contents of those of the files that are there."""
-        if not names:
+        """Contents of those of the files that are there; small records all, of bounded size."""
+        sizes = self.sizes(names) if names else {}
+        if not sizes:
             return {}
         with self._failing("read"):
-            contents = self._fs.cat([self._path(name) for name in names], on_error="return")
+            if large := [name for name, size in sizes.items() if size > RECORD_BYTES]:
+                raise ValueError(f"{large[0]} has {sizes[large[0]]:,} bytes, at most {RECORD_BYTES:,} are expected")
+            contents = self._fs.cat([self._path(name) for name in sizes], on_error="return")
             for content in contents.values():
                 if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
                     raise content
@@ -71,14 +75,16 @@ class Store:
         """Writes a small file."""
         with self._failing("written"):
             self._make_folder()
+            self._check_free(name)
             self._fs.pipe_file(self._path(name), content)
 
     def upload_shard(self, directory: Path, name: str) -> None:
         """Uploads a shard: its tar, then its sidecar."""
         with self._failing("written"):
             self._make_folder()
+            self._check_free(f"{name}.tar")
             self._fs.put_file(str(directory / f"{name}.tar"), self._path(f"{name}.tar"))
-        self.write(f"{name}.json", (directory / f"{name}.json").read_bytes())
+        self.write(f"{name}.json", read_bytes(directory / f"{name}.json", RECORD_BYTES))
 
     def download_shard(self, directory: Path, name: str) -> Sidecar:
         """Downloads a shard; nothing has its name before every byte has been compared with its sidecar.
@@ -95,6 +101,9 @@ class Store:
         sidecar = parse_sidecar(name, content)
         target = directory / f"{name}.tar"
         temporary = temporary_path(target)
+        size = self.sizes([target.name]).get(target.name)
+        if size is not None and size != sidecar["bytes"]:
+            raise DamagedShardError(name, f"{target.name} has {size:,} bytes instead of {sidecar['bytes']:,}")
         try:
             try:
                 with self._failing("read"):
@@ -105,10 +114,12 @@ class Store:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
             if digest != sidecar["sha256"]:
                 raise DamagedShardError(name, f"the checksum of {target.name} is wrong")
-            replace_file(temporary, target)
+            with changing(directory):
+                (directory / f"{name}.json").unlink(missing_ok=True)  # it belongs to the tar that goes
+                replace_file(temporary, target)
+                write_file(directory / f"{name}.json", content)
         finally:
             temporary.unlink(missing_ok=True)
-        write_file(directory / f"{name}.json", content)
         return sidecar
 
     def remove(self, names: Sequence[str]) -> None:
@@ -119,6 +130,20 @@ class Store:
                 if name in present:
                     with contextlib.suppress(FileNotFoundError):
                         self._fs.rm_file(self._path(name))
+
+    def _is_file(self, entry: dict[str, Any]) -> bool:
+        if entry.get("islink") and entry.get("type") != "file":  # a listing does not follow links, a look-up does
+            try:
+                entry = self._fs.info(entry["name"])
+            except OSError:
+                return False
+        return entry.get("type", "file") == "file"
+
+    def _check_free(self, name: str) -> None:
+        """Checks that a file can be written: a FIFO in its place would be waited for."""
+        with contextlib.suppress(FileNotFoundError):
+            if (kind := self._fs.info(self._path(name)).get("type", "file")) != "file":
+                raise ValueError(f"{name} is no file there ({kind})")
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

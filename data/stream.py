@@ -7,6 +7,9 @@ end, sample by sample as the sidecars say, from whatever webdataset's `gopen` op
     rows     drawn at random from a buffer of samples
     batches  of one grid each; the incomplete batch of each grid comes last
 
+Bytes are compared with the checksum of their tar as they pass: a changed one ends the epoch when the end of its tar is
+reached, not before.
+
 One process sees each row once per epoch. Several see `rows // batch_size` full batches each: a process whose shards
 give more skips the rest, and one whose shards give less begins them again.
 """
@@ -14,8 +17,8 @@ give more skips the rest, and one whose shards give less begins them again.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,10 +31,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 
 from data.batches import BEGINNING, Batch, Grid, Start, as_batch, epoch_generator, stack_rows
-from data.errors import DamagedShardError, SettingsError
+from data.checks import check_entry, check_listed, damaged, unreadable_as_damage
+from data.errors import DamagedShardError, DataError, SettingsError, StreamError, UnreadableFileError
+from data.files import open_regular, parse_json
 from data.index import read_index, read_sidecar
 from data.ranks import Rank
-from data.records import Entry
+from data.records import Sidecar
 from data.sample import Sample
 from data.settings import ReadingSettings
 
@@ -52,7 +57,8 @@ class StreamedBatches:
 
     Raises:
         SettingsError: fewer shards than processes.
-        DamagedShardError: while reading, if a shard is cut or lacks samples.
+        DamagedShardError: while reading, if a shard is cut or changed, or lacks samples.
+        StreamError: while reading, if a tar cannot be opened or its command fails.
     """
 
     def __init__(
@@ -67,16 +73,17 @@ class StreamedBatches:
     ) -> None:
         self._rank = rank or Rank()
         ranks = self._rank.size
-        names = [shard["name"] for shard in read_index(directory)["shards"] if shard["split"] == "train"]
-        if len(names) < ranks:
+        listed = [shard for shard in read_index(directory)["shards"] if shard["split"] == "train"]
+        if len(listed) < ranks:
             raise SettingsError(
-                f"{directory} has {len(names)} train shards for {ranks} processes: lower trainer.devices"
+                f"{directory} has {len(listed)} train shards for {ranks} processes: lower trainer.devices"
             )
-        self._entries: dict[str, list[Entry]] = {}
+        self._sidecars: dict[str, Sidecar] = {}
         rows: Counter[Grid] = Counter()
-        for name in names:
-            self._entries[name] = read_sidecar(directory, name)["samples"]
-            for entry in self._entries[name]:
+        for shard in listed:
+            sidecar = self._sidecars[shard["name"]] = read_sidecar(directory, shard["name"])
+            check_listed(sidecar, shard)
+            for entry in sidecar["samples"]:
                 rows[entry["grid"][0], entry["grid"][1]] += entry["prompts"]
         self._source = settings.stream_from or f"{directory}/{{shard}}.tar"
         self._workers = settings.num_workers
@@ -106,7 +113,7 @@ class StreamedBatches:
     def rows(self) -> Iterator[list[Row]]:
         """The rows of each batch, before they are stacked."""
         generator = epoch_generator(self._seed, self._epoch)
-        names = list(self._entries)
+        names = list(self._sidecars)
         names = self._rank.share([names[i] for i in torch.randperm(len(names), generator=generator).tolist()])
         passes = itertools.repeat(names) if self._rank.size > 1 else [names]
         rows = (row for names in passes for row in shuffled(self._read(names), self._buffer, generator))
@@ -114,53 +121,106 @@ class StreamedBatches:
         return itertools.islice(_grouped(rows, self._size), skip, self._length)
 
     def _read(self, names: list[str]) -> Iterator[Row]:
-        tars = _Tars([(name, self._source.replace("{shard}", name), self._entries[name]) for name in names])
+        tars = _Tars([(self._source.replace("{shard}", name), self._sidecars[name]) for name in names])
         workers = min(self._workers, len(names))
         for sample in DataLoader(tars, batch_size=None, num_workers=workers, collate_fn=_unchanged):
             yield from ((sample, prompt) for prompt in range(len(sample.prompts)))
 
 
 class _Tars(IterableDataset[Sample]):
-    """Samples of (shard, URL, entries of its sidecar) triples, divided among the workers of a loader.
+    """Samples of (URL, sidecar) pairs, divided among the workers of a loader.
 
     The sidecar says where each sample begins and how long it is, so that a missing one is noticed.
     """
 
-    def __init__(self, shards: Sequence[tuple[str, str, list[Entry]]]) -> None:
+    def __init__(self, shards: Sequence[tuple[str, Sidecar]]) -> None:
         self._shards = shards
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         own = self._shards[worker.id :: worker.num_workers] if worker else self._shards
-        for name, url, entries in own:
-            stream = gopen(url, "rb")
-            try:
-                yield from _samples(name, stream, entries)
-            except BaseException:
-                with contextlib.suppress(OSError):  # a command whose output is not read to its end fails too
-                    stream.close()
-                raise
-            stream.close()
+        for url, sidecar in own:
+            with _opened(url, sidecar["shard"]) as stream:
+                yield from _samples(_Checked(stream, sidecar), sidecar)
 
 
-def _samples(name: str, stream: Any, entries: list[Entry]) -> Iterator[Sample]:
-    place = 0
-    for entry in entries:
+@contextlib.contextmanager
+def _opened(url: str, name: str) -> Iterator[Any]:
+    """A tar behind a path, a URL or a command; whatever goes wrong in reading it is a DataError."""
+    stream: Any = None
+    try:
+        local = not url.startswith("pipe:") and "://" not in url
+        stream = open_regular(url) if local else gopen(url, "rb")
+        yield stream
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # a command whose output is not read to its end fails too
+            if stream is not None:
+                stream.close()
+        if isinstance(error, UnreadableFileError):
+            raise damaged(name, error, url) from error
+        if isinstance(error, DataError) or not isinstance(error, OSError | ValueError):
+            raise
+        raise _stream_error(name, url, error) from error
+    try:
+        stream.close()
+    except OSError as error:
+        raise _stream_error(name, url, error) from error
+
+
+def _stream_error(name: str, url: str, error: BaseException) -> StreamError:
+    return StreamError(f"shard {name}: {url} cannot be read: {error}. See trainer.stream_from.")
+
+
+class _Checked:
+    """Reads a tar in pieces, as long as its sidecar says, and compares its checksum at the end."""
+
+    def __init__(self, stream: Any, sidecar: Sidecar) -> None:
+        self._stream = stream
+        self._sidecar = sidecar
+        self._digest = hashlib.sha256()
+        self.place = 0
+
+    def read(self, size: int) -> bytes:
+        """So many bytes, fewer at the end; a stream that is shorter than it should be costs no more than it has."""
+        pieces = []
+        while size > 0 and (piece := self._stream.read(min(size, _CHUNK))):
+            pieces.append(piece)
+            self._digest.update(piece)
+            size -= len(piece)
+            self.place += len(piece)
+        return b"".join(pieces)
+
+    def finish(self) -> None:
+        """Reads the rest.
+
+        Raises:
+            DamagedShardError: it is not the tar that the sidecar describes.
+        """
+        while self.place < self._sidecar["bytes"] and self.read(min(_CHUNK, self._sidecar["bytes"] - self.place)):
+            pass
+        if self._stream.read(1) or self._digest.hexdigest() != self._sidecar["sha256"]:
+            raise DamagedShardError(self._sidecar["shard"], "the checksum of its stream is wrong: bytes have changed")
+
+
+def _samples(tar: _Checked, sidecar: Sidecar) -> Iterator[Sample]:
+    name = sidecar["shard"]
+    for entry in sidecar["samples"]:
         members = {}
         for ending, (offset, size) in (("json", entry["json"]), ("safetensors", entry["safetensors"])):  # as written
-            before = stream.read(offset - place)
-            members[ending] = stream.read(size)
-            if len(before) < offset - place or len(members[ending]) < size:
+            tar.read(offset - tar.place)
+            members[ending] = tar.read(size)
+            if tar.place < offset + size:
                 raise DamagedShardError(name, f"its stream ends in sample {entry['key']}")
-            place = offset + size
-        try:
-            facts, tensors = json.loads(members["json"]), safetensors.torch.load(members["safetensors"])
+        with unreadable_as_damage(name, entry["key"]):
+            facts = parse_json(members["json"], constants=True)
+            try:
+                tensors = safetensors.torch.load(members["safetensors"])
+            except SafetensorError as error:
+                raise ValueError(str(error)) from error
             sample = Sample.from_members(facts, tensors)
-        except (ValueError, TypeError, KeyError, SafetensorError) as error:
-            raise DamagedShardError(name, f"sample {entry['key']} is unreadable ({error})") from error
+            check_entry(sample, entry)
         yield sample
-    while stream.read(_CHUNK):
-        pass
+    tar.finish()
 
 
 def _unchanged(sample: Any) -> Any:

@@ -7,9 +7,15 @@ index) alone, so a longer world begins with the shorter one, and the streams nev
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
+import os
 import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +25,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from data.errors import DataError, SettingsError
 from data.wording import with_article
 from scenes.categories import CATEGORIES, CONTEXT_SIZE, CONTEXTS
+from scenes.marker import WAY_OUT, NoWorldError, holds_world, remove_dead, with_fingerprint, write_marker
+from scenes.marker import WorldMismatchError as WorldMismatchError
 from scenes.sprites import SHEET, load_sprites
+from scr_runtime.files import sync_folder, temporary_path, write_file
 
 SIZE = 96  # pixels a side
 WORLD_VERSION = 1  # raise it when a rendered pixel, an annotation or a caption changes
@@ -54,7 +64,9 @@ _CONTEXT_NAMES = tuple(CONTEXTS)
 _PERSON = next(i for i, c in enumerate(CATEGORIES) if c.name == "person")
 _ZIPF = 1.0 / np.arange(1, CONTEXT_SIZE + 1)
 _ZIPF = _ZIPF / _ZIPF.sum()
-_MARKER = "world.json"
+_SPLITS = ("train", "val")
+_PNG_END = b"IEND\xaeB`\x82"
+_KINDS = ("instances", "captions")
 _LICENCE = {"name": "SIL Open Font License 1.1 (glyphs of Noto Color Emoji)", "url": "https://openfontlicense.org"}
 
 
@@ -224,8 +236,8 @@ def ensure_world(root: Path, train: int, val: int, seed: int = 0) -> Path:
 
     Writes `train/000000000001.png` .., `val/000001000001.png` .., and in `annotations/` the files
     `instances_{train,val}.json` and `captions_{train,val}.json`. The world is built beside `root` and renamed
-    when it is whole, so `root` never holds half a world. A world of other settings, or one that lost files, is
-    rendered again.
+    when it is whole, so `root` never holds half a world. A world of other settings is never replaced; one that lost
+    files gets these files again, and the others are not touched.
 
     Args:
         root: Folder of the world.
@@ -237,30 +249,86 @@ def ensure_world(root: Path, train: int, val: int, seed: int = 0) -> Path:
         `root`.
 
     Raises:
-        ValueError: A count is out of range, or the seed is negative.
-        FileExistsError: `root` holds files, but no world.
+        SettingsError: A count is out of range, or the seed is negative.
+        WorldMismatchError: `root` holds a world of other settings.
+        NoWorldError: `root` holds something else, or cannot be used.
     """
     root = Path(root)
     if not 1 <= train <= VAL_ID_OFFSET:
-        raise ValueError(f"train={train}: a world has 1 to {VAL_ID_OFFSET:,} training images")
+        raise SettingsError(f"train={train}: a world has 1 to {VAL_ID_OFFSET:,} training images")
     if val < 1:
-        raise ValueError(f"val={val}: a world has at least 1 validation image")
+        raise SettingsError(f"val={val}: a world has at least 1 validation image")
     if seed < 0:
-        raise ValueError(f"seed={seed}: a seed is 0 or greater")
+        raise SettingsError(f"seed={seed}: a seed is 0 or greater")
     settings = _settings(train, val, seed)
-    reason = _why_not_reusable(root, settings)
-    if reason is None:
-        tqdm.write(f"scenes: reusing the finished world at {root} ({train:,} train, {val:,} val, seed {seed})")
-        return root
-    tqdm.write(f"scenes: rendering {train + val:,} scenes into {root} ({reason})")
-    partial = root.with_name(f".{root.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with tqdm(total=train + val, desc="render scenes", unit="image") as progress:
-        for split, count in (("train", train), ("val", val)):
-            write_stream(partial, split, count, seed, progress)
-    (partial / _MARKER).write_text(json.dumps(settings, indent=1) + "\n")
-    replace_folder(partial, root)
+    with _usable(root):
+        place = root.resolve()  # what a link points to is what is renamed
+        if holds_world(place, settings):
+            _repair(place, settings)
+            tqdm.write(f"scenes: reusing the finished world at {root} ({train:,} train, {val:,} val, seed {seed})")
+        else:
+            tqdm.write(f"scenes: rendering {train + val:,} scenes into {root} (none there yet)")
+            _render(place, settings)
     return root
+
+
+@contextmanager
+def _usable(root: Path) -> Iterator[None]:
+    """Turns what the system says about a folder into a NoWorldError; a full disk is reported as it is."""
+    try:
+        os.stat(root)  # a loop of links, a null byte
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise NoWorldError(f"{root} cannot be used for a world ({error}). {WAY_OUT}") from error
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DataError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise NoWorldError(f"{root} cannot be used for a world ({error}). {WAY_OUT}") from error
+
+
+def _render(root: Path, settings: dict[str, Any]) -> None:
+    """Builds a world beside its place, and renames it."""
+    partial = root.with_name(f".{temporary_path(root).name}")
+    remove_dead(root)
+    try:
+        with tqdm(total=settings["train"] + settings["val"], desc="render scenes", unit="image") as progress:
+            for split in _SPLITS:
+                write_stream(partial, split, settings[split], settings["seed"], progress)
+        write_marker(partial, settings)
+        try:
+            partial.rename(root)
+        except OSError:
+            if not holds_world(root, settings):  # without locks, another process may have been faster
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    sync_folder(root.parent)
+
+
+def _repair(root: Path, settings: dict[str, Any]) -> None:
+    """Renders again what a world has lost, and what was cut; all else stays as it is."""
+    for split in _SPLITS:
+        present = {file.name for file in _files_in(root / split) if _ends_with(file, _PNG_END)}
+        missing = [index for index in range(settings[split]) if _image_name(split, index) not in present]
+        annotations = root / "annotations"
+        lost = [kind for kind in _KINDS if not _ends_with(annotations / f"{kind}_{split}.json", b"}")]
+        if not missing and not lost:
+            continue
+        what = [f"{len(missing):,} images of {split}/"] * bool(missing)
+        what += [f"annotations/{kind}_{split}.json" for kind in lost]
+        tqdm.write(f"scenes: {', '.join(what)} missing in {root}: rendered again")
+        (root / split).mkdir(exist_ok=True)
+        for index in missing:
+            write_file(root / split / _image_name(split, index), _png(render_scene(settings["seed"], split, index)))
+        if lost:
+            annotations.mkdir(exist_ok=True)
+            scenes = (render_scene(settings["seed"], split, index) for index in range(settings[split]))
+            contents = _annotations(split, scenes)
+            for kind in lost:
+                write_file(annotations / f"{kind}_{split}.json", contents[kind])
 
 
 def replace_folder(written: Path, folder: Path) -> None:
@@ -282,33 +350,26 @@ def _settings(train: int, val: int, seed: int) -> dict[str, Any]:
         "size": SIZE,
     }
     settings["sprites_sha256"] = hashlib.sha256(SHEET.read_bytes()).hexdigest()
-    settings["fingerprint"] = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    return settings
+    return with_fingerprint(settings)
 
 
-def _why_not_reusable(root: Path, settings: dict[str, Any]) -> str | None:
-    """None if `root` is a finished world of these settings, else why not; raises if it is something else."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return "none there yet"
+def _files_in(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _ends_with(file: Path, ending: bytes) -> bool:
+    """Whether a file is there to its end."""
     try:
-        found = json.loads((root / _MARKER).read_text())
-        ours = "fingerprint" in found
-    except (OSError, ValueError, TypeError):
-        found, ours = {}, False
-    if not ours:
-        raise FileExistsError(
-            f"{root} holds files but no finished world (no readable {_MARKER}). Give an empty or new folder, "
-            "or remove this one if it is not needed."
-        )
-    if found != settings:
-        changed = sorted(key for key in settings if found.get(key) != settings[key] and key != "fingerprint")
-        return f"the world there differs in {', '.join(changed)}"
-    for split in ("train", "val"):
-        if sum(1 for _ in (root / split).glob("*.png")) != settings[split]:
-            return f"images are missing in {split}/"
-        if any(not (root / "annotations" / f"{kind}_{split}.json").is_file() for kind in ("instances", "captions")):
-            return f"annotations of {split} are missing"
-    return None
+        status = os.stat(file)
+        if not stat.S_ISREG(status.st_mode):
+            return False
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.pread(descriptor, len(ending), max(0, status.st_size - len(ending))) == ending
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return False
 
 
 def write_stream(root: Path, stream: str, count: int, seed: int, progress: tqdm[Any] | None = None) -> None:
@@ -324,33 +385,57 @@ def write_stream(root: Path, stream: str, count: int, seed: int, progress: tqdm[
     """
     (root / stream).mkdir(parents=True)
     (root / "annotations").mkdir(exist_ok=True)
-    offset = VAL_ID_OFFSET if stream == "val" else 0
+
+    def scenes() -> Iterator[Scene]:
+        for index in range(count):
+            scene = render_scene(seed, stream, index)
+            (root / stream / _image_name(stream, index)).write_bytes(_png(scene))
+            yield scene
+            if progress is not None:
+                progress.update()
+
+    for kind, content in _annotations(stream, scenes()).items():
+        (root / "annotations" / f"{kind}_{stream}.json").write_bytes(content)
+
+
+def _image_name(stream: str, index: int) -> str:
+    return f"{_image_id(stream, index):012d}.png"
+
+
+def _image_id(stream: str, index: int) -> int:
+    return (VAL_ID_OFFSET if stream == "val" else 0) + index + 1
+
+
+def _png(scene: Scene) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(scene.image).save(stream, format="PNG", compress_level=1)
+    return stream.getvalue()
+
+
+def _annotations(stream: str, scenes: Iterable[Scene]) -> dict[str, bytes]:
+    """The two annotation files of a stream, all of whose scenes are given in order."""
+    first = _image_id(stream, 0) - 1
     images: list[dict[str, Any]] = []
     instances: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
-    for index in range(count):
-        scene = render_scene(seed, stream, index)
-        image_id = offset + index + 1
-        name = f"{image_id:012d}.png"
-        Image.fromarray(scene.image).save(root / stream / name, compress_level=1)
+    for index, scene in enumerate(scenes):
+        image_id, name = _image_id(stream, index), _image_name(stream, index)
         images.append({"id": image_id, "file_name": name, "width": SIZE, "height": SIZE, "license": 1})
         captions.append({"id": image_id, "image_id": image_id, "caption": caption(scene)})
         for thing in scene.objects:
             # an image has at most 7 objects, so the ids of "train" and "val" never meet
-            instances.append({"id": offset * 10 + len(instances) + 1, "image_id": image_id, **_annotation(thing)})
-        if progress is not None:
-            progress.update()
+            instances.append({"id": first * 10 + len(instances) + 1, "image_id": image_id, **_annotation(thing)})
     shared = {
         "info": {"description": f"Embedded scene world, {stream}", "version": str(WORLD_VERSION), "year": 2025},
         "licenses": [{"id": 1, **_LICENCE}],
         "images": images,
     }
     categories = [{"id": c.coco_id, "name": c.name, "supercategory": c.context} for c in CATEGORIES]
-    for kind, content in (
-        ("instances", {**shared, "annotations": instances, "categories": categories}),
-        ("captions", {**shared, "annotations": captions}),
-    ):
-        (root / "annotations" / f"{kind}_{stream}.json").write_text(json.dumps(content))
+    contents = {
+        "instances": {**shared, "annotations": instances, "categories": categories},
+        "captions": {**shared, "annotations": captions},
+    }
+    return {kind: json.dumps(content).encode() for kind, content in contents.items()}
 
 
 def _annotation(thing: SceneObject) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from scr_runtime import errors
 from scr_runtime.config import PredictorConfig, SCRConfig
 
 if TYPE_CHECKING:
+    __version__: str
+
     from scr_runtime.artifact import load_predictor, save_predictor
     from scr_runtime.identity import describe_model
     from scr_runtime.maps import Capture, capture
@@ -52,11 +54,22 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("scr-runtime")
+    except PackageNotFoundError:  # a folder on the path, not an installed package
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

@@ -2,7 +2,8 @@
 
 ``config.json`` holds everything that the runtime needs beside the weights: the format version, the network's
 sizes, the SCR settings and the model that the predictor was fitted for, its calibration threshold, its drift
-guard (null for none), its metrics, and the sha256 of the weights. There is no pickle, and no file name is guessed.
+guard (null for none), its metrics, the sha256 of the weights, and a checksum of itself. There is no pickle, and no
+file name is guessed. ``scr_runtime.reading`` checks what is read.
 """
 
 from __future__ import annotations
@@ -15,25 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from scr_runtime.config import PredictorConfig, SCRConfig
-from scr_runtime.errors import (
-    ConfigurationError,
-    PredictorCorruptError,
-    PredictorNotFoundError,
-    PredictorVersionError,
-)
+from scr_runtime.errors import PredictorCorruptError, PredictorNotFoundError
 from scr_runtime.files import write_file
 from scr_runtime.network import SourcePredictor
+from scr_runtime.reading import (
+    FORMAT_VERSION,
+    PROBE,
+    checksum,
+    parse_record,
+    parse_weights,
+    read_regular,
+    sized_network,
+)
 
-FORMAT_VERSION = 2
+__all__ = ["CARD_NAME", "CONFIG_NAME", "FORMAT_VERSION", "PROBE", "WEIGHTS_NAME", "load_predictor", "save_predictor"]
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 
-_REQUIRED = ("format_version", "network", "scr", "model", "threshold", "weights_sha256")
+_MOST_CONFIG = 2**20  # bytes
 
 
 def save_predictor(
@@ -62,9 +68,9 @@ def save_predictor(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in predictor.state_dict().items()}
+    tensors = {name: value.detach().cpu().float().contiguous() for name, value in predictor.state_dict().items()}
     weights = save_tensors(tensors)
-    config = {
+    record: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "network": predictor.config.to_dict(),
         "scr": scr.to_dict(),
@@ -77,15 +83,17 @@ def save_predictor(
         "provenance": dict(provenance or {}),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
-    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    record = json.loads(json.dumps(record, allow_nan=False))  # what will be read: tuples are lists, keys are strings
+    record["checksum"] = checksum(record)
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     write_file(folder / WEIGHTS_NAME, weights)
-    write_file(folder / CARD_NAME, (card or _card(config)).encode())
+    write_file(folder / CARD_NAME, (card or _card(record)).encode())
     write_file(folder / CONFIG_NAME, text.encode())
     return folder
 
 
 def load_predictor(folder: str | os.PathLike[str], device: str | torch.device | None = None) -> SourcePredictor:
-    """Reads a predictor folder, strictly.
+    """Reads a predictor folder, strictly. Whatever its files hold, nothing but these errors is raised.
 
     Args:
         folder: A folder that ``save_predictor`` wrote.
@@ -97,84 +105,99 @@ def load_predictor(folder: str | os.PathLike[str], device: str | torch.device | 
     Raises:
         PredictorNotFoundError: If the folder or its config.json is missing.
         PredictorVersionError: If another version of the format wrote it, newer or older.
-        PredictorCorruptError: If a file is unreadable, the weights' sha256 differs, or a tensor is missing,
-            unexpected or of another shape; the message lists every one.
+        PredictorCorruptError: If a file is unreadable, larger than it can be or no regular file, a value is of another
+            type or out of range, the checksum or the weights' sha256 differs, or a tensor is missing, unexpected, of
+            another shape or type, or not finite; the message lists every such tensor.
     """
     folder = Path(folder)
+    record = _read_record(folder)
     path = folder / CONFIG_NAME
-    if not path.is_file():
-        what = "has no config.json" if folder.is_dir() else "does not exist"
+    network = sized_network(record, path)
+    weights_path = folder / WEIGHTS_NAME
+    weights = read_regular(weights_path, network.most_bytes)
+    digest = hashlib.sha256(weights).hexdigest()
+    if digest != record["weights_sha256"]:
+        raise PredictorCorruptError(
+            f"{weights_path}: sha256 is {digest[:12]}..., config.json says {record['weights_sha256'][:12]}.... "
+            "The file was changed or cut; copy or export it again."
+        )
+    predictor = _fill(network.predictor, parse_weights(weights, weights_path), weights_path)
+    _check_whole(record, path)
+    predictor.threshold = float(record["threshold"])
+    if record.get("drift_limit") is not None:  # a folder without it has no guard
+        predictor.set_drift(float(record["drift_typical"]), float(record["drift_limit"]))
+    predictor.info = record
+    return predictor.eval().requires_grad_(False).to(device)
+
+
+def stored_settings(folder: str | os.PathLike[str] | SourcePredictor | None) -> SCRConfig | None:
+    """The SCR settings in a folder whose predictor can't be used; ``None`` if they can't be read either.
+
+    Raises:
+        PredictorError: If its config.json is not what was written.
+    """
+    if folder is None or isinstance(folder, SourcePredictor):
+        return None
+    record = _read_record(Path(folder))
+    _check_whole(record, Path(folder) / CONFIG_NAME)
+    return SCRConfig.from_dict(record["scr"])
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    try:
+        missing = not os.path.lexists(path)
+        found = os.path.isdir(folder)
+    except (OSError, ValueError) as error:
+        raise PredictorNotFoundError(f"predictor folder {str(folder)!r} can't be read: {error}") from error
+    if missing:
+        what = "has no config.json" if found else "does not exist"
         raise PredictorNotFoundError(
             f"predictor folder {str(folder)!r} {what}. Fit one with train.py, or give the folder that holds "
             f"{CONFIG_NAME} and {WEIGHTS_NAME}."
         )
-    config = _read_config(path)
-    weights_path = folder / WEIGHTS_NAME
-    try:
-        weights = weights_path.read_bytes()
-    except OSError as error:
-        raise PredictorCorruptError(f"{weights_path}: cannot be read ({error}). Export it again.") from error
-    digest = hashlib.sha256(weights).hexdigest()
-    if digest != config["weights_sha256"]:
+    return parse_record(read_regular(path, _MOST_CONFIG), path)
+
+
+def _check_whole(record: Mapping[str, Any], path: Path) -> None:
+    """Checks that config.json is as it was written. After the values by themselves, whose errors say more."""
+    count = PredictorConfig.from_dict(record["network"]).count_parameters()
+    if record.get("parameters", count) != count:
+        raise PredictorCorruptError(f"{path}: parameters={record['parameters']!r:.40}, but its network has {count:,}")
+    if "checksum" in record and record["checksum"] != checksum(record):
         raise PredictorCorruptError(
-            f"{weights_path}: sha256 is {digest[:12]}..., config.json says {config['weights_sha256'][:12]}.... "
-            "The file was changed or cut; copy or export it again."
+            f"{path}: its checksum is not that of its values: a value was changed. Copy or export it again."
         )
-    try:
-        predictor = SourcePredictor(PredictorConfig.from_dict(config["network"]))
-        SCRConfig.from_dict(config["scr"])
-    except (ConfigurationError, TypeError) as error:
-        raise PredictorCorruptError(f"{path}: {error}") from error
-    _load_tensors(predictor, load_tensors(weights), weights_path)
-    predictor.threshold = float(config["threshold"])
-    if config.get("drift_limit") is not None:  # a folder without it has no guard
-        try:
-            predictor.set_drift(float(config["drift_typical"]), float(config["drift_limit"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise PredictorCorruptError(f"{path}: drift_typical and drift_limit: {error}") from error
-    predictor.info = config
-    return predictor.eval().requires_grad_(False).to(device)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise PredictorCorruptError(f"{path}: not readable as JSON ({error}). Export it again.") from error
-    version: Any = config.get("format_version") if isinstance(config, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    if not isinstance(version, int):
-        raise PredictorCorruptError(f"{path}: format_version={version!r}, expected an integer")
-    if version > FORMAT_VERSION:
-        raise PredictorVersionError(
-            f"{path}: format_version={version}, and this scr_runtime reads up to {FORMAT_VERSION}. "
-            "Upgrade scr-runtime, or export the predictor with this version."
-        )
-    if version < FORMAT_VERSION:
-        raise PredictorVersionError(
-            f"{path}: format_version={version}, and this scr_runtime reads {FORMAT_VERSION}: the network has changed. "
-            "Fit it again from the same harvest (train.py), or use the scr_runtime that wrote it."
-        )
-    missing = [key for key in _REQUIRED if key not in config]
-    if missing:
-        raise PredictorCorruptError(f"{path}: missing keys {missing}. Export it again.")
-    return config  # pyright: ignore[reportUnknownVariableType]
-
-
-def _load_tensors(predictor: SourcePredictor, tensors: dict[str, torch.Tensor], path: Path) -> None:
+def _fill(predictor: SourcePredictor, tensors: dict[str, Tensor], path: Path) -> SourcePredictor:
     for name in ("calibration_raw", "calibration_expected"):  # the only tensors whose length is free
         if name in tensors:
-            setattr(predictor, name, torch.empty_like(tensors[name]))
+            setattr(predictor, name, torch.empty_like(tensors[name], device="meta"))
     expected = predictor.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is unexpected" for name in tensors if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in expected
-        if name in tensors and tensors[name].shape != expected[name].shape
-    ]
+    for name, tensor in tensors.items():
+        wanted = expected.get(name)
+        if wanted is None:
+            continue
+        if tensor.shape != wanted.shape:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(wanted.shape)}")
+        elif tensor.dtype != torch.float32:
+            problems.append(f"{name} is {tensor.dtype}, expected torch.float32")
+        elif not bool(tensor.isfinite().all()):
+            problems.append(f"{name} holds NaN or infinity")
+        elif name.endswith("_std") and not bool((tensor > 0).all()):
+            problems.append(f"{name} holds deviations that are not over 0")
+    if not problems:
+        predictor.load_state_dict(tensors, assign=True)
+        try:
+            predictor.check_calibration()
+        except ValueError as error:
+            problems.append(str(error))
     if problems:
         raise PredictorCorruptError(f"{path}: " + "; ".join(problems))
-    predictor.load_state_dict(tensors)
+    return predictor
 
 
 def _card(config: Mapping[str, Any]) -> str:

@@ -35,7 +35,7 @@ def check_calibration(raw: Tensor, expected: Tensor, temperature: float) -> None
         temperature: Of the raw confidences.
 
     Raises:
-        ValueError: If the knots are not ascending or differ in number, or the temperature is not over 0.
+        ValueError: If the knots are not finite, not ascending or differ in number, or the temperature is not over 0.
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"calibration temperature {temperature}: expected a number over 0")
@@ -43,6 +43,8 @@ def check_calibration(raw: Tensor, expected: Tensor, temperature: float) -> None
         raise ValueError(
             f"calibration knots of shapes {tuple(raw.shape)} and {tuple(expected.shape)}: expected [M] twice, M >= 2"
         )
+    if not (bool(raw.isfinite().all()) and bool(expected.isfinite().all())):
+        raise ValueError("calibration knots must be finite")
     if not (bool((raw.diff() > 0).all()) and bool((expected.diff() >= 0).all())):
         raise ValueError("calibration knots must be ascending in raw and non-decreasing in expected")
 
@@ -58,6 +60,7 @@ def interpolate(raw: Tensor, knots: Tensor, expected: Tensor) -> Tensor:
     Returns:
         [...] values at ``raw``; NaN stays NaN.
     """
+    knots, expected = knots.to(raw.device), expected.to(raw.device)
     right = torch.searchsorted(knots, raw.contiguous()).clamp(1, len(knots) - 1)
     left = right - 1
     step = ((raw - knots[left]) / (knots[right] - knots[left])).clamp(0.0, 1.0)

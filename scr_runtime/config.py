@@ -6,7 +6,6 @@ Nothing here imports torch, so that a configuration is checked before anything h
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -102,11 +101,30 @@ class SCRConfig:
             problems.append(f"num_sources={self.num_sources}: expected at least 1")
         if self.source_fraction is not None and not 0.0 < self.source_fraction <= 0.5:
             problems.append(f"source_fraction={self.source_fraction}: expected above 0, up to 0.5")
-        if not (math.isfinite(self.strength) and 1.0 <= self.strength <= 2.0):
+        if not 1.0 <= self.strength <= 2.0:  # NaN is not
             problems.append(f"strength={self.strength}: expected 1.0 to 2.0 (the paper uses 1.05 to 1.15)")
         if self.connectivity not in get_args(Connectivity):
             problems.append(f"connectivity={self.connectivity}: expected 4 or 8")
         return problems
+
+    @classmethod
+    def for_depth(cls, num_blocks: int) -> SCRConfig:
+        """The paper's settings for LLaVA-1.5, whose layer ranges are of 32 blocks, as shares of another depth.
+
+        Args:
+            num_blocks: Decoder blocks of the model, at least 2.
+
+        Raises:
+            ConfigurationError: If there is one block only: none is left to read attention from.
+        """
+        if num_blocks < 2:
+            raise ConfigurationError(
+                f"{num_blocks} decoder blocks: SCR needs one to edit and one to read attention from"
+            )
+        share = num_blocks / 32
+        first = max(round(8 * share), 1)
+        last = min(max(round(16 * share), first), num_blocks - 1)
+        return cls(edit_layers=(0, max(round(12 * share) - 1, 0)), attention_layers=(first, last))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that JSON can hold."""
@@ -223,6 +241,11 @@ class PredictorConfig:
         """Features of a patch that the hidden layer reads."""
         blocks = 1 + self.reads_question + {"none": 0, "both": 2}.get(self.context, 1)
         return blocks * rank + POSITION_COUNT[self.position]
+
+    def count_parameters(self) -> int:
+        """Trainable parameters of the network."""
+        assert self.rank is not None  # __post_init__ resolved it
+        return self._count(self.rank)
 
     def _count(self, rank: int) -> int:
         gate = rank * (rank + 1) if self.question == "bilinear" else 0

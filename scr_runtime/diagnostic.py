@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scr_runtime.attention import AttentionRows, MapComplete
+from scr_runtime.attention import AttentionRows, MapComplete, Selected
+from scr_runtime.checks import attention_of
 from scr_runtime.config import SCRConfig
 from scr_runtime.errors import UnsupportedModelError
-from scr_runtime.families import BATCH_DIMENSION, Family
+from scr_runtime.families import BATCH_DIMENSION, Family, uncompiled
+from scr_runtime.here import here
 from scr_runtime.layout import ImageGroup, VisualLayout
 from scr_runtime.prefix import NestedRun, Question
 
@@ -43,9 +45,11 @@ class Decoder:
         """Keeps the decoder's calls from now on; returns the undo."""
         if self.family.between_blocks is None:
             return lambda: None
+        thread = threading.get_ident()
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.call.update(kwargs)
+            if threading.get_ident() == thread:
+                self.call.update(kwargs)
 
         return self.family.decoder(model).register_forward_pre_hook(keep, with_kwargs=True).remove
 
@@ -108,7 +112,8 @@ class StateLayerOutput:
         """Runs the blocks behind ``state_layer``, up to the last attention layer, and returns the attention maps.
 
         The run has no cache and is left inside the last attention, so that its block's MLP and all later blocks
-        cost nothing. Blocks are entered through ``forward``: the hooks of the running pass don't see it.
+        cost nothing. The blocks' own hooks, a user's among them, run as in the pass: the map is that of the model
+        that answers. SCR's hooks do nothing there.
 
         Args:
             rows: Batch rows to run; ``None`` for all.
@@ -120,11 +125,11 @@ class StateLayerOutput:
         Raises:
             UnsupportedModelError: If the blocks' masks differ, or their attention was changed after attaching.
         """
-        self._check_masks()
         call, index = self._diagnostic_call(rows)
         rows = None if index is None else rows
         hidden = self.hidden if index is None else self.hidden[index]
-        run = NestedRun(hidden, call, AttentionRows(self.config.attention_layers, self.layout.text_rows))
+        captured = AttentionRows(self.config.attention_layers, self.layout.text_rows)
+        run = NestedRun(hidden, call, captured, _cache_name(self.call))
         if self.asked is not None and self.decoder.family.tap is None:
             run = self.asked.enter(run, rows, len(self.hidden))
         self._run_blocks(run, index)
@@ -132,24 +137,13 @@ class StateLayerOutput:
             raise self._nothing_captured()
         return self._maps(run.finish(run.captured.total), rows)
 
-    def _check_masks(self) -> None:
-        """The run has one block's mask for all blocks, so that they have to be of one kind."""
-        start, last = self.config.state_layer, self.config.attention_layers[1]
-        attention = getattr(self.decoder.blocks[0], "self_attn", None)
-        kinds: list[str] = getattr(getattr(attention, "config", None), "layer_types", None) or []
-        if len(set(kinds[start : last + 1])) > 1:
-            raise UnsupportedModelError(
-                f"blocks {start}-{last} mix attention of different reach ({sorted(set(kinds))}); the diagnostic run "
-                "knows the mask of one. Use mode='one-pass' or 'uniform'."
-            )
-
     def _diagnostic_call(self, rows: list[int] | None) -> tuple[dict[str, Any], Tensor | None]:
         """The block's arguments for some batch rows, without its cache; and [b] which, ``None`` for all.
 
         All rows are taken where an argument's batch dimension is unknown: slower, and as exact.
         """
         call = dict(self.call)
-        call |= {key: None for key in ("past_key_values", "past_key_value") if key in call}
+        call |= {key: None for key, value in call.items() if key in CACHE_NAMES or is_cache(value)}
         call |= {key: False for key in ("use_cache", "output_attentions") if key in call}
         mask = call.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 4:
@@ -166,26 +160,36 @@ class StateLayerOutput:
     def _run_blocks(self, run: NestedRun, index: Tensor | None) -> None:
         """Enters the blocks with ``run`` for the batch rows ``index``; fills ``run.captured``."""
         start, family = self.config.state_layer, self.decoder.family
-        add = family.between_blocks(self.decoder.call) if family.between_blocks is not None else None
+        add = None
+        if family.between_blocks is not None:
+            if not self.decoder.call:
+                raise UnsupportedModelError(
+                    "the decoder's own call was not seen, so what it adds between its blocks is unknown: is it "
+                    "compiled as a whole? Compile its blocks one by one."
+                )
+            add = family.between_blocks(self.decoder.call)
 
         def enter() -> None:
             hidden = run.hidden
             for layer, block in enumerate(list(self.decoder.blocks)[start:], start):
-                if layer > start:
-                    hidden = residual_stream(block.forward(hidden, **run.kwargs))
+                if layer > start:  # not through __call__, which may be compiled as a whole
+                    hidden = residual_stream(nn.Module._call_impl(block, hidden, **run.kwargs))
                 if add is not None:
                     hidden = add(layer, hidden, index)
 
-        with ExitStack() as stack:
-            if family.tap is None:
-                run.kwargs["scr_rows"] = run.captured
-            else:
-                for layer, block in enumerate(self.decoder.blocks):
-                    stack.callback(family.tap(block, layer, run.captured))
+        blocks = list(self.decoder.blocks)
+        if family.tap is None and all(map(_takes_any_keyword, blocks[start + 1 :])):
+            run.kwargs["scr_rows"] = run.captured  # for compiled blocks, whose attention can't read ``here``
+        outer = here.prefill, here.rows
+        try:
+            here.prefill, here.rows = None, run.captured
             # An empty context: transformers collects output_attentions through a context variable, and the
             # diagnostic's own must not be among them.
-            with suppress(MapComplete):
-                Context().run(enter)
+            Context().run(enter)
+        except MapComplete:
+            pass
+        finally:
+            here.prefill, here.rows = outer
 
     def _nothing_captured(self) -> UnsupportedModelError:
         """``check_depth`` has seen that the layers exist, so their attention was not the one that is read."""
@@ -194,10 +198,16 @@ class StateLayerOutput:
                 "the blocks' attention did not pass where its q and k are read (a fused kernel?); load the model "
                 "with its plain attention, or use mode='one-pass' or 'uniform'"
             )
-        block: Any = self.decoder.blocks[0]
+        attention: Any = attention_of(self.decoder.blocks[self.config.attention_layers[0]])
+        implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+        if isinstance(implementation, Selected):
+            return UnsupportedModelError(
+                f"the attention of {type(self.decoder.blocks[0]).__name__} was not seen by its implementation "
+                f"{implementation.before!r}: its blocks work otherwise. Use mode='one-pass' or 'uniform'."
+            )
         return UnsupportedModelError(
-            f"the attention implementation was changed to {block.self_attn.config._attn_implementation!r} while SCR "
-            "was attached; detach, change it, and attach again"
+            f"the attention implementation was changed to {implementation!r} while SCR was attached; detach, change "
+            "it, and attach again"
         )
 
     def _maps(self, total: Tensor, rows: list[int] | None) -> list[Tensor]:
@@ -215,6 +225,24 @@ class StateLayerOutput:
             columns = torch.bmm(group.text_weights[:, None, :], total[source]).squeeze(1)  # [I, S]
             maps.append(columns.gather(1, group.positions % length) / (last - first + 1))
         return maps
+
+
+CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
+
+
+def is_cache(value: Any) -> bool:
+    """Whether an argument of a block is a cache, whatever its name."""
+    return callable(getattr(value, "get_seq_length", None))
+
+
+def _cache_name(call: Mapping[str, Any]) -> str | None:
+    named = [key for key, value in call.items() if is_cache(value)]
+    return next(iter(named), next((key for key in CACHE_NAMES if key in call), None))
+
+
+def _takes_any_keyword(block: nn.Module) -> bool:
+    parameters = inspect.signature(uncompiled(block).forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 class UnknownBatchDimension(Exception):  # noqa: N818 - a signal, not an error

@@ -10,46 +10,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from scr_runtime.attention import AttentionRows
+from scr_runtime import grids
 from scr_runtime.errors import PrefillError, UnsupportedModelError
-from scr_runtime.redistribute import Grid
+from scr_runtime.grids import ImageGrid
+from scr_runtime.here import here
+from scr_runtime.shadows import Around, Inner
 
 BetweenBlocks = Callable[[int, Tensor, Tensor | None], Tensor]
 """(index of the block that ran, its output [b, S, d], rows of the batch [b] or None for all) -> the next input."""
 
-Tap = Callable[[nn.Module, int, AttentionRows], Callable[[], None]]
-"""(block, its index, where to read to) -> the undo: makes the block's attention show its q and k."""
-
-
-@dataclass(frozen=True)
-class ImageGrid:
-    """The patch grid of one image, tile or thumbnail, and the visual tokens around it that are no patches.
-
-    Attributes:
-        grid: Rows and columns of patches.
-        skip: Visual tokens before the first patch (a class token), never edited.
-        row_end: Visual tokens after each row of patches (a newline), never edited.
-        tail: Visual tokens after the last row, never edited.
-    """
-
-    grid: Grid
-    skip: int = 0
-    row_end: int = 0
-    tail: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Visual tokens that the image takes in the prompt."""
-        return self.skip + self.grid[0] * (self.grid[1] + self.row_end) + self.tail
-
-    def patches(self, positions: Tensor) -> Tensor:
-        """[..., N] positions of the patches, out of the [..., tokens] positions of all the image's tokens."""
-        rows, columns = self.grid
-        body = positions[..., self.skip : positions.shape[-1] - self.tail]
-        return body.unflatten(-1, (rows, columns + self.row_end))[..., :columns].flatten(-2)
+Tap = Callable[[nn.Module, int], tuple[nn.Module, str, Around]]
+"""(block, its index) -> the shadow that shows ``here.rows`` the q and k of its attention: module, method, wrapper."""
 
 
 # -- visual tokens ---------------------------------------------------------------------------------------------------
@@ -68,159 +41,6 @@ def is_image_prefill(call: Mapping[str, Any]) -> bool:
             "give single frames as images."
         )
     return call.get("pixel_values") is not None or encoded.get("image") is not None
-
-
-def _placeholders(model: Any, input_ids: Tensor) -> Tensor:
-    return input_ids == model.config.image_token_id
-
-
-# -- grids -----------------------------------------------------------------------------------------------------------
-
-
-def _encoded_lengths(call: Mapping[str, Any]) -> list[int] | None:
-    """Visual tokens of each image whose features ``generate`` has computed already; ``None`` where it has not."""
-    encoded = (call.get("mm_encoder_outputs") or {}).get("image")
-    return None if encoded is None else [feature.shape[-2] for feature in encoded.pooler_output]
-
-
-def _mismatch(found: list[int], expected: list[int]) -> PrefillError:
-    return PrefillError(
-        f"images came with {sorted(set(found))} visual tokens, but their grids have {sorted(set(expected))} "
-        f"({len(found)} and {len(expected)} images). A chunked prefill splits images: set prefill_chunk_size=None. "
-        "An image of a size that the model's config doesn't name has no known grid."
-    )
-
-
-def _same_grid(grid: ImageGrid, call: Mapping[str, Any]) -> list[ImageGrid]:
-    """For families in which every image has the same grid."""
-    lengths = _encoded_lengths(call)
-    if lengths is None:
-        return [grid] * len(call["pixel_values"])
-    if set(lengths) - {grid.tokens}:
-        raise _mismatch(lengths, [grid.tokens] * len(lengths))
-    return [grid] * len(lengths)
-
-
-def _own_grids(images: list[list[ImageGrid]], model: Any, call: Mapping[str, Any]) -> list[ImageGrid]:
-    """For families in which each image has its own grids; repeats them as ``generate`` does for beams."""
-    lengths = _encoded_lengths(call)
-    if lengths is not None and len(lengths) > len(images):
-        # Each prompt's images are repeated as a group, so how many a prompt has matters: transformers waits for
-        # the device to count them too, and only where there are beams.
-        copies = len(lengths) // len(images)
-        queue, images = list(reversed(images)), []
-        for tokens in _placeholders(model, call["input_ids"]).sum(-1).tolist()[::copies]:
-            group: list[list[ImageGrid]] = []
-            while tokens > 0 and queue:
-                group.append(queue.pop())
-                tokens -= sum(grid.tokens for grid in group[-1])
-            images += group * copies
-    expected = [sum(grid.tokens for grid in image) for image in images]
-    if lengths is not None and lengths != expected:
-        raise _mismatch(lengths, expected)
-    return [grid for image in images for grid in image]
-
-
-def _needed(call: Mapping[str, Any], key: str) -> list[list[int]]:
-    """A small table of sizes, as a list. The model reads it on the host too, before it does anything else."""
-    table: Tensor | None = call.get(key)
-    if table is None:
-        raise PrefillError(
-            f"the patch grid of an image is unknown: {key} is missing. The processor returns it; pass it to "
-            "forward or generate, beside mm_encoder_outputs too."
-        )
-    return table.tolist()
-
-
-_CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # tokens of a vision tower before its patches
-
-
-def _tower(model: Any, call: Mapping[str, Any]) -> tuple[int, int]:
-    """Patches along one side of a tile, and tokens before the first patch, of LLaVA's vision towers."""
-    vision = model.config.vision_config
-    strategy = call.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy
-    before: int | None = _CLASS_TOKENS.get(vision.model_type)
-    if before is None or (strategy == "default" and before == 0):
-        raise PrefillError(
-            f"the patch grid of vision tower {vision.model_type!r} with vision_feature_select_strategy={strategy!r} "
-            f"is unknown; known towers and their class tokens: {_CLASS_TOKENS} ('default' drops one)."
-        )
-    return vision.image_size // vision.patch_size, before - (strategy == "default")
-
-
-def _llava_grids(model: Any, call: Mapping[str, Any]) -> list[ImageGrid]:
-    """LLaVA-1.5: a square grid of image_size / patch_size; strategy "full" keeps the class token first."""
-    side, before = _tower(model, call)
-    return _same_grid(ImageGrid((side, side), skip=before), call)
-
-
-def _anyres_grids(model: Any, call: Mapping[str, Any], shrink: Callable[[Grid, int], Grid]) -> list[ImageGrid]:
-    """LLaVA-NeXT: a thumbnail, then the tiles joined into one grid without padding, a newline after each row."""
-    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
-
-    side, before = _tower(model, call)
-    if before:
-        raise PrefillError("tiles with a class token have no grid; set vision_feature_select_strategy='default'")
-    config, thumbnail = model.config, ImageGrid((side, side))
-    per_prompt: Any = call.get("batch_num_images")  # LLaVA-OneVision tiles an image only where it is the only one
-    per_prompt = [] if per_prompt is None else torch.as_tensor(per_prompt).tolist()
-    tiled = [count == 1 for count in per_prompt for _ in range(count)]
-    images: list[list[ImageGrid]] = []
-    for index, (height, width) in enumerate(_needed(call, "image_sizes")):
-        if tiled and not tiled[index]:
-            images.append([ImageGrid((side, side), tail=1)])
-            continue
-        pinpoints, tile = config.image_grid_pinpoints, config.vision_config.image_size
-        rows, columns = get_anyres_image_grid_shape((height, width), pinpoints, tile)
-        joined = torch.empty(1, rows * side, columns * side, device="meta")
-        rows, columns = unpad_image(joined, (height, width)).shape[1:]
-        images.append([thumbnail, ImageGrid(shrink((rows, columns), side), row_end=1)])
-    return _own_grids(images, model, call)
-
-
-def _llava_next_grids(model: Any, call: Mapping[str, Any]) -> list[ImageGrid]:
-    return _anyres_grids(model, call, lambda grid, side: grid)
-
-
-def _llava_onevision_grids(model: Any, call: Mapping[str, Any]) -> list[ImageGrid]:
-    """LLaVA-OneVision: LLaVA-NeXT's, and a joined grid of more than 9 tiles is scaled down."""
-    most = int(model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
-
-    def shrink(grid: Grid, side: int) -> Grid:
-        ratio = math.sqrt(grid[0] * grid[1] / (most * side**2))
-        return (int(grid[0] // ratio), int(grid[1] // ratio)) if ratio > 1.1 else grid
-
-    return _anyres_grids(model, call, shrink)
-
-
-def _qwen_vl_grids(model: Any, call: Mapping[str, Any]) -> list[ImageGrid]:
-    """Qwen2-VL and later: image_grid_thw counts vision patches, merge_size x merge_size of which are one token."""
-    merge: int = model.config.vision_config.spatial_merge_size
-    images: list[list[ImageGrid]] = []
-    for frames, rows, columns in _needed(call, "image_grid_thw"):
-        if frames != 1:
-            raise PrefillError(f"image_grid_thw counts {frames} frames: that is a video, not an image")
-        images.append([ImageGrid((rows // merge, columns // merge))])
-    return _own_grids(images, model, call)
-
-
-def _chameleon_grids(model: Any, call: Mapping[str, Any]) -> list[ImageGrid]:
-    """Chameleon: one VQ token per 16 x 16 pixels (the encoder halves the image between its resolutions)."""
-    vision = model.config.vq_config
-    side = vision.resolution // 2 ** (len(vision.channel_multiplier) - 1)
-    return _same_grid(ImageGrid((side, side)), call)
-
-
-def _internvl_grids(model: Any, call: Mapping[str, Any]) -> list[ImageGrid]:
-    """InternVL: each tile has a grid, and so has the thumbnail; how tiles lie is not in the inputs."""
-    vision = model.config.vision_config
-    ratio = model.config.downsample_ratio
-    (height, width), (patch_height, patch_width) = (_pair(vision.image_size), _pair(vision.patch_size))
-    return _same_grid(ImageGrid((int(height // patch_height * ratio), int(width // patch_width * ratio))), call)
-
-
-def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 # -- Qwen3-VL: DeepStack ---------------------------------------------------------------------------------------------
@@ -267,25 +87,30 @@ def _qwen_brings_images(model: Any, call: Mapping[str, Any]) -> bool:
     return bool((call["input_ids"] == model.config.visual["image_start_id"]).any())
 
 
-def _qwen_grids(model: Any, call: Mapping[str, Any]) -> list[ImageGrid]:
+def _qwen_grid(model: Any, call: Mapping[str, Any]) -> ImageGrid:
     """256 resampler queries, whose position embedding is that of a 16 x 16 grid."""
-    visual: Mapping[str, Any] = model.config.visual
-    side = math.isqrt(visual.get("n_queries", 256))
-    return [ImageGrid((side, side))] * int((call["input_ids"] == visual["image_start_id"]).sum())
+    side = math.isqrt(model.config.visual.get("n_queries", 256))
+    return ImageGrid((side, side))
 
 
-def _qwen_tap(block: Any, layer: int, rows: AttentionRows) -> Callable[[], None]:
-    """Its attention is no transformers interface: the method that gets q and k is shadowed during the run."""
-    attention = block.attn
-    inner = attention._attn
+def _qwen_grids(model: Any, call: Mapping[str, Any]) -> list[ImageGrid]:
+    images = int((call["input_ids"] == model.config.visual["image_start_id"]).sum())
+    return [_qwen_grid(model, call)] * images
 
-    def show(query: Tensor, key: Tensor, value: Tensor, causal: Any, attention_mask: Tensor | None, *rest: Any) -> Any:
-        kept = None if attention_mask is None else attention_mask[:, 0, 0] >= 0  # [B, S], from additive [B, 1, 1, S]
-        rows.read(layer, query, key, kept, None)
-        return inner(query, key, value, causal, attention_mask, *rest)
 
-    attention.__dict__["_attn"] = show
-    return lambda: attention.__dict__.pop("_attn", None)
+def _qwen_tap(block: Any, layer: int) -> tuple[nn.Module, str, Around]:
+    """Its attention is no transformers interface: the method that gets q and k is shadowed."""
+
+    def show(inner: Inner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rows = here.rows
+        if rows is not None:
+            query, key, _, _, attention_mask = args[:5]
+            # [B, S] of kept positions, from additive [B, 1, 1, S]
+            kept = None if attention_mask is None else attention_mask[:, 0, 0] >= 0
+            rows.read(layer, query, key, kept, None)
+        return inner(*args, **kwargs)
+
+    return block.attn, "_attn", show
 
 
 # -- the table -------------------------------------------------------------------------------------------------------
@@ -293,6 +118,18 @@ def _qwen_tap(block: Any, layer: int, rows: AttentionRows) -> Callable[[], None]
 
 def _brings_images(model: Any, call: Mapping[str, Any]) -> bool:
     return is_image_prefill(call)
+
+
+GridOf = Callable[[Any, Mapping[str, Any]], ImageGrid]
+
+
+def _one_grid(grid: GridOf) -> dict[str, Any]:
+    """For families in which every image has the same grid: it is known before any call."""
+
+    def image_grids(model: Any, call: Mapping[str, Any]) -> list[ImageGrid]:
+        return grids.same_grid(grid(model, call), call)
+
+    return {"image_grids": image_grids, "fixed_grid": grid}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,11 +140,15 @@ class Family:
         name: ``config.model_type``; predictor folders and error messages use it.
         image_grids: Model and the call's keyword arguments (``generate``'s own among them) -> one grid per image
             or tile, in order of appearance.
+        fixed_grid: Model and keyword arguments -> the grid of every image; ``None`` where images have grids of their
+            own.
+        base: Model -> the module whose forward turns images and tokens into states: every way into the model leads
+            through it.
         blocks: Model -> its decoder blocks, in order.
         text_config: Model -> the config object that its decoder's attention reads.
         visual_tokens: Model and input_ids [B, S] -> [B, S] bool, the positions that image features take.
         brings_images: Model and a forward call's keyword arguments -> whether this is a prefill with images.
-        decoder: Model -> the module that calls the blocks.
+        decoder: Model -> the module that calls the blocks; the base itself in some families.
         between_blocks: Keyword arguments of the decoder's call -> what it does to the residual stream between
             its blocks; ``None`` if it does nothing.
         tap: For attention that is no transformers interface; ``None`` for one that is.
@@ -318,9 +159,11 @@ class Family:
 
     name: str
     image_grids: Callable[[Any, Mapping[str, Any]], list[ImageGrid]]
+    fixed_grid: GridOf | None = None
+    base: Callable[[Any], nn.Module] = lambda model: model.model
     blocks: Callable[[Any], nn.ModuleList] = lambda model: model.model.language_model.layers
     text_config: Callable[[Any], Any] = lambda model: model.model.language_model.config
-    visual_tokens: Callable[[Any, Tensor], Tensor] = _placeholders
+    visual_tokens: Callable[[Any, Tensor], Tensor] = grids.placeholders
     brings_images: Callable[[Any, Mapping[str, Any]], bool] = _brings_images
     decoder: Callable[[Any], nn.Module] = lambda model: model.model.language_model
     between_blocks: Callable[[Mapping[str, Any]], BetweenBlocks | None] | None = None
@@ -331,26 +174,30 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family(name="llava", image_grids=_llava_grids, packs=True),
-        Family(name="llava_next", image_grids=_llava_next_grids),
-        Family(name="llava_onevision", image_grids=_llava_onevision_grids),
-        Family(name="qwen2_vl", image_grids=_qwen_vl_grids),
-        Family(name="qwen2_5_vl", image_grids=_qwen_vl_grids),
-        Family(name="qwen3_vl", image_grids=_qwen_vl_grids, between_blocks=_deepstack),
+        Family(name="llava", packs=True, **_one_grid(grids.llava_grid)),
+        Family(name="llava_next", image_grids=grids.llava_next_grids),
+        Family(name="llava_onevision", image_grids=grids.llava_onevision_grids),
+        Family(name="qwen2_vl", image_grids=grids.qwen_vl_grids),
+        Family(name="qwen2_5_vl", image_grids=grids.qwen_vl_grids),
+        Family(name="qwen3_vl", image_grids=grids.qwen_vl_grids, between_blocks=_deepstack),
         Family(
             name="chameleon",
-            image_grids=_chameleon_grids,
+            **_one_grid(grids.chameleon_grid),
             blocks=lambda model: model.model.layers,
             text_config=lambda model: model.config,
+            decoder=lambda model: model.model,
         ),
-        Family(name="internvl", image_grids=_internvl_grids),
+        Family(name="internvl", **_one_grid(grids.internvl_grid)),
         Family(
             name="qwen",
             image_grids=_qwen_grids,
+            fixed_grid=_qwen_grid,
+            base=lambda model: model.transformer,
             blocks=_qwen_blocks,
             text_config=lambda model: model.config,
             visual_tokens=_qwen_visual_tokens,
             brings_images=_qwen_brings_images,
+            decoder=lambda model: model.transformer,
             tap=_qwen_tap,
         ),
     )
@@ -387,3 +234,73 @@ def family_of(model: nn.Module) -> Family:
             "scr_runtime/families.py; docs/families.md shows how."
         )
     return family
+
+
+def blocks_of(model: Any) -> nn.ModuleList:
+    """A model's decoder blocks, in order.
+
+    Raises:
+        UnsupportedModelError: If its decoder keeps them elsewhere than the family's decoders do.
+    """
+    try:
+        blocks = family_of(model).blocks(model)
+        assert isinstance(blocks, nn.ModuleList)
+    except (AttributeError, AssertionError):
+        decoder = next((module for module in model.modules() if "language_model" in module._modules), model)
+        name = type(decoder._modules.get("language_model", decoder)).__name__
+        raise UnsupportedModelError(
+            f"the decoder of this {type(model).__name__} ({name}) keeps its blocks elsewhere than SCR's entry for "
+            f"{family_of(model).name!r} says (scr_runtime/families.py): it is not a decoder that SCR knows"
+        ) from None
+    return blocks
+
+
+def uncompiled(module: nn.Module) -> Any:
+    """The module that ``torch.compile`` was given, or the module itself."""
+    return module._modules.get("_orig_mod", module)
+
+
+def generative_model(given: Any) -> Any:
+    """The one model of a supported family in a wrapper: a compiled, a parallel, a PEFT model, or any other module.
+
+    Args:
+        given: The model itself, or a module that holds it.
+
+    Raises:
+        UnsupportedModelError: If there is none, or several, or ``given`` is no torch module.
+    """
+    if not isinstance(given, nn.Module):
+        inside = " Pass the model in it: its .model." if isinstance(getattr(given, "model", None), nn.Module) else ""
+        raise UnsupportedModelError(
+            f"{type(given).__name__} is not a torch module, and so no model SCR knows.{inside}"
+        )
+    if _is_generative(given) and not any(map(_is_generative, given.children())):
+        return given
+    found = [module for module in given.modules() if _is_generative(module)]
+    inside = [{id(module) for module in outer.modules()} - {id(outer)} for outer in found]
+    found = [outer for outer, held in zip(found, inside, strict=True) if not held & set(map(id, found))]
+    if len(found) > 1:
+        names = sorted(type(module).__name__ for module in found)
+        raise UnsupportedModelError(
+            f"{type(given).__name__} holds {len(found)} models that SCR knows ({', '.join(names)}): attach to one of "
+            "them"
+        )
+    if found:
+        return found[0]
+    family_of(given)  # raises, with the supported types, for most modules that hold no such model
+    raise UnsupportedModelError(
+        f"{type(given).__name__} holds no model that SCR knows: its config names one, but the model is not among its "
+        "modules. Pass the transformers model itself."
+    )
+
+
+def _is_generative(module: nn.Module) -> bool:
+    """Whether a module is a model of a supported family itself: what a wrapper passes on doesn't count."""
+    family = FAMILIES.get(str(getattr(getattr(module, "config", None), "model_type", None)))
+    if family is None or not callable(getattr(type(module), "generate", None)):
+        return False
+    try:
+        base = family.base(module)
+    except AttributeError:
+        return False
+    return any(child is base for child in module._modules.values())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from scr_runtime.errors import PrefillError
-from scr_runtime.families import ImageGrid
+from scr_runtime.grids import ImageGrid
 from scr_runtime.redistribute import Grid
 
 
@@ -43,6 +43,7 @@ class VisualLayout:
     Attributes:
         text_rows: T, how many of the last query positions can hold text after an image.
         groups: The images by grid.
+        copy_of: Per image, the first image that it is a copy of, as beams make them; ``None`` without copies.
         edge: [2] uint8, still on the device: whether the last token that images take is visual, whether one is left
             over; [1] where images take the whole batch. 2 where an image does not lie within one row.
     """
@@ -50,6 +51,7 @@ class VisualLayout:
     text_rows: int
     groups: list[ImageGroup]
     edge: Tensor
+    copy_of: list[int] | None = None
 
     @staticmethod
     def fits(edge: list[int]) -> bool:
@@ -61,12 +63,32 @@ class VisualLayout:
         """Images in the prefill."""
         return sum(len(group.images) for group in self.groups)
 
+    def firsts(self, group: ImageGroup) -> list[int]:
+        """The places in a group of the images that are no copies of others in it."""
+        copy_of = self.copy_of
+        return [place for place, image in enumerate(group.images) if copy_of is None or copy_of[image] == image]
+
+    def with_copies(self, copies: int) -> VisualLayout:
+        """This layout, where the batch holds each prompt ``copies`` times, one after the other. Reads the device."""
+        if copies < 2:
+            return self
+        rows: dict[int, int] = {}
+        for group in self.groups:
+            rows |= zip(group.images, group.rows.tolist(), strict=True)
+        by_row: dict[int, list[int]] = {}
+        for image in sorted(rows):
+            by_row.setdefault(rows[image], []).append(image)
+        first = {image: by_row[row - row % copies][place]
+                 for row, images in by_row.items() for place, image in enumerate(images)}  # fmt: skip
+        return replace(self, copy_of=[first[image] for image in sorted(first)])
+
 
 def visual_layout(
     visual: Tensor,
     attention_mask: Tensor | Mapping[str, Tensor | None] | None,
     images: Sequence[ImageGrid],
     prompt_length: int | None = None,
+    past: int = 0,
 ) -> VisualLayout:
     """Finds every image's tokens without waiting for the device.
 
@@ -74,11 +96,12 @@ def visual_layout(
 
     Args:
         visual: [B, S] bool, the visual tokens.
-        attention_mask: [B, S] of kept positions, [B, 1, S, >= S] bool or additive, one of these per kind of
+        attention_mask: [B, >= S] of kept positions, [B, 1, S, >= S] bool or additive, one of these per kind of
             layer, or ``None``.
         images: One grid per image.
         prompt_length: Positions from here on are draft tokens of assisted decoding, or were generated: not part
             of the question. ``None`` for all.
+        past: Positions of a filled cache that come before these; the mask has columns for them.
 
     Raises:
         PrefillError: If the grids need more tokens than the prompt has.
@@ -97,7 +120,7 @@ def visual_layout(
     edge = ranked.values[total - 1 : total + 1]  # the last token taken, and the next: a count without a kernel
     tail = slice(length - text_rows, length)
     place = _positions(length, device)[tail]  # [T]
-    kept = _kept_positions(attention_mask, length)
+    kept = _kept_positions(attention_mask, length, past)
     text = ~visual[:, tail] if kept is None else kept[:, tail] > visual[:, tail]  # [B, T]
     if prompt_length is not None and prompt_length < length:
         text = text & (place < prompt_length)
@@ -138,16 +161,22 @@ def count_mismatch(layout: VisualLayout) -> PrefillError:
     )
 
 
-def _kept_positions(attention_mask: Tensor | Mapping[str, Tensor | None] | None, length: int) -> Tensor | None:
+def _kept_positions(
+    attention_mask: Tensor | Mapping[str, Tensor | None] | None, length: int, past: int
+) -> Tensor | None:
     """[B, S] of positions that are not padding, true or 1, from any mask that a forward call may bring."""
     if isinstance(attention_mask, Mapping):
-        attention_mask = attention_mask.get("full_attention")
+        masks = [attention_mask.get("full_attention"), *attention_mask.values()]
+        attention_mask = next((mask for mask in masks if mask is not None), None)
     if attention_mask is None:
         return None
-    if attention_mask.ndim == 2:
-        return attention_mask[:, :length]
-    last = attention_mask[:, 0, length - 1, :length]  # the last query sees every position but padding
-    return last if last.dtype == torch.bool else last >= 0
+    if attention_mask.ndim == 2:  # a filled cache's positions come first
+        return attention_mask[:, -length:]
+    # Whether each position sees itself: padding is seen by nobody. Its column stands behind those of the cache; a
+    # sliding cache has dropped some of them, a static cache has columns for later tokens too.
+    behind = min(past, attention_mask.shape[-1] - length)
+    own = attention_mask[:, 0].diagonal(behind, -2, -1)[:, :length]
+    return own if own.dtype == torch.bool else own >= 0
 
 
 # Kept per device, so that a prefill does not make them again; no inference tensors, which others could not use.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -11,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scr_runtime.attention import select_wrapper, takes_mask_tensor
+from scr_runtime.attention import hold, release, takes_mask_tensor, unregister_unused
+from scr_runtime.checks import attention_configs, check_decoder
 from scr_runtime.config import SCRConfig
 from scr_runtime.diagnostic import Decoder, StateLayerOutput, block_arguments, residual_stream
 from scr_runtime.errors import PrefillError
-from scr_runtime.families import Family, family_of
+from scr_runtime.families import Family, blocks_of, family_of, generative_model
+from scr_runtime.here import here
 from scr_runtime.layout import VisualLayout, count_mismatch, visual_layout
 from scr_runtime.packing import Packed, pack
-from scr_runtime.redistribute import Grid, credit_entropy
+from scr_runtime.redistribute import Grid, credit_entropy, state_norms
+from scr_runtime.shadows import Shadows
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Capture:
     entropy: float
 
 
-class _Captured(Exception):  # noqa: N818 - a signal, not an error
-    """Leaves the model once the diagnostic run inside the state layer is done."""
+class _Captured(BaseException):
+    """Leaves the model once the diagnostic run inside the state layer is done; no ``except Exception`` stops it."""
 
 
 @torch.no_grad()
@@ -52,7 +56,7 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows
     """Runs vision tower, state layer and the diagnostic blocks of a batch; never an edit, later blocks or the head.
 
     Args:
-        model: A model of a supported family in eval mode, without an SCR attached.
+        model: A model of a supported family in eval mode, or a module that wraps one.
         config: Which block's states and which layers' attention to read.
         inputs: Keyword arguments of the model's forward, as its processor returns them.
         rows_per_image: More than 1: each image of ``pixel_values`` serves so many successive rows, which hold one
@@ -66,10 +70,13 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows
     Raises:
         PrefillError: If the batch has no image, or its visual tokens don't fit the images.
         ConfigurationError: If the layers are beyond the model's depth.
+        UnsupportedModelError: If the attention of the model's decoder can't be read.
     """
+    model = generative_model(model)
     family = family_of(model)
-    decoder = Decoder(family, family.blocks(model))
+    decoder = Decoder(family, blocks_of(model))
     config.check_depth(len(decoder.blocks))
+    check_decoder(model, family, config)
     if not family.brings_images(model, inputs) or not bool(family.visual_tokens(model, inputs["input_ids"]).any()):
         raise PrefillError(
             "a prompt without an image: the diagnostic run needs pixel_values and an image placeholder in the text"
@@ -82,27 +89,47 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows
         inputs = {**inputs, **{k: getattr(packed, k) for k in ("input_ids", "position_ids", "attention_mask")}}
     layout = _layout(model, family, inputs, packed)
     captures: list[Capture] = []
+    thread = threading.get_ident()
 
-    def after_state_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def after_state_layer(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        kwargs, output = rest if len(rest) == 2 else ({}, rest[-1])
+        if threading.get_ident() != thread or residual_stream(output).shape[:2] != inputs["input_ids"].shape:
+            return  # another call of this model, in another thread or in a user's hook
         call = block_arguments(module, args, kwargs)
         captures.extend(_captures(StateLayerOutput(residual_stream(output), layout, config, decoder, call)))
         raise _Captured
 
     with ExitStack() as stack:
-        if family.tap is None:
-            stack.callback(select_wrapper(family.text_config(model)))
+        _show_attention(model, family, stack)
         stack.callback(decoder.keep_call(model))
         hook = decoder.blocks[config.state_layer].register_forward_hook(after_state_layer, with_kwargs=True)
         stack.callback(hook.remove)
         try:
+            here.captures = True
             model(**{**inputs, "use_cache": False})
         except _Captured:
             if packed is not None:  # one image per row
                 captures = [replace(one, row=row) for row, one in enumerate(captures)]
             return captures
+        finally:
+            here.captures = False
     raise PrefillError(
         f"the model ran to its end without passing block {config.state_layer}'s hook; is it compiled as a whole?"
     )
+
+
+def _show_attention(model: nn.Module, family: Family, stack: ExitStack) -> None:
+    """Makes the decoder's attention readable until the stack is closed."""
+    owner, shadows = object(), Shadows()
+    stack.callback(unregister_unused)
+    stack.callback(release, owner)
+    stack.callback(shadows.remove)
+    if family.tap is None:
+        for config in attention_configs(model, family):
+            hold(config, owner)
+    else:
+        for layer, block in enumerate(blocks_of(model)):
+            shadows.add(*family.tap(block, layer))
 
 
 def _captures(state: StateLayerOutput) -> list[Capture]:
@@ -110,7 +137,7 @@ def _captures(state: StateLayerOutput) -> list[Capture]:
     found: dict[int, Capture] = {}
     for group, attention in zip(state.layout.groups, state.diagnose(), strict=True):
         states, question = state.states(group), state.question(group)
-        entropies = credit_entropy(torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)).tolist()
+        entropies = credit_entropy(state_norms(states)).tolist()
         for index, (image, row, entropy) in enumerate(zip(group.images, group.rows.tolist(), entropies, strict=True)):
             found[image] = Capture(row, states[index], attention[index], question[index], group.grid, entropy)
     return [found[image] for image in sorted(found)]

@@ -5,6 +5,8 @@ Training and deployment share this one definition.
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scr_runtime.confidence import Judgement, check_calibration, check_drift, drift_ratio, interpolate
-from scr_runtime.config import FREQUENCIES, PredictorConfig
+from scr_runtime.config import FREQUENCIES, PositionFeatures, PredictorConfig
 from scr_runtime.redistribute import Grid
 from scr_runtime.rule import SourceRule
+
+_KEPT_GRIDS = 64
 
 
 class _Fold(NamedTuple):
@@ -62,18 +66,18 @@ class SourcePredictor(nn.Module):
         self.drift_limit: float | None = None
         size, rank = config.hidden_size, config.rank
         assert rank is not None  # __post_init__ resolved it
-        self.project = nn.Linear(size, rank, bias=False)  # V
-        self.gate = nn.Linear(rank, rank) if config.question == "bilinear" else None  # g
-        self.weights = nn.Linear(rank, config.components) if config.components > 1 else None  # a
-        self.hidden = nn.Linear(config.features(rank), config.width)  # U
-        self.score = nn.Linear(config.width, config.components)  # W
+        wide: dict[str, Any] = {"dtype": torch.float32}  # whatever the default is
+        self.project = nn.Linear(size, rank, bias=False, **wide)  # V
+        self.gate = nn.Linear(rank, rank, **wide) if config.question == "bilinear" else None  # g
+        self.weights = nn.Linear(rank, config.components, **wide) if config.components > 1 else None  # a
+        self.hidden = nn.Linear(config.features(rank), config.width, **wide)  # U
+        self.score = nn.Linear(config.width, config.components, **wide)  # W
         for name in ("state", "question"):
-            self.register_buffer(f"{name}_mean", torch.zeros(size))
-            self.register_buffer(f"{name}_std", torch.ones(size))
-        self.register_buffer("temperature", torch.tensor(1.0))
-        self.register_buffer("calibration_raw", torch.tensor([0.0, 1.0]))
-        self.register_buffer("calibration_expected", torch.tensor([0.0, 1.0]))
-        self._positions: dict[tuple[Grid, torch.device], Tensor] = {}
+            self.register_buffer(f"{name}_mean", torch.zeros(size, **wide))
+            self.register_buffer(f"{name}_std", torch.ones(size, **wide))
+        self.register_buffer("temperature", torch.tensor(1.0, **wide))
+        self.register_buffer("calibration_raw", torch.tensor([0.0, 1.0], **wide))
+        self.register_buffer("calibration_expected", torch.tensor([0.0, 1.0], **wide))
         self._kept_fold: tuple[tuple[object, ...], _Fold] | None = None
 
     def forward(self, states: Tensor, grid: Grid, question: Tensor | None = None) -> Tensor:
@@ -130,7 +134,7 @@ class SourcePredictor(nn.Module):
             spread: [I] as ``score_and_spread`` returns it; ``None`` if it was not measured: no image has drifted then.
             rule: How sources are chosen from the scores.
         """
-        confidence = self.calibrate(rule.confidence(scores, self.temperature))
+        confidence = self.calibrate(rule.confidence(scores, self.temperature.to(scores.device)))
         drift = torch.ones_like(confidence) if spread is None else self.drift(spread)
         if spread is None or self.drift_limit is None:
             return Judgement(confidence, drift, torch.zeros_like(confidence, dtype=torch.bool))
@@ -164,7 +168,8 @@ class SourcePredictor(nn.Module):
             around = functional.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
             features.append(around.permute(0, 2, 3, 1).flatten(1, 2))
         if self.config.position != "none":
-            features.append(self._position_features(grid, states.device).expand(batch, -1, -1))
+            places = _position_features(grid, self.config.position, states.device)
+            features.append(places.expand(batch, -1, -1))
         features = torch.cat(features, dim=-1) if len(features) > 1 else patch
         return features, weights if self.weights is not None else None
 
@@ -241,13 +246,24 @@ class SourcePredictor(nn.Module):
             temperature: Of the raw confidences, see ``SourceRule.confidence``.
 
         Raises:
-            ValueError: If the knots are not ascending or differ in number, or the temperature is not over 0.
+            ValueError: If the knots are not finite, not ascending or differ in number, the temperature is not over 0,
+                or the threshold is not finite.
         """
         check_calibration(raw, expected, temperature)
+        if not math.isfinite(threshold):
+            raise ValueError(f"threshold {threshold}: expected a finite number")
         self.calibration_raw = raw.float().to(self.calibration_raw.device)
         self.calibration_expected = expected.float().to(self.calibration_raw.device)
         self.temperature.fill_(temperature)
         self.threshold = float(threshold)
+
+    def check_calibration(self) -> None:
+        """Checks the stored calibration.
+
+        Raises:
+            ValueError: If ``set_calibration`` would not have stored it.
+        """
+        check_calibration(self.calibration_raw, self.calibration_expected, float(self.temperature))
 
     def set_drift(self, typical: float, limit: float) -> None:
         """Stores the drift guard.
@@ -270,20 +286,20 @@ class SourcePredictor(nn.Module):
         """Number of parameters that a fit trains, without buffers (statistics, calibration)."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def _position_features(self, grid: Grid, device: torch.device) -> Tensor:
-        """[N, P] features of the patches' places, each within [-1, 1]."""
-        key = (grid, device)
-        if key not in self._positions:
-            rows, columns = grid
-            row = torch.linspace(-1, 1, rows)[:, None].expand(rows, columns)
-            column = torch.linspace(-1, 1, columns)[None, :].expand(rows, columns)
-            features = [row, column, 1 - torch.maximum(row.abs(), column.abs())]
-            if self.config.position == "fourier":
-                features += [
-                    wave(torch.pi * frequency * axis)
-                    for frequency in FREQUENCIES
-                    for axis in (row, column)
-                    for wave in (torch.sin, torch.cos)
-                ]
-            self._positions[key] = torch.stack(features, dim=-1).flatten(0, 1).to(device)
-        return self._positions[key]
+
+@functools.lru_cache(maxsize=_KEPT_GRIDS)
+@torch.inference_mode(False)
+def _position_features(grid: Grid, kind: PositionFeatures, device: torch.device) -> Tensor:
+    """[N, P] features of the patches' places, each within [-1, 1]. Kept per grid; do not write to them."""
+    rows, columns = grid
+    row = torch.linspace(-1, 1, rows, dtype=torch.float32)[:, None].expand(rows, columns)
+    column = torch.linspace(-1, 1, columns, dtype=torch.float32)[None, :].expand(rows, columns)
+    features = [row, column, 1 - torch.maximum(row.abs(), column.abs())]
+    if kind == "fourier":
+        features += [
+            wave(torch.pi * frequency * axis)
+            for frequency in FREQUENCIES
+            for axis in (row, column)
+            for wave in (torch.sin, torch.cos)
+        ]
+    return torch.stack(features, dim=-1).flatten(0, 1).to(device)

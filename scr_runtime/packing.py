@@ -73,7 +73,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor, visual: Tensor, prompts: int
     length = max(len(heads[start]) + sum(map(len, tails[start : start + prompts])) for start in starts)
     ids = torch.zeros(len(starts), length, dtype=torch.long)
     positions, segments = torch.zeros_like(ids), torch.full_like(ids, -1)  # segments: 0 image, 1.. texts, -1 padding
-    weights = torch.zeros(len(heads), length)
+    weights = torch.zeros(len(heads), length, dtype=torch.float32)
     for row, start in enumerate(starts):
         place = shared = len(heads[start])
         ids[row, :place] = torch.tensor(heads[start])

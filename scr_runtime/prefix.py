@@ -8,7 +8,7 @@ questions take their text tokens alone and attend to what was kept.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from scr_runtime.attention import AttentionRows
 from scr_runtime.errors import SessionError
+from scr_runtime.here import Turns
+from scr_runtime.payload import encoded_images
 
 logger = logging.getLogger("scr_runtime")
 
 _ROPE = "position_embeddings"
-_CACHES = ("past_key_values", "past_key_value")
+_TURNS = Turns()
 
 _Name = tuple[str, int]
 _Places = list[tuple[int, int]]  # (row of the run, column where its prefix begins)
@@ -42,8 +44,17 @@ class KeptPrefix:
 
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
-        self.rows: list[int] = []
-        self.tensors: dict[_Name, Tensor] = {}
+        self._kept: tuple[list[int], dict[_Name, Tensor]] = ([], {})  # replaced as one: other threads read it
+
+    @property
+    def rows(self) -> list[int]:
+        """The batch rows that have been diagnosed."""
+        return self._kept[0]
+
+    @property
+    def tensors(self) -> dict[_Name, Tensor]:
+        """What is kept of them, by kind and layer."""
+        return self._kept[1]
 
     @property
     def length(self) -> int:
@@ -55,17 +66,23 @@ class KeptPrefix:
         """Bytes held."""
         return sum(tensor.nbytes for tensor in (self.ids, *self.tensors.values()))
 
+    @_TURNS
     def add(self, rows: list[int], tensors: dict[_Name, Tensor]) -> None:
-        """Keeps the prefix of further batch rows."""
-        if self.rows:
-            tensors = {name: torch.cat([self.tensors[name], tensor]) for name, tensor in tensors.items()}
-        self.tensors = tensors
-        self.rows = [*self.rows, *rows]
+        """Keeps the prefix of further batch rows; of those that another thread has kept meanwhile, nothing."""
+        kept, before = self._kept
+        new = [place for place, row in enumerate(rows) if row not in kept]
+        if len(new) < len(rows):
+            tensors = {name: tensor[new] for name, tensor in tensors.items()}
+        if kept and new:
+            tensors = {name: torch.cat([before[name], tensor]) for name, tensor in tensors.items()}
+        if new:
+            self._kept = ([*kept, *(rows[place] for place in new)], tensors)
 
     def take(self, name: _Name, rows: list[int]) -> Tensor:
         """One kept tensor's batch rows; no copy where these are all rows in order."""
-        slots = [self.rows.index(row) for row in rows]
-        tensor = self.tensors[name]
+        kept, tensors = self._kept
+        slots = [kept.index(row) for row in rows]
+        tensor = tensors[name]
         return tensor if slots == list(range(len(tensor))) else tensor[slots]
 
 
@@ -77,12 +94,14 @@ class NestedRun:
         hidden: [b, S, d] or, where the prefix is kept, [b, T, d]: the last T positions.
         kwargs: Keyword arguments of the blocks.
         captured: Where attention rows are summed.
+        cache: The name of the cache among the arguments; ``None`` if they have none.
         finish: ``captured.total`` -> [b, text rows, S], as if all positions had been run.
     """
 
     hidden: Tensor
     kwargs: dict[str, Any]
     captured: AttentionRows
+    cache: str | None = None
     finish: Callable[[Tensor], Tensor] = lambda total: total
 
 
@@ -94,11 +113,36 @@ class Question:
         kept: The session's prefix.
         starts: Per batch row of the prompt, the column where the prefix begins: behind left padding.
         readable: Whether the attention implementation takes the mask that a kept prefix needs.
+        prompt: [B, S] its tokens.
+        encoded: What its prefill brings as image features: an object that no other call has.
     """
 
     kept: KeptPrefix
     starts: list[int]
     readable: bool
+    prompt: Tensor | None = None
+    encoded: Any = None
+
+    def brings(self, call: Mapping[str, Any]) -> bool:
+        """Whether a prefill brings the features that this question's prefill brings."""
+        return self.encoded is not None and encoded_images(call) is self.encoded
+
+    def is_asked_in(self, call: Mapping[str, Any], first: bool) -> bool:
+        """Whether a prefill with the question's features is the question itself, and not another prompt with them.
+
+        Args:
+            call: Keyword arguments of the prefill.
+            first: Whether it is the first prefill of the session's own ``generate``: if it is as long as the question,
+                nothing has to be compared.
+        """
+        ids: Tensor = call["input_ids"]
+        if self.prompt is None or ids is self.prompt:
+            return True
+        length = self.prompt.shape[1]
+        if ids.shape[1] < length or len(ids) % len(self.prompt):
+            return False
+        beams = len(ids) // len(self.prompt)
+        return first or torch.equal(ids[:, :length], self.prompt.to(ids).repeat_interleave(beams, 0))
 
     def enter(self, run: NestedRun, rows: Sequence[int] | None, batch: int) -> NestedRun:
         """Prepares a diagnostic run: over the new text alone where the prefix of all its rows is kept.
@@ -113,7 +157,7 @@ class Question:
         """
         beams = batch // len(self.starts)
         prompts = [row // beams for row in (range(batch) if rows is None else rows)]
-        cache = next((key for key in _CACHES if key in run.kwargs), None)
+        cache = run.cache
         if not self.readable or cache is None or not isinstance(run.kwargs.get(_ROPE), tuple):
             logger.warning("the prefix can't be kept in this model: every diagnostic run is a full one")
             return run
@@ -136,7 +180,7 @@ class Question:
             kept.add(new, tensors)
             return total
 
-        return NestedRun(run.hidden, run.kwargs, captured, finish)
+        return NestedRun(run.hidden, run.kwargs, captured, cache, finish)
 
     def _read(self, run: NestedRun, prompts: list[int], cache: str) -> NestedRun:
         """A run over the text alone, which attends to the kept prefix.
@@ -166,7 +210,7 @@ class Question:
                 full[row, start : start + early.shape[1], start:end] = early[row]  # over tokens run once more
             return full
 
-        return NestedRun(hidden[:, length - text :], kwargs, AttentionRows(captured.layers, text), finish)
+        return NestedRun(hidden[:, length - text :], kwargs, AttentionRows(captured.layers, text), cache, finish)
 
     def _check_positions(self, rope: tuple[Tensor, ...], prompts: list[int], places: _Places) -> None:
         kept = self.kept

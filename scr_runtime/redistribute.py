@@ -63,7 +63,7 @@ def claim_neighbours(sources: Tensor, grid: Grid, connectivity: int) -> tuple[Te
     if images > 1:
         patches = patches + _first_patches(images, rows * columns, sources.device)
     bids = _bids(len(patches), images, k, sources.device)  # [C + 1, I, K]
-    highest = torch.zeros(images * rows * columns, device=sources.device)
+    highest = torch.zeros(images * rows * columns, dtype=torch.float32, device=sources.device)
     highest.scatter_reduce_(0, patches.view(-1), bids.view(-1), "amax")
     return patches, highest[patches] == bids[1]
 
@@ -108,6 +108,16 @@ def apply_edit(hidden: Tensor, plan: EditPlan) -> None:
     activation = flat.index_select(0, plan.sources)  # [M, d]
     change = activation * plan.coefficients.to(flat.dtype)[:, :, None]  # [C + 1, M, d]
     flat.index_add_(0, plan.targets.view(-1), change.view(-1, flat.shape[-1]))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The float type to compute in: float32, or float64 for what is float64 already."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def state_norms(states: Tensor) -> Tensor:
+    """[I, N] float32 l2 norms of states [I, N, d] of any float dtype, the paper's proxy for credit."""
+    return torch.linalg.vector_norm(states, dim=-1, dtype=wide(states.dtype)).float()
 
 
 def credit_entropy(norms: Tensor) -> Tensor:
@@ -167,6 +177,6 @@ def _bids(rows: int, images: int, k: int, device: torch.device) -> Tensor:
 @torch.inference_mode(False)
 def _own_coefficients(rows: int, strength: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[C + 1, 1, 1]: what a source adds to itself, 1 / strength - 1; then zeros."""
-    coefficients = torch.zeros(rows, 1, 1)
+    coefficients = torch.zeros(rows, 1, 1, dtype=wide(dtype))
     coefficients[0] = 1.0 / strength - 1.0
     return coefficients.to(device, dtype)

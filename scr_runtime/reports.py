@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass
 
-import torch
-
-from scr_runtime.generate import Choice
 from scr_runtime.network import SourcePredictor
 from scr_runtime.redistribute import Grid, credit_entropy
+from scr_runtime.sources import Choice
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ImageReport:
         sources: The chosen patches in row-major order of the grid, best first.
         confidence: Calibrated expected share of true sources among them; ``None`` if no predictor was asked.
         entropy: Credit entropy of the state layer's output before the edit, eq. (2), in nats.
-        entropy_normalised: The same divided by ln N, comparable between grids.
+        entropy_normalised: The same divided by ln N, comparable between grids; 0 where N is 1.
         grid: Rows and columns of patches.
         layers_edited: The decoder blocks whose output was edited.
         drift: How many times wider or narrower the predictor's features reach than those of its fit; ``None`` if it
@@ -51,7 +51,7 @@ def report_images(
     """
     scores = choice.scores
     entropies = credit_entropy(choice.norms)  # [I]
-    normalised = entropies / torch.log(torch.tensor(float(choice.norms.shape[-1])))
+    normalised = entropies / max(math.log(choice.norms.shape[-1]), sys.float_info.min)  # ln 1 is 0, as its entropy
     judged = None
     if predictor is not None and scores.predicted is not None:
         judged = predictor.judge(scores.predicted, scores.spread, scores.rule)

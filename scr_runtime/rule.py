@@ -169,4 +169,4 @@ def _keep_apart(ranked: Tensor, eligible: Tensor, k: int, claims: Tensor) -> Ten
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _minus_infinity(device: torch.device) -> Tensor:
-    return torch.full((), float("-inf"), device=device)
+    return torch.full((), float("-inf"), dtype=torch.float32, device=device)

@@ -1,85 +1,51 @@
-"""SCR: attaches to a transformers model, finds each prefill, asks the provider, edits, and reports what it did."""
+"""SCR: attaches to a transformers model, and says what was done to its prefills."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
-import math
 import os
-import warnings
-from collections.abc import Generator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, get_args
+import threading
+import weakref
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from scr_runtime import sources as providers
-from scr_runtime.artifact import load_predictor
-from scr_runtime.attention import select_wrapper
+from scr_runtime.attention import hold, release, unregister_unused
+from scr_runtime.checks import attention_configs, check_arguments, check_decoder, check_grid
 from scr_runtime.config import Mode, SCRConfig
-from scr_runtime.deferred import DeferredChecks
-from scr_runtime.diagnostic import Decoder, StateLayerOutput, block_arguments, residual_stream
-from scr_runtime.errors import (
-    AttachError,
-    ConfigurationError,
-    EditNotFiredError,
-    NonFiniteScoresError,
-    PredictorError,
-    PrefillError,
-    UnsupportedModelError,
-)
-from scr_runtime.families import family_of
-from scr_runtime.generate import Choice, GenerateShadow
-from scr_runtime.identity import usable_predictor
-from scr_runtime.layout import VisualLayout, count_mismatch, visual_layout
+from scr_runtime.errors import AttachError
+from scr_runtime.families import blocks_of, family_of, generative_model
+from scr_runtime.here import Turns, here
+from scr_runtime.identity import choose_predictor, choose_settings
 from scr_runtime.network import SourcePredictor
-from scr_runtime.redistribute import EditPlan, apply_edit, merge_plans, plan_edit
+from scr_runtime.passes import Passes
+from scr_runtime.prefill import Prefill
+from scr_runtime.prefix import Question
 from scr_runtime.reports import ImageReport, report_images
-from scr_runtime.session import ImageSession, Question
+from scr_runtime.session import ImageSession
+from scr_runtime.shadows import Shadows
 from scr_runtime.sources import Fallback
 from scr_runtime.stats import SCRStats, StatsCounter
 
 logger = logging.getLogger("scr_runtime")
 
-_OWNER = "_scr_attached"
-
-
-@dataclass
-class _Run:
-    """One running prefill.
-
-    Attributes:
-        layout: Where its images are.
-        decoder: The decoder that runs it.
-        stack: Its hooks.
-        continued: Whether it continues a filled cache.
-        fresh: Whether its sources were chosen here, and not in an earlier step of the same ``generate``.
-        fired: The blocks that have been edited.
-        choice: Its sources, per group; ``None`` before the state layer.
-        plan: The edit; ``None`` before the state layer.
-    """
-
-    layout: VisualLayout
-    decoder: Decoder
-    stack: ExitStack
-    continued: bool
-    fresh: bool = False
-    fired: list[int] = field(default_factory=list[int])
-    choice: list[Choice] | None = None
-    plan: EditPlan | None = None
+_TURNS = Turns()
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[SCR]] = weakref.WeakKeyDictionary()  # by base model
 
 
 class SCR:
     """Spatial Credit Redistribution around a model that is otherwise left as it is.
 
     Use it as a context manager, or call ``attach`` and ``detach``. While it is attached, each prefill that
-    brings images is edited; text-only calls and decode steps run without any hook on the decoder.
+    brings images is edited; text-only calls and decode steps run without any hook on the decoder. Calls may overlap,
+    in threads or within one another: each is edited for itself. A call that ends in an exception, an interrupt among
+    them, leaves nothing behind.
 
     Args:
-        model: A transformers model of a supported family, in eval mode.
+        model: A transformers model of a supported family, in eval mode, or a module that wraps one.
         config: The method's settings. ``None`` takes those that the predictor was fitted with.
         predictor: A predictor folder, or a loaded SourcePredictor. ``None`` where the mode needs none.
         mode: ``"one-pass"``: the predictor chooses. ``"two-pass"``: the nested diagnostic run chooses.
@@ -92,13 +58,14 @@ class SCR:
             with. Without it that is not checked.
 
     Attributes:
+        model: The transformers model, without a wrapper.
         config: The settings in force.
         mode: As given.
 
     Raises:
-        ConfigurationError: If the mode is unknown, or it needs a predictor or a config that is not given, or
-            the config doesn't fit the model's depth.
-        UnsupportedModelError: If the model's family is not supported.
+        ConfigurationError: If an argument is of another type or out of range, the mode needs a predictor or a config
+            that is not given, or the config doesn't fit the model.
+        UnsupportedModelError: If the model's family is not supported, or, in two-pass and auto, its decoder.
         PredictorError: In mode ``"one-pass"``, if the predictor is missing, corrupt or made for another model.
 
     Example:
@@ -119,31 +86,41 @@ class SCR:
         seed: int = 0,
         processor: Any = None,
     ) -> None:
-        if mode not in get_args(Mode):
-            raise ConfigurationError(f"mode={mode!r}: expected one of {list(get_args(Mode))}")
-        self.model: Any = model
+        check_arguments(config, predictor, mode, threshold, seed)
+        self.model: Any = generative_model(model)
         self.mode: Mode = mode
-        self._warned: set[str] = set()  # kinds of fallback that the log has named
-        self._family = family_of(model)
-        self._blocks = self._family.blocks(model)
-        self._predictor, reason = self._resolve_predictor(predictor, config, processor)
-        self.config = self._settings(config, reason)
-        if mode != "off":
-            self.config.check_depth(len(self._blocks))
+        self._family = family_of(self.model)
+        self._blocks = blocks_of(self.model)
+        self._predictor, reason = choose_predictor(predictor, self.model, mode, processor, config)
+        self.config = choose_settings(self._predictor or predictor, self.model, mode, config, reason)
+        self._diagnoses = mode == "two-pass" or mode == "auto"
+        self._check_model()
         if self._predictor is not None and threshold is None:
             threshold = self._predictor.threshold
-        self._threshold = threshold or 0.0
-        self._provide = providers.provider_of(mode, self._predictor, reason, self._threshold, seed)
+        self._threshold = 0.0 if threshold is None else float(threshold)
+        self._warned: dict[str, object] = {} if reason is None else {providers.NO_PREDICTOR: None}
+        provide = providers.provider_of(mode, self._predictor, reason, self._threshold, seed)
         asked = self._predictor if mode in ("one-pass", "auto") else None
-        self._reads_question = asked is not None and asked.config.reads_question
-        self._detach: ExitStack | None = None
-        self._generate = GenerateShadow(model, self._family)
-        self._question: Question | None = None
-        self._run: _Run | None = None
-        self._last: _Run | None = None
-        self._checks = DeferredChecks()
+        wide = asked is not None and asked.config.reads_question
+        self._passes = Passes(self.model, self._family, self.config, provide, wide, self._diagnoses, self._finished)
+        self._shadows = Shadows()
+        self._owner = object()  # of the attention wrapper's selection: nobody's model is kept for it
+        weakref.finalize(self, release, self._owner).atexit = False
         self._counter = StatsCounter(self._predictor)
-        self._parameters = tuple(inspect.signature(self.model.forward).parameters)
+        self._last_here = threading.local()
+        self._last_anywhere: Prefill | None = None
+
+    def __repr__(self) -> str:
+        """Names model, mode and state."""
+        return f"<SCR, {'attached to' if self._is_attached() else 'not attached to'} {self._described()}>"
+
+    def _described(self) -> str:
+        first, last = self.config.edit_layers
+        known = "no predictor" if self._predictor is None else f"threshold {self._threshold:.3f}"
+        return (
+            f"{type(self.model).__name__} ({self._family.name}): mode {self.mode}, blocks {first}-{last}, "
+            f"{self.config.num_sources} sources, strength {self.config.strength:g}, {known}"
+        )
 
     # -- attaching -----------------------------------------------------------------------------------------------
 
@@ -151,81 +128,133 @@ class SCR:
         """Starts to edit the model's prefills.
 
         Raises:
-            AttachError: If an SCR is attached to this model already.
+            AttachError: If an SCR is attached to this model already, or to one that shares its modules.
             UnsupportedModelError: If the attention implementation can't be wrapped.
         """
-        if _OWNER in self.model.__dict__:
-            raise AttachError(
-                f"an SCR is attached to this {type(self.model).__name__} already; detach it first "
-                "(two edits of one pass would stack)"
-            )
-        with ExitStack() as stack:
-            self.model.__dict__[_OWNER] = self
-            stack.callback(self.model.__dict__.pop, _OWNER, None)
-            if self.mode != "off":
-                if self._family.tap is None:
-                    stack.callback(select_wrapper(self._family.text_config(self.model)))
-                pre = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-                stack.callback(pre.remove)
-                post = self.model.register_forward_hook(self._after_forward, always_call=True)
-                stack.callback(post.remove)
-                stack.callback(self._generate.install())
-            self._detach = stack.pop_all()
-        logger.info(
-            "attached to %s (%s): mode %s, blocks %d-%d, %d sources, strength %g, %s",
-            type(self.model).__name__,
-            self._family.name,
-            self.mode,
-            *self.config.edit_layers,
-            self.config.num_sources,
-            self.config.strength,
-            "no predictor" if self._predictor is None else f"threshold {self._threshold:.3f}",
-        )
-        return self
+        attached = self._is_attached()
+        try:
+            self._install()
+            logger.info("attached to %s", self._described())
+            return self
+        except BaseException:
+            if not attached:
+                self._restore()
+            raise
 
     def detach(self) -> None:
         """Leaves the model as it was. Detaching twice does nothing.
 
         Raises:
-            AttachError: If a forward pass is running.
+            AttachError: If a prefill with images is running, in any thread.
             NonFiniteScoresError: If scores of an earlier prefill on an accelerator were not finite.
             PrefillError: If its visual tokens did not fit the grids.
         """
-        if self._run is not None:
-            raise AttachError("a forward pass is running; detach after it has returned")
-        if self._detach is not None:
-            self._detach.close()
-            self._detach = None
-        self._checks.raise_failed(wait=True)
+        self._leave()
+        self._passes.checks.raise_failed(wait=True, everywhere=True)
 
-    def __enter__(self) -> SCR:
-        return self.attach()
+    __enter__ = attach
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            self._checks.drop()  # the body's exception outranks deferred checks
-        self.detach()
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        if error is None:
+            self.detach()
+            return
+        self._passes.checks.drop(everywhere=True)  # the body's exception outranks deferred checks
+        try:
+            self._leave()
+        except AttachError as refused:
+            error.add_note(f"SCR stays attached: {refused}")
+
+    @_TURNS
+    def _install(self) -> None:
+        if self._attached() is not None:
+            raise AttachError(
+                f"an SCR is attached to this {type(self.model).__name__} already; detach it first "
+                "(two edits of one pass would stack)"
+            )
+        _ATTACHED[self._passes.base] = weakref.ref(self)
+        if self.mode == "off":
+            return
+        self._check_model()
+        if self._diagnoses and self._family.tap is None:
+            for config in attention_configs(self.model, self._family):
+                hold(config, self._owner)
+        self._passes.shadow(self._shadows)
+        self._passes.hooks.active = True  # from here on
+
+    def _leave(self) -> None:
+        try:
+            if self._passes.generate.uncached() or not self._undo():
+                raise AttachError("a forward pass is running; detach after it has returned")
+        except AttachError:
+            raise
+        except BaseException:
+            self._restore()
+            raise
+
+    def _restore(self) -> None:
+        """Undoes what of ``attach`` was done; once more if that is interrupted."""
+        try:
+            self._undo()
+        except BaseException:
+            self._undo()
+            raise
+
+    @_TURNS
+    def _undo(self) -> bool:
+        """Detaches, unless a prefill is running: ``False`` then. It may be called again after any interrupt."""
+        if not self._passes.hooks.stop():
+            return False
+        self._shadows.remove()
+        release(self._owner)
+        unregister_unused()
+        if self._is_attached():
+            _ATTACHED.pop(self._passes.base, None)
+        return True
+
+    def _attached(self) -> SCR | None:
+        """The SCR that is attached to this model, whichever it is."""
+        reference = _ATTACHED.get(self._passes.base)
+        return None if reference is None else reference()
+
+    def _is_attached(self) -> bool:
+        return self._attached() is self
+
+    def _check_model(self) -> None:
+        """Checks what can be known before any prefill. Again at ``attach``: a model changes."""
+        if self.mode == "off":
+            return
+        self.config.check_depth(len(self._blocks))
+        check_grid(self.model, self._family, self.config)
+        if self._diagnoses:
+            check_decoder(self.model, self._family, self.config)
+
+    # -- what was done -------------------------------------------------------------------------------------------
 
     @property
     def reports(self) -> list[ImageReport]:
         """One report per image of the last prefill, in order of appearance. Waits for the device.
 
+        The last prefill is the last that was finished in this thread; in a thread that has made none, the last that
+        was finished anywhere. One that raised is none.
+
         Raises:
             NonFiniteScoresError: If the last prefill's scores were not finite.
             PrefillError: If its visual tokens did not fit the grids.
         """
-        self._checks.raise_failed(wait=True)
-        if self._last is None or self._last.choice is None:
+        self._passes.checks.raise_failed(wait=True)
+        last = self._last
+        if last is None or last.failed:
             return []
         found: dict[int, ImageReport] = {}
-        for group, choice in zip(self._last.layout.groups, self._last.choice, strict=True):
-            reports = report_images(choice, self._predictor, tuple(self._last.fired))
-            found |= zip(group.images, reports, strict=True)
+        for group, choice in zip(last.layout.groups, last.counted(), strict=True):
+            images = [group.images[place] for place in last.layout.firsts(group)]
+            reports = report_images(choice, self._predictor, tuple(last.fired))
+            found |= zip(images, reports, strict=True)
         return [found[image] for image in sorted(found)]
 
     @property
     def stats(self) -> SCRStats:
-        """What was done since this SCR was made, or since ``reset_stats``. Waits for the device.
+        """What was done since this SCR was made, or since ``reset_stats``, in all threads. Waits for the device.
 
         A prefill counts when its forward pass is over; one that raises doesn't.
         """
@@ -234,6 +263,42 @@ class SCR:
     def reset_stats(self) -> None:
         """Sets ``stats`` back to zero."""
         self._counter.reset()
+
+    @property
+    def _last(self) -> Prefill | None:
+        mine: Prefill | None = getattr(self._last_here, "prefill", None)
+        return self._last_anywhere if mine is None else mine
+
+    @property
+    def _run(self) -> Prefill | None:
+        """The prefill that runs in this thread."""
+        prefill = here.prefill
+        return prefill if prefill is not None and prefill.owner is self._passes.hooks else None
+
+    @property
+    def _generate(self) -> Any:
+        return self._passes.generate
+
+    def _finished(self, prefill: Prefill) -> None:
+        """Statistics and log of a prefill that is over. Nothing here waits for the device, but for beams."""
+        self._last_here.prefill = self._last_anywhere = prefill
+        scores = [choice.scores for choice in prefill.counted()]
+        fresh = scores if prefill.fresh else []
+        self._counter.add(fresh, len(prefill.fired))
+        for fallback in (fallback for group in fresh for fallback in group.fallbacks):
+            self._log_once(fallback)
+        if logger.isEnabledFor(logging.DEBUG):
+            names = [name for group in scores for name in group.providers]
+            counts = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names)))
+            logger.debug("prefill of %d images: %s; %d blocks edited", len(names), counts, len(prefill.fired))
+
+    def _log_once(self, fallback: Fallback | None) -> None:
+        """Logs each kind of fallback once; low confidence is expected and not logged."""
+        if fallback is None or fallback.kind == providers.LOW_CONFIDENCE:
+            return
+        mark = object()
+        if self._warned.setdefault(fallback.kind, mark) is mark:  # of several threads one
+            logger.warning("an image fell back to the diagnostic run (logged once): %s", fallback.reason)
 
     # -- several questions about one image -----------------------------------------------------------------------
 
@@ -258,188 +323,11 @@ class SCR:
 
     @contextmanager
     def _asking(self, question: Question) -> Generator[None]:
-        if self.model.__dict__.get(_OWNER) is not self:
+        if not self._is_attached():
             raise AttachError("the SCR of this image session is not attached to its model; attach it first")
-        self._question = question
+        outer = here.question
         try:
+            here.question = question
             yield
         finally:
-            self._question = None
-
-    # -- the pass ------------------------------------------------------------------------------------------------
-
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._checks.raise_failed(wait=False)
-        call = dict(zip(self._parameters, args, strict=False)) | kwargs
-        if not self._family.brings_images(self.model, call):
-            return
-        if module.training:
-            raise UnsupportedModelError("the model is in training mode; call model.eval() before using SCR")
-        run = self._start(call)
-        state, (first, last) = self.config.state_layer, self.config.edit_layers
-        with run.stack as stack:
-            stack.callback(run.decoder.keep_call(self.model))
-            choose = functools.partial(self._after_state_layer, run)
-            hook = self._blocks[state].register_forward_hook(choose, with_kwargs=True)
-            stack.callback(hook.remove)
-            for layer in range(max(first, state + 1), last + 1):
-                hook = self._blocks[layer].register_forward_hook(_EditHook(run, layer))
-                stack.callback(hook.remove)
-            run.stack = stack.pop_all()
-        self._run = run
-
-    def _start(self, call: Mapping[str, Any]) -> _Run:
-        input_ids: Tensor | None = call.get("input_ids")
-        if input_ids is None:
-            raise PrefillError(
-                "a prefill with images but without input_ids: the visual tokens can't be found in "
-                "inputs_embeds. Pass input_ids with pixel_values, or with mm_encoder_outputs."
-            )
-        generate = self._generate.running
-        call_length = generate.prompt_length if generate is not None else None
-        given = {key: value for key, value in call.items() if value is not None}
-        images = self._family.image_grids(self.model, {**(generate.inputs if generate is not None else {}), **given})
-        visual = self._family.visual_tokens(self.model, input_ids)
-        layout = visual_layout(visual, call.get("attention_mask"), images, call_length)
-        self._checks.require(layout.edge, layout.fits, lambda: count_mismatch(layout))
-        cache, fresh_cache = call.get("past_key_values"), generate is not None and generate.fresh_cache
-        continued = cache is not None and not fresh_cache and int(cache.get_seq_length()) > 0
-        return _Run(layout, Decoder(self._family, self._blocks), ExitStack(), continued)
-
-    def _after_state_layer(
-        self, run: _Run, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        generate, hidden = self._generate.running, residual_stream(output)
-        with torch.no_grad():
-            run.choice = None if generate is None else generate.choice
-            run.fresh = run.choice is None
-            if run.choice is None:
-                call = block_arguments(module, args, kwargs)
-                asked, wide = self._question, self._reads_question
-                state = StateLayerOutput(hidden, run.layout, self.config, run.decoder, call, asked, wide)
-                run.choice = self._choose(state, run.continued)
-            if generate is not None:
-                generate.choice = run.choice
-            plans = [
-                plan_edit(choice.sources, group.grid, self.config, group.positions, hidden.dtype)
-                for group, choice in zip(run.layout.groups, run.choice, strict=True)
-            ]
-            run.plan = merge_plans(plans)
-        layer = self.config.state_layer
-        if self.config.edit_layers[0] == layer:
-            _EditHook(run, layer)(module, args, output)
-
-    def _choose(self, state: StateLayerOutput, continued: bool) -> list[Choice]:
-        if continued and self.mode in ("two-pass", "auto"):
-            raise PrefillError(
-                "an image in a prompt that continues a filled cache: the diagnostic run would not see the "
-                "earlier turns. Start from an empty cache, or use mode='one-pass'."
-            )
-        groups = state.layout.groups
-        norms = [torch.linalg.vector_norm(state.states(group), dim=-1, dtype=torch.float32) for group in groups]
-        chosen: list[Choice] = []
-        for scores, norm in zip(self._provide(state), norms, strict=True):
-            k = scores.rule.k
-            values, patches = scores.rule.rank(scores.scores)
-            self._checks.require(values[:, :k], _all_finite, _not_finite)  # NaN ranks first, so the best K show it
-            chosen.append(Choice(scores, patches[:, :k], norm))
-        return chosen
-
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        run, self._run = self._run, None
-        if run is None:
-            return
-        run.stack.close()
-        run.decoder.call.clear()
-        self._last = run
-        if output is None:
-            return  # the forward raised, and its exception is on the way
-        first, last = self.config.edit_layers
-        expected = list(range(first, last + 1))
-        if run.fired != expected:
-            raise EditNotFiredError(
-                f"blocks {expected} should have been edited in this prefill, but {run.fired} were. A language model "
-                "that is compiled as a whole ignores hooks where an earlier call was traced without them: compile "
-                "its blocks one by one."
-            )
-        self._count(run)
-
-    def _count(self, run: _Run) -> None:
-        """Statistics and log of a prefill that is over. Nothing here waits for the device."""
-        assert run.choice is not None  # every edit fired
-        scores = [choice.scores for choice in run.choice]
-        chosen = scores if run.fresh else []
-        self._counter.add(chosen, len(run.fired))
-        for fallback in (fallback for group in chosen for fallback in group.fallbacks):
-            self._log_once(fallback)
-        if logger.isEnabledFor(logging.DEBUG):
-            names = [name for group in scores for name in group.providers]
-            counts = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names)))
-            logger.debug("prefill of %d images: %s; %d blocks edited", len(names), counts, len(run.fired))
-
-    def _log_once(self, fallback: Fallback | None) -> None:
-        """Logs each kind of fallback once; low confidence is expected and not logged."""
-        if fallback is None or fallback.kind == providers.LOW_CONFIDENCE or fallback.kind in self._warned:
-            return
-        self._warned.add(fallback.kind)
-        logger.warning("an image fell back to the diagnostic run (logged once): %s", fallback.reason)
-
-    # -- parts ---------------------------------------------------------------------------------------------------
-
-    def _resolve_predictor(
-        self, given: str | os.PathLike[str] | SourcePredictor | None, config: SCRConfig | None, processor: Any
-    ) -> tuple[SourcePredictor | None, str | None]:
-        """The predictor, or why there is none."""
-        if self.mode == "off":
-            return None, None
-        if self.mode not in ("one-pass", "auto"):  # only what it was fitted with is of use
-            return given if given is None or isinstance(given, SourcePredictor) else load_predictor(given), None
-        try:
-            return usable_predictor(given, self.model, processor, config), None
-        except (PredictorError, ConfigurationError) as error:
-            if self.mode == "one-pass":
-                raise
-            message = f"predictor not usable, every prefill runs two-pass: {error}"
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
-            logger.warning(message)
-            self._warned.add(providers.NO_PREDICTOR)
-            return None, str(error)
-
-    def _settings(self, given: SCRConfig | None, reason: str | None) -> SCRConfig:
-        """The settings in force: those given, else the predictor's."""
-        if given is not None:
-            return given
-        if self._predictor is not None and self._predictor.info:
-            return SCRConfig.from_dict(self._predictor.info["scr"])
-        if self.mode == "off":
-            return SCRConfig()
-        why = f" ({reason})" if reason else ""
-        raise ConfigurationError(
-            f"no settings: give config=SCRConfig(...), or a predictor folder that holds them{why}"
-        )
-
-
-class _EditHook:
-    """Forward hook of one edited block."""
-
-    def __init__(self, run: _Run, layer: int) -> None:
-        self.run = run
-        self.layer = layer
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.run.plan is None:
-            return  # the state layer was never seen: _after_forward raises
-        apply_edit(residual_stream(output), self.run.plan)
-        self.run.fired.append(self.layer)
-
-
-def _all_finite(values: list[list[float]]) -> bool:
-    return all(math.isfinite(value) for row in values for value in row)
-
-
-def _not_finite() -> NonFiniteScoresError:
-    return NonFiniteScoresError(
-        "the source scores of a prefill hold NaN or infinity, so its output is not usable. Causes seen: no text "
-        "after the image in the prompt, activations that overflow float16, a damaged predictor. mode='auto' runs "
-        "two-pass instead of a failing predictor."
-    )
+            here.question = outer

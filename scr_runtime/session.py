@@ -12,7 +12,7 @@ The edited pass itself runs in full for every question, since its sources, and w
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from scr_runtime.attention import takes_mask_tensor
 from scr_runtime.errors import SessionError, UnsupportedModelError
 from scr_runtime.families import Family
+from scr_runtime.payload import encoded_images, tensors_in
 from scr_runtime.prefix import KeptPrefix, Question
 
 _PIXELS = "pixel_values"
@@ -126,8 +127,8 @@ class ImageSession:
         """Bytes that the session holds: pixels, features, and the prefix's keys and values once they are kept."""
         if self._kept is None:
             return 0
-        features = [part for name in _FEATURES for part in _tensors(getattr(self._features, name, None))]
-        held = [*features, *_tensors(list(self._image.values()))]
+        features = [part for name in _FEATURES for part in tensors_in(getattr(self._features, name, None))]
+        held = [*features, *tensors_in(list(self._image.values()))]
         return self._kept.nbytes + sum(tensor.nbytes for tensor in held)
 
     def _open(self) -> KeptPrefix:
@@ -154,7 +155,8 @@ class ImageSession:
         call = {key: value for key, value in self._image.items() if key != _PIXELS}
         call |= {key: value for key, value in inputs.items() if key != _PIXELS}
         call["mm_encoder_outputs"] = {"image": _copy_features(self._features)}
-        return Question(kept, starts, takes_mask_tensor(self._family.text_config(self._model))), call
+        readable = takes_mask_tensor(self._family.text_config(self._model))
+        return Question(kept, starts, readable, inputs["input_ids"], encoded_images(call)), call
 
     def _check_image(self, inputs: Mapping[str, Any]) -> None:
         for key, mine in self._image.items():
@@ -243,12 +245,3 @@ def _copy_features(encoded: Any) -> Any:
     """A shallow copy without the vision tower's hidden states: ``generate`` writes into what it is given."""
     found = {name: getattr(encoded, name, None) for name in _FEATURES}
     return type(encoded)(**{name: value for name, value in found.items() if value is not None})
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        items: Sequence[Any] = value
-        return [tensor for item in items for tensor in _tensors(item)]
-    return []

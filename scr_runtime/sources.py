@@ -10,6 +10,7 @@ The same edit follows whichever provider was asked (decision D2):
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from scr_runtime.config import Mode
 from scr_runtime.diagnostic import StateLayerOutput
-from scr_runtime.layout import ImageGroup
+from scr_runtime.layout import ImageGroup, VisualLayout
 from scr_runtime.network import SourcePredictor
 from scr_runtime.rule import SourceRule, source_rule
 
@@ -60,6 +61,43 @@ class Scores:
     predicted: Tensor | None = None
     spread: Tensor | None = None
 
+    def only(self, places: list[int]) -> Scores:
+        """What it says about some of the images."""
+        if places == list(range(len(self.providers))):
+            return self
+        index = torch.tensor(places).to(self.scores.device, non_blocking=True)
+        return Scores(
+            self.scores[index],
+            self.rule,
+            [self.providers[place] for place in places],
+            [self.fallbacks[place] for place in places],
+            None if self.predicted is None else self.predicted[index],
+            None if self.spread is None else self.spread[index],
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The sources of one group of images in a prefill.
+
+    Attributes:
+        scores: What the provider said.
+        sources: [I, K] int64, best first.
+        norms: [I, N] float32 l2 norms of the patches' states before the edit.
+    """
+
+    scores: Scores
+    sources: Tensor
+    norms: Tensor
+
+    def only(self, places: list[int]) -> Choice:
+        """The choice for some of the images."""
+        scores = self.scores.only(places)
+        if scores is self.scores:
+            return self
+        index = torch.tensor(places).to(self.sources.device, non_blocking=True)
+        return Choice(scores, self.sources[index], self.norms[index])
+
 
 Provider = Callable[[StateLayerOutput], list[Scores]]
 """State layer output -> Scores per group of the layout, in order."""
@@ -86,14 +124,16 @@ def provider_of(
 
 def predicted(predictor: SourcePredictor) -> Provider:
     """One-pass: the predictor alone."""
+    placed = _on_any_device(predictor)
 
     def provide(state: StateLayerOutput) -> list[Scores]:
+        ask = placed(state.hidden.device)
         results: list[Scores] = []
         for group in state.layout.groups:
-            question = state.question(group) if predictor.config.reads_question else None
+            question = state.question(group) if ask.config.reads_question else None
             given = (state.states(group), group.grid, question)
-            guarded = predictor.drift_limit is not None
-            scores, spread = predictor.score_and_spread(*given) if guarded else (predictor(*given), None)
+            guarded = ask.drift_limit is not None
+            scores, spread = ask.score_and_spread(*given) if guarded else (ask(*given), None)
             result = _scores(state, group, scores, ONE_PASS)
             result.predicted, result.spread = scores, spread
             results.append(result)
@@ -119,6 +159,7 @@ def auto(predictor: SourcePredictor, threshold: float) -> Provider:
     finite. One host sync per prefill decides whether there are any.
     """
     ask = predicted(predictor)
+    least = torch.tensor(threshold, dtype=torch.float32).item()  # as precise as the confidences that meet it
 
     def verdict(confidence: float, drift: float, drifted: bool, finite: bool) -> Fallback | None:
         if not finite:
@@ -126,7 +167,7 @@ def auto(predictor: SourcePredictor, threshold: float) -> Provider:
         if drifted:
             limit = f"the limit {predictor.drift_limit:.2f}"
             return Fallback(DRIFT, f"drift {drift:.2f} is over {limit}: the features are unlike those of the fit")
-        if confidence < threshold:
+        if not confidence >= least:  # NaN is not
             return Fallback(LOW_CONFIDENCE, f"confidence {confidence:.3f} is under the threshold {threshold:.3f}")
         return None
 
@@ -158,20 +199,49 @@ def auto(predictor: SourcePredictor, threshold: float) -> Provider:
 
 
 def uniform(seed: int) -> Provider:
-    """The Uniform-Smooth control of arXiv 2602.22469: sources drawn uniformly, from one seeded stream."""
+    """The Uniform-Smooth control of arXiv 2602.22469: sources drawn uniformly, from one seeded stream.
+
+    One draw per image of the prompt: its beams share it.
+    """
     generators: dict[torch.device, torch.Generator] = {}
 
     def provide(state: StateLayerOutput) -> list[Scores]:
         device = state.hidden.device
         if device not in generators:
-            generators[device] = torch.Generator(device).manual_seed(seed)
+            generators.setdefault(device, torch.Generator(device).manual_seed(seed))  # of several threads one wins
         results: list[Scores] = []
         for group in state.layout.groups:
-            draw = torch.rand(group.positions.shape, generator=generators[device], device=device)
+            images, patches = group.positions.shape
+            firsts = state.layout.firsts(group)
+            shape = (len(firsts), patches)
+            draw = torch.rand(shape, generator=generators[device], device=device, dtype=torch.float32)
+            if len(firsts) < images:
+                draw = draw[_places_of_firsts(state.layout, group, firsts)]
             results.append(_scores(state, group, draw, UNIFORM))
         return results
 
     return provide
+
+
+def _places_of_firsts(layout: VisualLayout, group: ImageGroup, firsts: list[int]) -> list[int]:
+    """Per image of a group, where among the group's firsts the image is that it is a copy of."""
+    assert layout.copy_of is not None  # or there would be no copies
+    drawn = {group.images[place]: index for index, place in enumerate(firsts)}
+    return [drawn[layout.copy_of[image]] for image in group.images]
+
+
+def _on_any_device(predictor: SourcePredictor) -> Callable[[torch.device], SourcePredictor]:
+    """Device -> the predictor there: itself, or a copy that is kept. Blocks of one model may lie on several."""
+    copies: dict[torch.device, SourcePredictor] = {}
+
+    def placed(device: torch.device) -> SourcePredictor:
+        if predictor.state_mean.device == device:
+            return predictor
+        if device not in copies:
+            copies[device] = copy.deepcopy(predictor).to(device)
+        return copies[device]
+
+    return placed
 
 
 def _scores(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from scr_runtime.here import Turns
 from scr_runtime.network import SourcePredictor
 from scr_runtime.rule import SourceRule
 from scr_runtime.sources import FALLBACKS, ONE_PASS, TWO_PASS, UNIFORM, Scores
 
 _KEPT_PREFILLS = 64
+_TURNS = Turns()  # nobody waits for a device in it
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class SCRStats:
 
 
 class StatsCounter:
-    """Adds up prefills. One lock, so that another thread may read.
+    """Adds up prefills, for several threads.
 
     Counts are the host's own. Confidence and drift are the device's: the scores of up to 64 prefills are kept
     (some kilobytes each) and then added up there in one go, and read when somebody asks.
@@ -56,16 +57,16 @@ class StatsCounter:
 
     def __init__(self, predictor: SourcePredictor | None) -> None:
         self._predictor = predictor
-        self._lock = threading.Lock()
         self.reset()
 
+    @_TURNS
     def reset(self) -> None:
         """Starts again from zero."""
-        with self._lock:
-            self._stats = SCRStats()
-            self._kept: list[list[Scores]] = []
-            self._sums: dict[torch.device, Tensor] = {}  # [3]: confidence, images it is of, drifted images
+        self._stats = SCRStats()
+        self._kept: list[list[Scores]] = []
+        self._sums: dict[torch.device, Tensor] = {}  # [3]: confidence, images it is of, drifted images
 
+    @_TURNS
     def add(self, chosen: Iterable[Scores], edits: int) -> None:
         """Adds one prefill.
 
@@ -76,43 +77,46 @@ class StatsCounter:
         chosen = list(chosen)
         names = [name for scores in chosen for name in scores.providers]
         kinds = [fallback.kind for scores in chosen for fallback in scores.fallbacks if fallback is not None]
-        with self._lock:
-            now = self._stats
-            self._stats = replace(
-                now,
-                prefills=now.prefills + 1,
-                images=now.images + len(names),
-                one_pass=now.one_pass + names.count(ONE_PASS),
-                two_pass=now.two_pass + names.count(TWO_PASS),
-                uniform=now.uniform + names.count(UNIFORM),
-                fallbacks={kind: count + kinds.count(kind) for kind, count in now.fallbacks.items()},
-                edits=now.edits + edits,
-            )
-            predicted = [scores for scores in chosen if scores.predicted is not None]
-            if predicted:
-                self._kept.append(predicted)
-            if len(self._kept) >= _KEPT_PREFILLS:
-                self._add_up()
+        now = self._stats
+        self._stats = replace(
+            now,
+            prefills=now.prefills + 1,
+            images=now.images + len(names),
+            one_pass=now.one_pass + names.count(ONE_PASS),
+            two_pass=now.two_pass + names.count(TWO_PASS),
+            uniform=now.uniform + names.count(UNIFORM),
+            fallbacks={kind: count + kinds.count(kind) for kind, count in now.fallbacks.items()},
+            edits=now.edits + edits,
+        )
+        predicted = [scores for scores in chosen if scores.predicted is not None]
+        if predicted:
+            self._kept.append(predicted)
+        if len(self._kept) >= _KEPT_PREFILLS:
+            self._add_up()
 
     def snapshot(self) -> SCRStats:
         """The counts so far. Waits for the device."""
-        with self._lock:
-            self._add_up()
-            rows = [sums.tolist() for sums in self._sums.values()]
-            confidence, images, drifted = (sum(column) for column in zip(*rows, strict=True)) if rows else (0.0, 0, 0)
-            return replace(
-                self._stats,
-                fallbacks=dict(self._stats.fallbacks),
-                mean_confidence=confidence / images if images else None,
-                drifted=int(drifted),
-            )
+        stats, all_sums = self._added_up()
+        rows = [sums.tolist() for sums in all_sums.values()]
+        confidence, images, drifted = (sum(column) for column in zip(*rows, strict=True)) if rows else (0.0, 0, 0)
+        return replace(
+            stats,
+            fallbacks=dict(stats.fallbacks),
+            mean_confidence=confidence / images if images else None,
+            drifted=int(drifted),
+        )
+
+    @_TURNS
+    def _added_up(self) -> tuple[SCRStats, dict[torch.device, Tensor]]:
+        self._add_up()
+        return self._stats, self._sums
 
     def _add_up(self) -> None:
         """Judges all kept scores, those of equal grids as one batch, and adds them to the sums on their device."""
         by_rule: dict[tuple[SourceRule, bool], list[Scores]] = {}
         for scores in (scores for prefill in self._kept for scores in prefill):
             by_rule.setdefault((scores.rule, scores.spread is not None), []).append(scores)
-        self._kept = []
+        all_sums = dict(self._sums)
         with torch.inference_mode(False), torch.no_grad():
             for (rule, guarded), parts in by_rule.items():
                 assert self._predictor is not None  # these are its scores
@@ -123,5 +127,6 @@ class StatsCounter:
                 exact = torch.float32 if device.type == "mps" else torch.float64
                 confidence = torch.where(finite, judged.confidence, 0).sum(dtype=exact)
                 sums = torch.stack([confidence, finite.sum(), judged.drifted.sum()])
-                former = self._sums.get(device)
-                self._sums[device] = sums if former is None else former + sums
+                former = all_sums.get(device)
+                all_sums[device] = sums if former is None else former + sums
+        self._sums, self._kept = all_sums, []  # at once: an interrupt in between loses nothing

@@ -392,8 +392,8 @@ def test_places_of_the_defaults():
     assert paths.train_annotations == Path("runs/data/scenes/annotations/instances_train.json")
     assert paths.harvest == Path("runs/harvest/scene-llava-scenes")
     assert paths.predictor == Path("runs/predictors/scene-llava")
-    assert paths.checkpoints == Path("runs/checkpoints/scene-llava")
-    assert paths.config == Path("runs/reports/scene-llava/config.yaml")
+    assert paths.fits == Path("runs/fits/scene-llava")
+    assert paths.latest == Path("runs/fits/scene-llava/latest")
     assert config.tracking_uri == "sqlite:///runs/mlflow.db"
     assert config.experiment == "scene-llava"
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
-from data.chat import TokenCounter, chat_inputs, shared_chat_inputs, unprocessed
+from data.chat import TokenCounter, chat_inputs, chat_template, shared_chat_inputs, unprocessed
 from tests.data import tiny
 
 
@@ -67,6 +70,39 @@ def test_tokens_are_counted_as_the_processor_makes_them(build: Any, monkeypatch:
     counted = [count(image, text) for image, text in prompts]
     assert len(runs) == 4  # one image of each size
     assert counted == [chat_inputs(processor, [image], [text])["input_ids"].shape[1] for image, text in prompts]
+
+
+@pytest.mark.parametrize(
+    ("processor", "whole"),
+    [
+        (transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), False),
+        (transformers.ChameleonImageProcessorPil(), False),  # scales to -1 .. 1
+        (transformers.Qwen2VLImageProcessorPil(), True),  # patches in a row
+        (transformers.LlavaNextImageProcessorPil(), True),  # tiles
+    ],
+)
+def test_what_the_model_sees_is_shown_as_it_is(processor: Any, whole: bool):
+    seen = unprocessed(SimpleNamespace(image_processor=processor), Image.new("RGB", (640, 480), (100, 30, 200)))
+    assert seen.dtype == np.uint8 and (seen.shape == (480, 640, 3)) == whole
+    assert np.abs(seen.reshape(-1, 3).astype(int) - (100, 30, 200)).max() <= 1
+
+
+@pytest.mark.parametrize("template", ["of the processor", {"default": "of the processor", "tools": "x"}])
+def test_a_template_is_the_processors_or_else_the_tokenizers(template: Any):
+    tokenizer = SimpleNamespace(chat_template="of the tokenizer")
+    assert chat_template(SimpleNamespace(chat_template=template, tokenizer=tokenizer)) == "of the processor"
+    assert chat_template(SimpleNamespace(chat_template=None, tokenizer=tokenizer)) == "of the tokenizer"
+    assert chat_template(SimpleNamespace(tokenizer=SimpleNamespace())) is None
+
+
+def test_tokens_are_counted_with_the_tokenizers_template():
+    _, processor = tiny.build_llava()
+    processor.chat_template, processor.tokenizer.chat_template = None, processor.chat_template
+    picture = Image.new("RGB", (40, 30))
+    counted = TokenCounter(processor)(picture, "Is there a cup ?")
+    assert counted == chat_inputs(processor, [picture], ["Is there a cup ?"])["input_ids"].shape[1]
+    shared, repeats = shared_chat_inputs(processor, [picture], [["a", "an"]])
+    assert repeats == 2 and len(shared["input_ids"]) == 2
 
 
 def test_a_processed_picture_is_turned_back(llava: tuple[Any, Any]):

@@ -204,10 +204,9 @@ def test_the_command_with_ray(tmp_path: Path, cluster: str, capsys: pytest.Captu
     copy = f"harvest.output=file://{tmp_path}/bucket"
     assert main([*arguments, "harvest.engine=ray", "harvest.workers=1", copy]) == 0
     assert "16 maps of 8 images (0 reused, 0 skipped)" in capsys.readouterr().out
-    assert contents(tmp_path / "bucket" / "scene-llava-coco2014") == contents(
-        tmp_path / "runs" / "harvest" / "scene-llava-coco2014"
-    )
+    (harvested,) = (tmp_path / "runs" / "harvest").iterdir()
+    assert contents(tmp_path / "bucket" / harvested.name) == contents(harvested)
     assert main(arguments) == 0  # what Ray made, the local engine takes over
     assert "(8 reused, 0 skipped)" in capsys.readouterr().out
-    assert main([*arguments, "harvest.engine=ray", "harvest.seed=1"]) == 1
+    assert main([*arguments, "harvest.engine=ray", "harvest.seed=1", f"harvest.name={harvested.name}"]) == 1
     assert "seed: 0 -> 1" in capsys.readouterr().err

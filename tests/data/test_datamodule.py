@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.datamodule import ShardDataModule
-from data.errors import SettingsError, UnfinishedHarvestError
+from data.errors import DamagedShardError, DataError, SettingsError, UnfinishedHarvestError
 from data.folder import HarvestSummary
 from data.images import CocoImages
 from data.index import write_index
@@ -223,3 +223,33 @@ def test_a_module_knows_width_and_fingerprint(undisturbed: Path):
 def test_an_unfinished_harvest_is_rejected(tmp_path: Path):
     with pytest.raises(UnfinishedHarvestError, match="no finished harvest"):
         ShardDataModule(tmp_path)
+
+
+def test_damage_in_a_worker_process_is_the_same_error(undisturbed: Path):
+    tar = undisturbed / "train-00001.tar"
+    tar.write_bytes(tar.read_bytes()[:-1000] + bytes([7]) * 1000)
+    module = ShardDataModule(undisturbed, ReadingSettings(batch_size=4, cache="none", num_workers=1))
+    with pytest.raises(DamagedShardError, match="train-00001"):
+        list(module.train_dataloader())
+    with pytest.raises(DamagedShardError, match="train-00001"):
+        ShardDataModule(undisturbed, ReadingSettings(batch_size=4, cache="memory")).setup("fit")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [{}, {"epoch": 1}, {"epoch": -1, "batches": 0}, {"epoch": "1", "batches": None}, {"epoch": 1.0, "batches": 0}],
+)
+def test_a_checkpoint_that_does_not_know_its_place_is_refused(undisturbed: Path, place: dict[str, Any]):
+    module = ShardDataModule(undisturbed)
+    with pytest.raises(DataError, match="remove it, and fit again"):
+        module.load_state_dict(place)
+    module.load_state_dict({"epoch": 1, "batches": 2})
+
+
+def test_a_split_without_images_is_reported(tmp_path: Path):
+    for name in ("train-00000", "validation-00000"):
+        with ShardWriter(tmp_path, name, "settings"):
+            pass
+    write_index(tmp_path, {"train": ["train-00000"], "validation": ["validation-00000"]}, {}, {})
+    with pytest.raises(SettingsError, match="no images to fit to"):
+        _ = ShardDataModule(tmp_path).hidden_size

@@ -212,7 +212,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "16 maps of 8 images (0 reused, 0 skipped)" in capsys.readouterr().out
     assert main(arguments) == 0
     assert "(8 reused, 0 skipped)" in capsys.readouterr().out
-    assert main([*arguments, "harvest.prompts_per_image=1"]) == 1
-    assert "prompts_per_image: 2 -> 1" in capsys.readouterr().err
+    (harvested,) = (tmp_path / "runs" / "harvest").iterdir()
+    before = contents(harvested)
+    assert main([*arguments, "harvest.prompts_per_image=1"]) == 0  # a folder beside it
+    assert len(list((tmp_path / "runs" / "harvest").iterdir())) == 2
+    assert main([*arguments, "harvest.prompts_per_image=1", f"harvest.name={harvested.name}"]) == 1
+    message = capsys.readouterr().err
+    assert "prompts_per_image: 2 -> 1" in message
+    assert "overwrite=true" in message and "harvest.name=" in message
+    assert contents(harvested) == before
     assert main([*arguments[:-3], "harvest.samples=9", *arguments[-2:]]) == 1
     assert "14 images are asked for" in capsys.readouterr().err

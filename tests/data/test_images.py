@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,12 +10,14 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from datasets import Image as DatasetsImage
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from data import images as images_module
-from data.errors import AnnotationError, CorruptImageError, NotEnoughImagesError
+from data.errors import AnnotationError, CorruptImageError, ImageFileError, NotEnoughImagesError
 from data.images import CocoImages, read_annotations, seeded_order, split_ids
-from tests.data import tiny
+from tests.data import odd, tiny
 
 SIZES = {"train": 20, "validation": 6, "test": 4}
 
@@ -239,5 +243,88 @@ def test_a_corrupt_image_is_named(tmp_path: Path, damage: str):
 def test_a_file_that_vanished_is_not_a_corrupt_image(tmp_path: Path):
     images = tiny.write_coco(tmp_path / "coco", 1)
     images.path(10).unlink()
-    with pytest.raises(FileNotFoundError):
+    for read in (images.open, images.size):
+        with pytest.raises(FileNotFoundError) as caught:
+            read(10)
+        assert isinstance(caught.value, ImageFileError) and "000010.png has vanished" in str(caught.value)
+
+
+def test_an_image_that_the_system_cannot_read_is_not_a_corrupt_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    images = tiny.write_coco(tmp_path / "coco", 1)
+
+    def refused(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(ImageFileError, match=r"cannot be read \(Permission denied\)"):
         images.open(10)
+
+
+# -- odd things in the images folder
+
+
+@pytest.mark.parametrize("kind", odd.KINDS)
+def test_an_image_that_becomes_something_odd_is_an_error_of_ours(tmp_path: Path, kind: str):
+    images = tiny.write_coco(tmp_path / "coco", 2)
+    odd.put(images.path(10), kind)
+    for read in (images.open, images.size):
+        with pytest.raises((CorruptImageError, ImageFileError), match=r"000010\.png"):
+            read(10)
+    if kind != "a terabyte":  # a sparse file is a file
+        with pytest.raises(AnnotationError, match=r"1 of them are not in .*: 000010\.png"):
+            tiny.open_coco(tmp_path / "coco")
+    images.open(20)
+
+
+@pytest.mark.parametrize("kind", odd.KINDS)
+def test_odd_things_beside_the_images_are_left_alone(tmp_path: Path, kind: str):
+    images = tiny.write_coco(tmp_path / "coco", 2)
+    odd.put(images.images_dir / "beside", kind)
+    assert len(tiny.open_coco(tmp_path / "coco")) == 2
+
+
+@pytest.mark.parametrize("kind", [*odd.KINDS, "noise"])
+def test_an_images_folder_that_is_none(tmp_path: Path, kind: str):
+    images = tiny.write_coco(tmp_path / "coco", 1)
+    images.path(10).unlink()
+    images.images_dir.rmdir()
+    odd.put(images.images_dir, kind)
+    with pytest.raises(AnnotationError, match="images"):
+        tiny.open_coco(tmp_path / "coco")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000 + "a.png", "none/a.png"])
+def test_names_that_lead_to_no_file(tmp_path: Path, name: str):
+    images = tiny.write_coco(tmp_path / "coco", 1)
+    record = json.loads(images.annotations_file.read_text())
+    record["images"][0]["file_name"] = name
+    images.annotations_file.write_text(json.dumps(record))
+    with pytest.raises(AnnotationError, match="1 of them are not in"):
+        tiny.open_coco(tmp_path / "coco")
+
+
+@given(
+    content=st.binary(max_size=300),
+    head=st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM"]),
+)
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_are_an_image_or_a_corrupt_one(any_image: CocoImages, content: bytes, head: bytes):
+    any_image.path(10).write_bytes(head + content)
+    with contextlib.suppress(CorruptImageError):
+        assert any_image.open(10).mode == "RGB"
+    with contextlib.suppress(CorruptImageError):
+        assert min(any_image.size(10)) >= 0
+
+
+@pytest.fixture(scope="module")
+def any_image(tmp_path_factory: pytest.TempPathFactory) -> CocoImages:
+    return tiny.write_coco(tmp_path_factory.mktemp("any") / "coco", 1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_is_that_of_the_decoded_image(tmp_path: Path, orientation: int):
+    images = tiny.write_coco(tmp_path / "coco", 1)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 20)).save(images.path(10), format="JPEG", exif=exif)
+    assert images.size(10) == images.open(10).size

@@ -27,13 +27,13 @@ Run = Callable[..., HarvestSummary]
 PROJECT = Path(__file__).parents[2]
 
 
-def drive(mode: str, coco: CocoImages, target: Path) -> dict[str, Any]:
+def drive(mode: str, coco: CocoImages, target: Path, *more: str) -> dict[str, Any]:
     run = subprocess.run(
-        [sys.executable, "-m", "tests.data.victim", mode, str(coco.images_dir.parent), str(target)],
+        [sys.executable, "-m", "tests.data.victim", mode, str(coco.images_dir.parent), str(target), *more],
         cwd=PROJECT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=580,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
@@ -54,11 +54,17 @@ def assert_exactly_what_was_planned(target: Path, images: CocoImages) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments(tmp_path: Path, many: CocoImages):
-    result = drive("random", many, tmp_path / "killed")
-    assert result["kills"] == 20, result
+@pytest.mark.timeout(600)
+def test_killed_at_a_hundred_random_moments(tmp_path: Path, many: CocoImages):
+    result = drive("random", many, tmp_path / "killed", "100")
+    assert result["kills"] == 100, result
     assert result["leftovers"] > 0 and len(result["shards seen"]) > 5, result  # killed while writing, and everywhere
     assert_exactly_what_was_planned(tmp_path / "killed", many)
+
+
+@pytest.mark.slow
+def test_two_processes_in_one_folder(tmp_path: Path, many: CocoImages):
+    assert drive("together", many, tmp_path / "shared") == {"kills": 2, "refused": 8, "same": 4}
 
 
 @pytest.mark.slow

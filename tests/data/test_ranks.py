@@ -199,7 +199,6 @@ def test_torchrun_and_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     from pipeline.harvest import main
 
     arguments = command(tmp_path)
-    target = tmp_path / "runs" / "harvest" / "scene-llava-scenes"
     plain = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     plain["OMP_NUM_THREADS"] = "1"  # as in this process: the order of sums is in the bytes
     run = subprocess.run(
@@ -209,6 +208,7 @@ def test_torchrun_and_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("rendering 152 scenes") == 1 and run.stdout.count("reusing the finished world") == 1
     assert "all 10 shards are there: the harvest is finished" in run.stdout
+    (target,) = (tmp_path / "runs" / "harvest").iterdir()
     together = contents(target)
     assert len(json.loads(together["manifest.json"])["splits"]["train"]) == 12
     assert inspect.main(["verify", str(target)]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,14 @@ from typing import Any
 import fsspec
 import pytest
 
-from data.errors import DiskTooSmallError, HarvestMismatchError, StoreError
+from data.errors import DataError, DiskTooSmallError, HarvestMismatchError, StoreError
 from data.folder import HarvestSummary
 from data.images import CocoImages
 from data.index import damaged_shards
 from data.ranks import Rank
 from data.shards import ShardReader
 from data.store import Store
-from tests.data import tiny
+from tests.data import odd, tiny
 from tests.data.tiny import contents
 
 Run = Callable[..., HarvestSummary]
@@ -251,6 +252,29 @@ def test_fetching_looks_at_the_disk_first(
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(DiskTooSmallError, match=rf"the shards that are at {url} and not in .* are free"):
         run_harvest(tmp_path / "two", coco, output=url)
+
+
+@pytest.mark.parametrize(
+    "name", ["harvest.json", "index.json", "manifest.json", "train-00002.json", "train-00002.tar"]
+)
+@pytest.mark.parametrize("kind", [*odd.KINDS, "nothing", "noise", "null", "deep lists", "wrong types"])
+def test_odd_things_at_the_url_are_repaired_or_an_error_of_ours(
+    tmp_path: Path, coco: CocoImages, run_harvest: Run, name: str, kind: str
+):
+    url = f"file://{tmp_path}/bucket"
+    run_harvest(tmp_path / "one", coco, output=url)
+    intact = contents(tmp_path / "one")
+    odd.put(tmp_path / "bucket" / name, kind)
+    if kind == "a terabyte":
+        (tmp_path / "bucket" / name).unlink()
+        (tmp_path / "bucket" / name).touch()
+        os.truncate(tmp_path / "bucket" / name, 1 << 30)
+    try:
+        run_harvest(tmp_path / "two", coco, output=url)
+    except DataError as error:
+        assert "bucket" in str(error)
+    else:
+        assert contents(tmp_path / "two") == intact
 
 
 def test_readers_read_what_was_fetched(tmp_path: Path, coco: CocoImages, run_harvest: Run, url: str):

@@ -12,12 +12,13 @@ import torch
 
 from data.batches import Start
 from data.datamodule import ShardDataModule
-from data.errors import DamagedShardError, SettingsError
+from data.errors import DamagedShardError, DataError, SettingsError, StreamError
 from data.index import write_index
 from data.ranks import Rank
 from data.settings import ReadingSettings
 from data.shards import ShardReader, ShardWriter
 from data.stream import StreamedBatches
+from tests.data import odd
 from tests.data.tiny import make_sample
 
 SHARDS, EACH = 5, 6
@@ -140,10 +141,59 @@ def test_a_cut_tar_is_an_error_not_fewer_rows(shards: Path, tmp_path: Path) -> N
         list(streamed(tmp_path))
 
 
+def test_a_changed_tar_ends_the_epoch(shards: Path, tmp_path: Path) -> None:
+    for file in shards.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tar = tmp_path / "train-00002.tar"
+    whole = tar.read_bytes()
+    for place in range(0, len(whole), 997):
+        content = bytearray(whole)
+        content[place] ^= 1
+        tar.write_bytes(content)
+        for source in (None, f"pipe:cat {tmp_path}/{{shard}}.tar"):
+            with pytest.raises(DamagedShardError, match="train-00002"):
+                list(streamed(tmp_path, source=source))
+    tar.write_bytes(whole + b"more")
+    with pytest.raises(DamagedShardError, match=r"train-00002: the checksum of its stream is wrong"):
+        list(streamed(tmp_path))
+
+
+def test_damage_in_a_worker_process_is_the_same_error(shards: Path, tmp_path: Path) -> None:
+    for file in shards.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tar = tmp_path / "train-00002.tar"
+    tar.write_bytes(tar.read_bytes()[:-1000] + bytes([7]) * 1000)
+    with pytest.raises(DamagedShardError, match="train-00002"):
+        list(streamed(tmp_path, workers=1))
+    tar.unlink()
+    with pytest.raises(DamagedShardError, match=r"train-00002.* is missing"):
+        list(streamed(tmp_path, workers=1))
+    with pytest.raises(StreamError, match="exit 3"):
+        list(streamed(shards, workers=1, source=f"pipe:cat {shards}/{{shard}}.tar; exit 3"))
+
+
+@pytest.mark.parametrize("kind", odd.KINDS)
+def test_whatever_lies_in_place_of_a_tar_is_an_error_of_ours(shards: Path, tmp_path: Path, kind: str) -> None:
+    for file in shards.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    odd.put(tmp_path / "train-00002.tar", kind)
+    with pytest.raises(DamagedShardError, match="train-00002"):
+        list(streamed(tmp_path))
+
+
+def test_a_stream_without_end_is_not_read_for_ever(shards: Path) -> None:
+    source = f"pipe:cat {shards}/{{shard}}.tar /dev/zero"
+    with pytest.raises(DamagedShardError, match="the checksum of its stream is wrong"):
+        list(streamed(shards, source=source))
+
+
 def test_a_command_that_fails_is_an_error(shards: Path) -> None:
     source = f"pipe:cat {shards}/{{shard}}.tar; exit 3"
-    with pytest.raises(OSError, match="exit 3"):
+    with pytest.raises(OSError, match="exit 3") as caught:
         list(streamed(shards, source=source))
+    assert isinstance(caught.value, StreamError)
+    with pytest.raises(DataError, match="train-0000"):
+        list(streamed(shards, source="nope://host/{shard}.tar"))
 
 
 def test_a_consumer_may_stop_before_the_end(shards: Path) -> None:

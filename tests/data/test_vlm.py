@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import importlib.util
+import json
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from data import vlm
+from data.chat import chat_inputs
 from data.errors import ModelLoadError
 from data.settings import AttentionImplementation, Dtype, VLMSettings
-from data.vlm import DTYPES, load_vlm, model_identity
-from tests.data import tiny
+from data.vlm import DTYPES, load_vlm, model_config, model_identity
+from tests.data import odd, tiny
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +100,194 @@ def test_saving_a_model_does_not_change_what_it_is(build: Any, tmp_path: Path):
     assert model_identity(again, processor)["config_sha256"] == before["config_sha256"]
     model.config.text_config.rms_norm_eps *= 2
     assert model_identity(model, processor)["config_sha256"] != before["config_sha256"]
+
+
+# -- what is knowable before the weights are loaded
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(folder, tmp_path / "tiny-llava")
+
+
+@pytest.fixture
+def weightless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights must not be loaded."""
+
+    def loaded(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the weights are loaded")
+
+    monkeypatch.setattr(vlm.AutoModelForImageTextToText, "from_pretrained", loaded)
+
+
+def settings_of(folder: Path) -> VLMSettings:
+    return VLMSettings(hub_id=str(folder), device="cpu")
+
+
+def edit(file: Path, **values: Any) -> None:
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in (record | values).items() if value is not ...}))
+
+
+@pytest.mark.usefixtures("weightless")
+def test_the_configuration_needs_no_weights(copied: Path):
+    (copied / "model.safetensors").unlink()
+    config = model_config(settings_of(copied))
+    assert config.get_text_config().num_hidden_layers == 4 and config.get_text_config().hidden_size == tiny.WIDTH
+
+
+@pytest.mark.usefixtures("weightless")
+def test_a_model_that_scr_does_not_know_is_rejected_by_its_type(copied: Path):
+    transformers.BertConfig().save_pretrained(copied)
+    for load in (model_config, load_vlm):
+        with pytest.raises(ModelLoadError, match=r"a model of type 'bert'.*llava.*qwen2_vl"):
+            load(settings_of(copied))
+
+
+@pytest.mark.usefixtures("weightless")
+@pytest.mark.parametrize("value", [0, -3, "many", None, 2.5])
+def test_impossible_sizes_are_rejected(copied: Path, value: Any):
+    text = json.loads((copied / "config.json").read_text())["text_config"]
+    edit(copied / "config.json", text_config={**text, "num_hidden_layers": value})
+    with pytest.raises(ModelLoadError, match=str(copied)):
+        model_config(settings_of(copied))
+
+
+@pytest.mark.usefixtures("weightless")
+def test_the_processor_comes_before_the_weights(copied: Path):
+    for file in copied.glob("*processor*"):
+        file.unlink()
+    with pytest.raises(ModelLoadError, match=str(copied)):
+        load_vlm(settings_of(copied))
+
+
+@pytest.mark.usefixtures("weightless")
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for message in messages %}", "cannot make a prompt about an image"),
+        ("{{ messages[7]['nothing'].x }}", "cannot make a prompt about an image"),
+        ("{{ raise_exception('only tools') }}", "only tools"),
+        ("no image here", "cannot make a prompt|leaves the image out"),
+        (None, "has no chat template"),
+    ],
+)
+def test_a_chat_template_that_does_not_work_is_rejected(copied: Path, template: str | None, message: str):
+    for file in copied.glob("chat_template*"):
+        file.unlink()
+    for file in copied.glob("*.json"):
+        if "chat_template" in file.read_text():
+            edit(file, chat_template=...)
+    if template is not None:
+        (copied / "chat_template.jinja").write_text(template)
+    with pytest.raises(ModelLoadError, match=message):
+        load_vlm(settings_of(copied))
+
+
+def test_a_tokenizers_template_serves_a_processor_that_has_none(copied: Path, monkeypatch: pytest.MonkeyPatch):
+    """Chameleon's processor drops it when it is made."""
+    template = (
+        "USER: {% for part in messages[0]['content'] %}"
+        "{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    )
+    plain = vlm.AutoProcessor.from_pretrained
+
+    def dropping(*arguments: Any, **settings: Any) -> Any:
+        processor = plain(*arguments, **settings)
+        processor.chat_template, processor.tokenizer.chat_template = None, template
+        return processor
+
+    monkeypatch.setattr(vlm.AutoProcessor, "from_pretrained", dropping)
+    _, processor = load_vlm(settings_of(copied))
+    inputs = chat_inputs(processor, [tiny.Image.new("RGB", (9, 9))], ["Is there a cup ?"])
+    assert "Is there a cup" in processor.tokenizer.decode(inputs["input_ids"][0])
+
+
+@pytest.mark.usefixtures("weightless")
+@pytest.mark.parametrize(
+    ("error", "package"),
+    [
+        (ImportError("\nQwen2VLVideoProcessor requires the Torchvision library but it was not found."), "torchvision"),
+        (ImportError("Package `num2words` is required. Install it with `pip install num2words`."), "num2words"),
+        (ModuleNotFoundError("No module named 'einops'", name="einops"), "einops"),
+        (ImportError("X requires the PIL library but it was not found."), "pillow"),
+        (ImportError("apply_chat_template requires jinja2 to be installed. pip install jinja2"), "jinja2"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_the_line_that_installs_it(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, error: ImportError, package: str
+):
+    def refused(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(vlm.AutoProcessor, "from_pretrained", refused)
+    with pytest.raises(ModelLoadError, match=rf"needs the package {package}, .*: pip install {package}\n") as caught:
+        load_vlm(settings_of(copied))
+    assert "hf download" not in str(caught.value) and "model.hub_id to a folder" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("weightless")
+def test_a_real_processor_without_torchvision(tmp_path: Path):
+    if importlib.util.find_spec("torchvision") is not None:
+        pytest.skip("torchvision is installed")
+    model, processor = tiny.build_qwen()
+    for part in (model.config, processor.tokenizer, processor):
+        part.save_pretrained(tmp_path)
+    video = {"video_processor_type": "Qwen2VLVideoProcessor"}
+    edit(tmp_path / "processor_config.json", processor_class="Qwen2VLProcessor", video_processor=video)
+    with pytest.raises(ModelLoadError, match="needs the package torchvision, which is not installed: pip install"):
+        load_vlm(settings_of(tmp_path))
+
+
+def test_advice_fits_where_the_model_was_looked_for(copied: Path, monkeypatch: pytest.MonkeyPatch):
+    (copied / "config.json").write_text("{")
+    with pytest.raises(ModelLoadError) as caught:
+        load_vlm(settings_of(copied))
+    assert "hf download" not in str(caught.value) and "copy or fetch it again" in str(caught.value)
+
+    def unreachable(*_: Any, **__: Any) -> Any:
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr(vlm.AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(ModelLoadError, match="hf download someone/model"):
+        load_vlm(VLMSettings(hub_id="someone/model", device="cpu"))
+    for place in ("/nowhere", "./nowhere", "runs/models/nowhere", "~nobody/model"):
+        with pytest.raises(ModelLoadError, match="there is no such folder"):
+            load_vlm(VLMSettings(hub_id=place, device="cpu"))
+    with pytest.raises(ModelLoadError, match="is a file: give the folder"):
+        load_vlm(settings_of(copied / "config.json"))
+
+
+FILES = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("kind", [*odd.KINDS, *odd.CONTENTS])
+def test_a_model_folder_with_odd_files_is_loaded_or_rejected(copied: Path, file: str, kind: str):
+    odd.put(copied / file, kind)
+    try:
+        load_vlm(settings_of(copied))
+    except ModelLoadError as error:
+        assert str(copied) in str(error)
+    else:
+        assert file.startswith("tokenizer_config")  # its defaults will do
+
+
+# -- another processor is another harvest
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"],
+)
+def test_the_identity_of_a_model_covers_the_files_of_its_processor(folder: Path, copied: Path, file: str):
+    record = identity_of(folder)
+    assert identity_of(copied) == record
+    with (copied / file).open("a") as stream:
+        stream.write("\n" if (folder / file).exists() else "{}")
+    changed = identity_of(copied)
+    assert {key for key in record if record[key] != changed[key]} == {"processor_sha256"}
+
+
+def test_a_model_without_a_folder_has_no_files():
+    assert "processor_sha256" not in model_identity(*tiny.build_llava())

@@ -1,4 +1,6 @@
-"""Harvests that are killed: real processes of the real harvest on the tiny model. `python -m tests.data.victim`.
+"""Harvests that are killed: real processes of the real harvest on the tiny model.
+
+python -m tests.data.victim random|renaming|vanishing|together COCO TARGET [KILLS]
 
 Importing torch and transformers takes longer than these harvests do, so one driver imports them and forks a process
 for each harvest.
@@ -21,10 +23,12 @@ from typing import Any
 import torch
 from PIL.Image import Image as PILImage
 
+from data.errors import HarvestFolderError, HarvestMismatchError
 from data.folder import HarvestSummary
 from data.harvest import harvest
 from data.harvester import Harvester, prepare
 from data.images import CocoImages
+from data.index import damaged_shards
 from data.plan import Job
 from data.settings import HarvestSettings
 from scr_runtime import SCRConfig, capture
@@ -33,7 +37,6 @@ from tests.data.tiny import contents
 
 SETTINGS = HarvestSettings(samples=60, validation=12, test=9, shard_size=3, batch_size=4)
 SHARDS = 20 + 4 + 3
-KILLS = 20
 
 
 def slow_capture(seconds: float, model: Any, config: SCRConfig, inputs: Mapping[str, Any], rows_per_image: int) -> Any:
@@ -58,7 +61,12 @@ def llava() -> tuple[Any, Any]:
 
 
 def prepared(
-    coco: Path, target: Path, seconds: float = 0.01, poison: int = -1, output: str | None = None
+    coco: Path,
+    target: Path,
+    seconds: float = 0.01,
+    poison: int = -1,
+    output: str | None = None,
+    settings: HarvestSettings = SETTINGS,
 ) -> tuple[Job, Harvester]:
     """What a process starts with; each batch takes so many seconds."""
     torch.set_num_threads(1)
@@ -71,7 +79,7 @@ def prepared(
         processor=processor,
         scr=tiny.CONFIG,
         images=images,
-        settings=SETTINGS,
+        settings=settings,
         output=output,
         capture=functools.partial(slow_capture, seconds),
     )
@@ -102,6 +110,20 @@ def fork(work: Callable[[], object]) -> int:
     return child
 
 
+def fails(work: Callable[[], object]) -> bool:
+    """Whether `work` ends a process of its own with an error of ours."""
+
+    def refused() -> None:
+        try:
+            work()
+        except (HarvestMismatchError, HarvestFolderError):
+            return
+        raise AssertionError("it was let in")
+
+    assert not killed(fork(refused))
+    return True
+
+
 def killed(child: int) -> bool:
     """Waits for a process, which has to end well or by SIGKILL."""
     status = os.waitpid(child, 0)[1]
@@ -112,11 +134,11 @@ def killed(child: int) -> bool:
     return False
 
 
-def at_random_moments(coco: Path, target: Path, seed: int) -> dict[str, Any]:
-    """Kills a harvest 20 times, resuming it each time, and lets it finish."""
+def at_random_moments(coco: Path, target: Path, seed: int, count: int = 20) -> dict[str, Any]:
+    """Kills a harvest so many times, resuming it each time, and lets it finish."""
     moments = random.Random(seed)
     kills, finished_early, leftovers, progress = 0, 0, 0, set()
-    while kills < KILLS:
+    while kills < count:
         child = fork(lambda: run(coco, target))
         tars = len(list(target.glob("*.tar"))) + moments.randrange(3)
         end = time.monotonic() + 10
@@ -128,7 +150,7 @@ def at_random_moments(coco: Path, target: Path, seed: int) -> dict[str, Any]:
             kills += 1
         else:
             finished_early += 1
-            assert finished_early < 30
+            assert finished_early < 10 + count
         leftovers += any(".tmp." in name for name in os.listdir(target)) if target.exists() else 0
         progress.add(len(list(target.glob("*.tar"))))
         if len(list(target.glob("*.tar"))) > SHARDS - 3:  # there has to be something to kill
@@ -167,6 +189,32 @@ def while_renaming(coco: Path, target: Path) -> dict[str, Any]:
     return {"kills": kills}
 
 
+def together(coco: Path, target: Path, seed: int) -> dict[str, Any]:
+    """Two harvests in one folder at once: both end well, or one of them is killed; and nobody takes it from them."""
+    moments = random.Random(seed)
+    wide = SETTINGS.model_copy(update={"batch_size": 12})  # the same settings, another rounding
+    other = SETTINGS.model_copy(update={"seed": 1})
+    kills, refused, same = 0, 0, 0
+    for number in range(8):
+        shutil.rmtree(target, ignore_errors=True)
+        first = fork(lambda: run(coco, target, 0.03))
+        time.sleep(moments.uniform(0, 0.6))
+        beside = wide if number % 2 else SETTINGS
+        second = fork(lambda: harvest(*prepared(coco, target, 0.03, settings=beside)))  # noqa: B023
+        if number in (2, 5):
+            os.kill(first, signal.SIGKILL)
+        time.sleep(0.1)
+        refused += fails(lambda: harvest(*prepared(coco, target, settings=other), overwrite=number > 3))  # noqa: B023
+        kills += killed(first)
+        assert not killed(second)
+        assert not damaged_shards(target), number
+        assert not [name for name in os.listdir(target) if ".tmp." in name] or number in (2, 5)
+        if beside == SETTINGS:
+            found = {name: content for name, content in contents(target).items() if ".tmp." not in name}
+            same += found == contents(target.with_name("undisturbed"))
+    return {"kills": kills, "refused": refused, "same": same}
+
+
 def on_machines_that_vanish(coco: Path, target: Path, seed: int) -> dict[str, Any]:
     """Kills a harvest eight times, each time with its disk: all that is left is what stood at the URL."""
     moments = random.Random(seed)
@@ -199,8 +247,10 @@ def main() -> None:
         return
     llava()
     assert not killed(fork(lambda: run(coco, target.with_name("undisturbed"), seconds=0)))
+    count = int(sys.argv[4]) if len(sys.argv) > 4 else 20
     ways = {
-        "random": lambda: at_random_moments(coco, target, 4),
+        "random": lambda: at_random_moments(coco, target, count, count),
+        "together": lambda: together(coco, target, 6),
         "renaming": lambda: while_renaming(coco, target),
         "vanishing": lambda: on_machines_that_vanish(coco, target, 5),
     }

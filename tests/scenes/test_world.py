@@ -1,5 +1,6 @@
 """The world: deterministic, valid COCO, never half there."""
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -10,7 +11,8 @@ from PIL import Image
 
 from scenes import CATEGORIES, ensure_world
 from scenes.categories import CONTEXTS
-from scenes.world import MIN_VISIBLE, SIZE, STREAMS, caption, render_scene
+from scenes.marker import MARKER, NoWorldError
+from scenes.world import MIN_VISIBLE, SIZE, STREAMS, WorldMismatchError, caption, render_scene
 
 # Ids as in COCO's own annotation files, copied by hand from there.
 COCO_IDS = {"person": 1, "car": 3, "boat": 9, "traffic light": 10, "dog": 18, "giraffe": 25,
@@ -124,23 +126,53 @@ def test_finished_world_is_reused(world: Path, capsys: pytest.CaptureFixture[str
     assert {file: file.stat().st_mtime_ns for file in world.rglob("*")} == before
 
 
-def test_world_of_other_settings_is_rendered_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_world_of_other_settings_is_never_replaced(tmp_path: Path):
     root = ensure_world(tmp_path / "world", train=3, val=2, seed=0)
     first = digest(root)
-    ensure_world(root, train=3, val=2, seed=1)
-    assert "differs in seed" in capsys.readouterr().out
-    assert digest(root) != first
+    with pytest.raises(
+        WorldMismatchError, match=r"differs in train, seed[^$]*seed: 0 -> 1[^$]*data\.name=NAME"
+    ) as caught:
+        ensure_world(root, train=4, val=2, seed=1)
+    assert caught.value.difference == {"train": (3, 4), "seed": (0, 1)}
+    assert digest(root) == first
     assert [p.name for p in tmp_path.iterdir()] == ["world"], "nothing is left beside it"
 
 
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("scenes.world._png", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            ensure_world(tmp_path / "world", train=3, val=2)
+    assert not isinstance(caught.value, NoWorldError) and list(tmp_path.iterdir()) == []
+
+
+def test_a_linked_folder_is_filled_where_it_lies(tmp_path: Path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "world").symlink_to("disk")
+    ensure_world(tmp_path / "world", train=3, val=2)
+    assert (tmp_path / "world").is_symlink() and (tmp_path / "disk" / MARKER).is_file()
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["removed", "cut"])
 @pytest.mark.parametrize("lost", ["train/000000000002.png", "annotations/instances_val.json"])
-def test_world_that_lost_files_is_rendered_again(tmp_path: Path, lost: str, capsys: pytest.CaptureFixture[str]):
+def test_what_a_world_has_lost_is_rendered_again(
+    tmp_path: Path, lost: str, cut: bool, capsys: pytest.CaptureFixture[str]
+):
     root = ensure_world(tmp_path / "world", train=3, val=2)
     whole = digest(root)
-    (root / lost).unlink()
+    kept = (root / "train" / "000000000001.png").stat()
+    if cut:
+        (root / lost).write_bytes((root / lost).read_bytes()[:-20])
+    else:
+        (root / lost).unlink()
     ensure_world(root, train=3, val=2)
     assert "missing" in capsys.readouterr().out
     assert digest(root) == whole
+    now = (root / "train" / "000000000001.png").stat()
+    assert (now.st_ino, now.st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns), "what is there is not written again"
 
 
 def test_interrupted_rendering_leaves_no_world_and_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -164,7 +196,7 @@ def test_interrupted_rendering_leaves_no_world_and_is_made_good(tmp_path: Path, 
 
 def test_foreign_folder_is_refused(tmp_path: Path):
     (tmp_path / "holiday.jpg").write_bytes(b"precious")
-    with pytest.raises(FileExistsError, match="no finished world"):
+    with pytest.raises(NoWorldError, match="no finished world"):
         ensure_world(tmp_path, train=2, val=2)
     assert (tmp_path / "holiday.jpg").read_bytes() == b"precious"
 

@@ -17,6 +17,7 @@ from scr_runtime import (
     load_predictor,
     save_predictor,
 )
+from scr_runtime.reading import checksum
 
 CONFIG = SCRConfig(num_sources=4, edit_layers=(0, 2), attention_layers=(2, 4))
 
@@ -31,10 +32,14 @@ def folder(tmp_path: Path, tiny_llava: Any) -> Path:
     return save_predictor(tmp_path / "p", predictor, scr=CONFIG, model=model, metrics={"test/mass": 0.9})
 
 
-def change_config(folder: Path, **changes: Any) -> None:
+def change_config(folder: Path, *, sign: bool = True, **changes: Any) -> None:
+    """Changes values (``None`` takes a key out) and, unless told otherwise, the checksum with them."""
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    config = {key: value for key, value in config.items() if value is not None}
+    if sign and "checksum" in config:
+        config["checksum"] = checksum(config)
+    path.write_text(json.dumps(config))
 
 
 def test_round_trip(folder: Path, tiny_llava: Any) -> None:
@@ -85,11 +90,18 @@ DAMAGES: list[tuple[Any, type[Exception], str]] = [
     (lambda f: (f / "config.json").write_text("{"), errors.PredictorCorruptError, "not readable as JSON"),
     (lambda f: (f / "config.json").write_text("[1]"), errors.PredictorCorruptError, "format_version=None"),
     (
-        lambda f: change_config(f, format_version=3),
+        lambda f: change_config(f, format_version=4),
         errors.PredictorVersionError,
-        "=3, .* reads up to 2. Upgrade scr-r",
+        "=4, .* reads up to 3. Upgrade scr-r",
     ),
-    (lambda f: change_config(f, format_version=1), errors.PredictorVersionError, "=1, .* reads 2: .* Fit it again"),
+    (
+        lambda f: change_config(f, format_version=1),
+        errors.PredictorVersionError,
+        "=1, .* reads 2 to 3: .* Fit it again",
+    ),
+    (lambda f: change_config(f, checksum=None), errors.PredictorCorruptError, r"missing keys \['checksum'\]"),
+    (lambda f: change_config(f, threshold=0.5, sign=False), errors.PredictorCorruptError, "its checksum is not"),
+    (lambda f: change_config(f, format_version=2), errors.PredictorCorruptError, "=2 with a checksum"),
     (lambda f: change_config(f, network=None), errors.PredictorCorruptError, r"missing keys \['network'\]"),
     (lambda f: change_config(f, network={"hidden_size": 32}), errors.PredictorCorruptError, "expected the keys"),
     (lambda f: change_config(f, scr={"num_sauces": 3}), errors.PredictorCorruptError, "num_sauces"),

@@ -60,7 +60,8 @@ def test_blocks_of_different_reach_are_refused_in_two_pass() -> None:
     model.model.language_model.config.layer_types = ["full_attention"] * 3 + ["sliding_attention"] * 3
     model.model.language_model.config.sliding_window = 4
     model.model.language_model.has_sliding_layers = True
-    refused(model, prompt.inputs, errors.UnsupportedModelError, "mix attention of different reach")
+    with pytest.raises(errors.UnsupportedModelError, match="mix attention of different reach"):
+        SCR(model, config=CONFIG, mode="two-pass")
     logits_of(model, prompt, mode="uniform")
 
 

@@ -69,7 +69,7 @@ def test_choice_gaps_and_confidence_agree_with_a_loop(
         cut = (float(scores[image, ranked[k - 1]]) + first_out) / 2
         expected = [float(scores[image, patch]) - cut for patch in ranked[:k]]
         assert gaps[image].tolist() == pytest.approx(expected, rel=1e-6)
-        chances = [1 / (1 + math.exp(-gap / temperature)) if gap > -300 else 0.0 for gap in expected]
+        chances = [1 / (1 + math.exp(-gap / temperature)) if gap / temperature > -700 else 0.0 for gap in expected]
         assert float(confidence[image]) == pytest.approx(sum(chances) / k, abs=1e-5)
     if not config.suppress_claimed:
         assert bool(((confidence >= 0.5 - 1e-6) & (confidence <= 1)).all())

@@ -1,0 +1,118 @@
+"""What can be known before any prefill, and so is checked when an SCR is made and when it is attached."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from numbers import Real
+from typing import Any, get_args
+
+from torch import nn
+
+from scr_runtime.attention import check_selectable, eager_attention
+from scr_runtime.config import Mode, SCRConfig
+from scr_runtime.errors import ConfigurationError, PrefillError, UnsupportedModelError
+from scr_runtime.families import Family, blocks_of
+from scr_runtime.network import SourcePredictor
+from scr_runtime.rule import effective_num_sources
+
+
+def check_arguments(config: Any, predictor: Any, mode: Any, threshold: Any, seed: Any) -> None:
+    """Checks the arguments of an SCR by themselves.
+
+    Raises:
+        ConfigurationError: If one is of another type, or out of range.
+    """
+    if mode not in get_args(Mode):
+        raise ConfigurationError(f"mode={mode!r}: expected one of {list(get_args(Mode))}")
+    if not (config is None or isinstance(config, SCRConfig)):
+        raise ConfigurationError(f"config={config!r}: expected an SCRConfig; SCRConfig.from_dict makes one of a dict")
+    if not (predictor is None or isinstance(predictor, str | os.PathLike | SourcePredictor)):
+        raise ConfigurationError(f"predictor={predictor!r}: expected a folder, or a SourcePredictor")
+    number = isinstance(threshold, (int, float, Real)) and not isinstance(threshold, bool)
+    if not (threshold is None or (number and math.isfinite(threshold))):
+        raise ConfigurationError(f"threshold={threshold!r}: expected a finite number, or None for the predictor's own")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+        raise ConfigurationError(f"seed={seed!r}: expected an integer of 64 bits")
+
+
+def check_grid(model: Any, family: Family, config: SCRConfig) -> None:
+    """Checks that sources can be chosen on the grid of a family whose images all have the same one.
+
+    Raises:
+        ConfigurationError: If no patch of it can be a source.
+    """
+    if family.fixed_grid is None:
+        return
+    try:
+        image = family.fixed_grid(model, {})
+    except PrefillError:
+        return  # a vision tower that is not known: what a call says of it decides
+    try:
+        effective_num_sources(image.grid, config)
+    except PrefillError as error:
+        raise ConfigurationError(f"the images of this {type(model).__name__} have {error}") from None
+
+
+def check_decoder(model: Any, family: Family, config: SCRConfig) -> None:
+    """Checks that the diagnostic run can read the attention of a model's decoder.
+
+    Raises:
+        UnsupportedModelError: If not; the message names the modes that need no diagnostic run.
+    """
+    if family.tap is not None:
+        return
+    blocks = blocks_of(model)
+    first, last = config.state_layer + 1, config.attention_layers[1]
+    text = family.text_config(model)
+    check_selectable(text)
+    kinds: list[str] = getattr(text, "layer_types", None) or []
+    if len(set(kinds[config.state_layer : last + 1])) > 1:
+        raise UnsupportedModelError(
+            f"blocks {config.state_layer}-{last} mix attention of different reach "
+            f"({sorted(set(kinds[config.state_layer : last + 1]))}); the diagnostic run knows the mask of one. Use "
+            "mode='one-pass' or 'uniform'."
+        )
+    for layer in range(first, last + 1):
+        attention = attention_of(blocks[layer])
+        problem = _problem(attention, layer, str(text._attn_implementation))
+        if problem is not None:
+            raise UnsupportedModelError(
+                f"the diagnostic run can't read the attention of block {layer} ({type(blocks[layer]).__name__}): "
+                f"{problem}. Use mode='one-pass' or 'uniform'."
+            )
+
+
+def attention_of(block: nn.Module) -> nn.Module | None:
+    """The attention module of a decoder block: the part of it that has its config and knows its layer."""
+    for module in block.modules():
+        knows = isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "config")
+        if knows and "Attention" in type(module).__name__:
+            return module
+    return None
+
+
+def attention_configs(model: Any, family: Family) -> list[Any]:
+    """The config objects that the attention of a model's decoder reads; one, in all models but odd ones."""
+    found = {id(config): config for config in [family.text_config(model)]}
+    for block in blocks_of(model):
+        config = getattr(attention_of(block), "config", None)
+        if hasattr(config, "_attn_implementation"):
+            found.setdefault(id(config), config)
+    return list(found.values())
+
+
+def _problem(attention: nn.Module | None, layer: int, implementation: str) -> str | None:
+    """Why a block's attention can't be read."""
+    if attention is None:
+        return "no attention module in it knows its layer"
+    name = type(attention).__name__
+    if attention.layer_idx != layer:
+        return f"{name} says that it is that of layer {attention.layer_idx}"
+    files = [sys.modules.get(kind.__module__) for kind in type(attention).__mro__]
+    if not any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files):
+        return f"{name} does not use transformers' attention interface"
+    if implementation.endswith("eager") and eager_attention(attention) is None:
+        return f"{name} has no eager_attention_forward in its file"
+    return None

@@ -1,0 +1,84 @@
+"""What runs in this thread: the state of a call, kept where the call is and not where the model is.
+
+Forward passes are synchronous and nest within a thread, so that what runs in a thread is a stack: whoever enters
+writes down what was there, and puts it back when it leaves. Other threads see nothing of it. No lock is held while a
+model runs: a call that starts another one, in this thread or in one that it waits for, can't block itself.
+"""
+
+from __future__ import annotations
+
+import _thread
+import sys
+import threading
+from contextlib import ContextDecorator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scr_runtime.attention import AttentionRows
+    from scr_runtime.generate import GenerateCall
+    from scr_runtime.passes import OuterCall
+    from scr_runtime.prefill import Prefill
+    from scr_runtime.prefix import Question
+
+
+class Here(threading.local):
+    """The state of the calls that run in this thread.
+
+    Attributes:
+        prefill: The edited prefill whose decoder runs; ``None`` in any other pass, the nested diagnostic run included.
+        rows: Where the diagnostic run of this thread reads its attention to.
+        outer: The call of the whole model around the pass.
+        base: The base model whose forward runs.
+        captures: Whether the next pass is a capture's, and so never edited.
+        generate: The innermost ``generate`` of a model with an SCR.
+        question: The innermost question of an image session.
+    """
+
+    prefill: Prefill | None = None
+    rows: AttentionRows | None = None
+    outer: OuterCall | None = None
+    base: Any = None
+    captures: bool = False
+    generate: GenerateCall | None = None
+    question: Question | None = None
+
+
+here = Here()
+
+
+@dataclass(eq=False)
+class Running:
+    """Something that runs as long as a frame is on its thread's stack, however it ends.
+
+    Attributes:
+        frame: ``None`` before it has begun and after it has ended.
+        thread: The thread's identifier.
+    """
+
+    frame: FrameType | None = field(default=None, repr=False)
+    thread: int = 0
+
+    def begin(self, frame: FrameType) -> None:
+        """Binds it to a frame of this thread."""
+        self.thread = threading.get_ident()
+        self.frame = frame
+
+    @property
+    def alive(self) -> bool:
+        """Whether the frame is still on its thread's stack."""
+        frame = None if self.frame is None else sys._current_frames().get(self.thread)
+        while frame is not None:
+            if frame is self.frame:
+                return True
+            frame = frame.f_back
+        return False
+
+
+class Turns(ContextDecorator, _thread.RLock):  # pyright: ignore[reportGeneralTypeIssues]
+    """A lock, as a decorator: one thread at a time is in the functions that it decorates. No user's code runs there.
+
+    Signals and tracers may raise at any line of ours; none of these lines is between the lock's acquisition and its
+    release, but for the function's own, whose exceptions release it.
+    """

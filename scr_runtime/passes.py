@@ -1,0 +1,370 @@
+"""A forward pass of a model with an SCR: where it begins and ends, and what happens in between.
+
+Three methods are shadowed on their instances, so that no way into the model leads around SCR and no way out of a pass
+(an interrupt, a cancelled task) leaves anything behind:
+
+    the base model's forward    the boundary: a prefill with images is edited between its call and its return
+    the decoder's forward       tells the prefill's own pass from other calls of the decoder
+    the whole model's forward   sees whether a call with images went by without reaching the base
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scr_runtime.config import SCRConfig
+from scr_runtime.deferred import DeferredChecks
+from scr_runtime.diagnostic import Decoder, StateLayerOutput, block_arguments, residual_stream
+from scr_runtime.errors import EditNotFiredError, NonFiniteScoresError, PrefillError, UnsupportedModelError
+from scr_runtime.families import Family, uncompiled
+from scr_runtime.generate import GenerateCall, GenerateShadow
+from scr_runtime.here import here
+from scr_runtime.layout import count_mismatch, visual_layout
+from scr_runtime.prefill import BlockHooks, Prefill
+from scr_runtime.prefix import Question
+from scr_runtime.redistribute import merge_plans, plan_edit, state_norms
+from scr_runtime.shadows import Inner, Shadows
+from scr_runtime.sources import Choice, Provider
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+@dataclass(eq=False)
+class OuterCall:
+    """One call of the whole model.
+
+    Attributes:
+        passes: Whose.
+        reached: Whether it has reached the base model.
+        finished: Its prefills that are over; they count when the call returns.
+    """
+
+    passes: Passes
+    reached: bool = False
+    finished: list[Prefill] = field(default_factory=list[Prefill])
+
+
+class Passes:
+    """The forward passes of one model under one SCR.
+
+    Args:
+        model: The model.
+        family: Its family.
+        config: The settings in force.
+        provide: Chooses the sources.
+        wide: Whether a predictor will read the states.
+        diagnoses: Whether the nested diagnostic run may be needed.
+        finished: What to do with a prefill that is over.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        family: Family,
+        config: SCRConfig,
+        provide: Provider,
+        wide: bool,
+        diagnoses: bool,
+        finished: Callable[[Prefill], None],
+    ) -> None:
+        self.checks = DeferredChecks()
+        self.generate = GenerateShadow(model, family)
+        self._model = model
+        self._family = family
+        self._config = config
+        self._provide = provide
+        self._wide = wide
+        self._diagnoses = diagnoses
+        self._finished = finished
+        self._blocks = family.blocks(model)
+        self.base = uncompiled(family.base(model))
+        self._decoder = uncompiled(family.decoder(model))
+        self._names = tuple(inspect.signature(self.base.forward).parameters)
+        self._decoder_names = tuple(inspect.signature(self._decoder.forward).parameters)
+        self._outer_names = tuple(inspect.signature(model.forward).parameters)
+        self._eager_base: Any = torch.compiler.disable(self._around_base, reason="SCR edits prefills with images")
+        (first, last), state = config.edit_layers, config.state_layer
+        acts = {layer: functools.partial(_edit, layer) for layer in range(max(first, state + 1), last + 1)}
+        self.hooks = BlockHooks(self._blocks, {state: self._after_state_layer, **acts})
+        if family.between_blocks is not None:
+            self.hooks.keep_calls_of(self._decoder)
+
+    def shadow(self, shadows: Shadows) -> None:
+        """Installs the shadows; nothing happens in them before ``hooks.active``."""
+        shadows.add(self.base, "forward", self.around_base)
+        if self._decoder is not self.base:
+            shadows.add(self._decoder, "forward", self.around_decoder)
+        shadows.add(self._model, "forward", self.around_model)
+        shadows.add(self._model, "generate", self.generate.around)
+        if self._family.tap is not None:
+            for layer, block in enumerate(self._blocks):
+                shadows.add(*self._family.tap(block, layer))
+
+    # -- shadows -------------------------------------------------------------------------------------------------
+
+    def around_model(self, inner: Inner, args: Args, kwargs: Kwargs) -> Any:
+        """The whole model's forward: an image that went around the base model is an error."""
+        if torch.compiler.is_compiling() or not self.hooks.active:
+            return inner(*args, **kwargs)
+        call, outer = OuterCall(self), here.outer
+        try:
+            here.outer = call
+            output = inner(*args, **kwargs)
+        finally:
+            here.outer = outer
+        if not call.reached and self._family.brings_images(self._model, _named(self._outer_names, args, kwargs)):
+            raise EditNotFiredError(
+                f"a call with images did not reach {type(self.base).__name__}.forward, where SCR is attached: that "
+                "forward, or the module, was replaced meanwhile. Detach, and attach again."
+            )
+        for prefill in call.finished:
+            self._finished(prefill)
+        return output
+
+    def around_decoder(self, inner: Inner, args: Args, kwargs: Kwargs) -> Any:
+        """The decoder's forward: hooks act in the prefill's own pass, and not in other calls that come between."""
+        if torch.compiler.is_compiling() or not self.hooks.active:
+            return inner(*args, **kwargs)
+        prefill, rows = here.prefill, here.rows
+        if prefill is not None and (prefill.owner is not self.hooks or not prefill.entered):
+            prefill.entered |= prefill.owner is self.hooks  # of another SCR's prefill, its own shadow takes care
+            return inner(*args, **kwargs)
+        if here.base is None:
+            self._refuse_embeddings(_named(self._decoder_names, args, kwargs), direct=True)
+        try:
+            here.prefill, here.rows = None, None
+            return inner(*args, **kwargs)
+        finally:
+            here.prefill, here.rows = prefill, rows
+
+    def around_base(self, inner: Inner, args: Args, kwargs: Kwargs) -> Any:
+        """The base model's forward. Under compilation text passes through, and images come back to plain Python."""
+        if torch.compiler.is_compiling() and not (self.hooks.active and self._concerns(args, kwargs)):
+            return inner(*args, **kwargs)
+        return self._eager_base(inner, args, kwargs)
+
+    def _concerns(self, args: Args, kwargs: Kwargs) -> bool:
+        call = _named(self._names, args, kwargs)
+        embeddings = call.get("inputs_embeds")
+        several = embeddings is not None and embeddings.shape[1] > 1
+        return several or self._family.brings_images(self._model, call)
+
+    def _around_base(self, inner: Inner, args: Args, kwargs: Kwargs) -> Any:
+        if not self.hooks.active:
+            return inner(*args, **kwargs)
+        saved, captures = (here.prefill, here.rows, here.outer, here.base), here.captures
+        outer = here.outer if here.outer is not None and here.outer.passes is self else None
+        prefill: Prefill | None = None
+        try:
+            here.prefill, here.rows, here.outer, here.base, here.captures = None, None, None, self.base, False
+            if outer is not None:
+                outer.reached = True
+            if captures:
+                return inner(*args, **kwargs)
+            self.checks.raise_failed(wait=False)
+            call = _named(self._names, args, kwargs)
+            if self._family.brings_images(self._model, call):
+                prefill = self._start(call)
+            else:
+                self._refuse_embeddings(call)
+            output = inner(*args, **kwargs) if prefill is None else self._edited(prefill, inner, args, kwargs)
+        except BaseException:
+            if prefill is not None:
+                self.checks.drop(prefill)
+            raise
+        finally:
+            (here.prefill, here.rows, here.outer, here.base), here.captures = saved, captures
+        if prefill is not None and prefill.fired and outer is not None:
+            outer.finished.append(prefill)
+        elif prefill is not None and prefill.fired:
+            self._finished(prefill)
+        return output
+
+    def _edited(self, prefill: Prefill, inner: Inner, args: Args, kwargs: Kwargs) -> Any:
+        """Runs a prefill between the registration of its hooks and their removal."""
+        generate = prefill.generate
+        try:
+            prefill.begin(sys._getframe())
+            if not self.hooks.acquire(prefill):
+                return inner(*args, **kwargs)  # detached by another thread
+            here.prefill = prefill
+            output = inner(*args, **kwargs)
+            first, last = self._config.edit_layers
+            prefill.check_fired(list(range(first, last + 1)))
+        finally:
+            here.prefill = None
+            prefill.closed = True
+            try:
+                self.hooks.release(prefill)
+            finally:  # once more: the first try may have been interrupted
+                self.hooks.release(prefill)
+                prefill.close()
+        if generate is not None:
+            generate.edited = True
+        return output
+
+    # -- the prefill ---------------------------------------------------------------------------------------------
+
+    def _start(self, call: Kwargs) -> Prefill:
+        """Finds the images of a prefill, and what it belongs to."""
+        if self._model.training or self.base.training:
+            raise UnsupportedModelError("the model is in training mode; call model.eval() before using SCR")
+        input_ids: Tensor | None = call.get("input_ids")
+        if input_ids is None:
+            raise PrefillError(
+                "a prefill with images but without input_ids: the visual tokens can't be found in "
+                "inputs_embeds. Pass input_ids with pixel_values, or with mm_encoder_outputs."
+            )
+        asked = here.question if here.question is not None and here.question.brings(call) else None
+        generate = self.generate.current()
+        if generate is not None and not generate.owns(call, foreign=_is_foreign(asked, generate)):
+            generate = None
+        first = generate is not None and not generate.frozen
+        known = None if generate is None or first else generate.known(call)
+        own = generate if first or known is not None else None
+        length = own.prompt_length if own is not None else None
+        past = self._past(call, own if first else None)
+
+        given = {key: value for key, value in call.items() if value is not None}
+        images = self._family.image_grids(self._model, {**(generate.inputs if generate is not None else {}), **given})
+        visual = self._family.visual_tokens(self._model, input_ids)
+        mask = _tensor_mask(call.get("attention_mask"), own)
+        layout = visual_layout(visual, mask, images, length, past)
+        if known is not None and not known.fits(layout):
+            known = None
+        decoder = Decoder(self._family, self._blocks)
+        prefill = Prefill(
+            owner=self.hooks, call=call, layout=layout, decoder=decoder, continued=past > 0,
+            generate=generate, length=length, known=known,
+            question=asked if asked is not None and asked.is_asked_in(call, first) else None,
+        )  # fmt: skip
+        self.checks.require(layout.edge, layout.fits, lambda: _failed(prefill, count_mismatch(layout)), prefill)
+        if own is not None:
+            prefill.layout = layout.with_copies(own.copies(input_ids))
+        return prefill
+
+    def _past(self, call: Mapping[str, Any], first_of: GenerateCall | None) -> int:
+        """Positions in the cache that the call continues. Reads a static cache's from the device."""
+        cache = call.get("past_key_values")
+        if cache is None or (first_of is not None and first_of.fresh_cache):
+            return 0
+        return int(cache.get_seq_length())
+
+    def _after_state_layer(self, prefill: Prefill, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
+        hidden = residual_stream(output)
+        with torch.no_grad():
+            if prefill.known is not None:
+                prefill.choice, prefill.fresh = prefill.known.choice, False
+            else:
+                call = block_arguments(module, args, kwargs)
+                layout, question = prefill.layout, prefill.question
+                state = StateLayerOutput(hidden, layout, self._config, prefill.decoder, call, question, self._wide)
+                prefill.choice = self._choose(state, prefill)
+                if prefill.generate is not None:
+                    prefill.generate.freeze(prefill.call, prefill.length, layout, prefill.choice)
+            plans = [
+                plan_edit(choice.sources, group.grid, self._config, group.positions, hidden.dtype)
+                for group, choice in zip(prefill.layout.groups, prefill.choice, strict=True)
+            ]
+            prefill.plan = merge_plans(plans)
+        layer = self._config.state_layer
+        if self._config.edit_layers[0] == layer:
+            prefill.edit(layer, output)
+
+    def _choose(self, state: StateLayerOutput, prefill: Prefill) -> list[Choice]:
+        if prefill.continued and self._diagnoses:
+            raise PrefillError(
+                "an image in a prompt that continues a filled cache: the diagnostic run would not see the "
+                "earlier turns. Start from an empty cache, or use mode='one-pass'."
+            )
+        groups = state.layout.groups
+        norms = [state_norms(state.states(group)) for group in groups]
+        chosen: list[Choice] = []
+        for scores, norm in zip(self._provide(state), norms, strict=True):
+            k = scores.rule.k
+            values, patches = scores.rule.rank(scores.scores)
+            top = values[:, :k]  # NaN ranks first, so the best K show it
+            self.checks.require(top, _all_finite, lambda: _failed(prefill, _not_finite()), prefill)
+            chosen.append(Choice(scores, patches[:, :k], norm))
+        return chosen
+
+    def _refuse_embeddings(self, call: Mapping[str, Any], *, direct: bool = False) -> None:
+        """Refuses prompts whose tokens were embedded by the caller: image features may be among them."""
+        embeddings: Any = call.get("inputs_embeds")
+        if not isinstance(embeddings, Tensor) or embeddings.ndim < 3 or embeddings.shape[1] < 2:
+            return
+        if direct and _called_by_parent(self._decoder):
+            return  # the decoder's share of another model's call
+        ids: Tensor | None = call.get("input_ids")
+        if ids is not None and not bool(self._family.visual_tokens(self._model, ids).any()):
+            return  # text; the model itself refuses both together
+        raise PrefillError(
+            f"inputs_embeds of {embeddings.shape[1]} positions: image features may be among them, and where they are "
+            "can't be seen. Pass input_ids with pixel_values, or with mm_encoder_outputs; detach SCR for text that "
+            "you embed yourself."
+        )
+
+
+def _edit(layer: int, prefill: Prefill, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
+    prefill.edit(layer, output)
+
+
+def _named(names: tuple[str, ...], args: Args, kwargs: Kwargs) -> Kwargs:
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _is_foreign(asked: Question | None, generate: GenerateCall) -> bool:
+    """Whether a prefill's features are a session's that ``generate`` was not called with."""
+    return asked is not None and not asked.brings(generate.inputs)
+
+
+def _tensor_mask(mask: Any, own: GenerateCall | None) -> Any:
+    """A call's mask; where it is none that can be read, that of the ``generate`` it is in."""
+    if mask is None or isinstance(mask, Tensor | Mapping):
+        return mask
+    given = None if own is None else own.inputs.get("attention_mask")
+    if own is None or (given is not None and not isinstance(given, Tensor)):
+        raise PrefillError(
+            f"an attention mask of type {type(mask).__name__}: padding can't be read from it. Pass attention_mask as "
+            "a tensor [batch, tokens]."
+        )
+    return given
+
+
+def _called_by_parent(module: nn.Module) -> bool:
+    """Whether a method of a module that holds this one is on the stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and any(child is module for child in owner.children()):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _failed(prefill: Prefill, error: Any) -> Any:
+    prefill.failed = True
+    return error
+
+
+def _all_finite(values: list[list[float]]) -> bool:
+    return all(math.isfinite(value) for row in values for value in row)
+
+
+def _not_finite() -> NonFiniteScoresError:
+    return NonFiniteScoresError(
+        "the source scores of a prefill hold NaN or infinity, so its output is not usable. Causes seen: no text "
+        "after the image in the prompt, activations that overflow float16, a damaged predictor. mode='auto' runs "
+        "two-pass instead of a failing predictor."
+    )
