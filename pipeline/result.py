@@ -45,6 +45,7 @@ def log_fit(
         figure.savefig(folder.reports / name, dpi=130)
         client.log_artifact(run, str(folder.reports / name), "figures")
     values = fit_report.metrics(fitted.metrics, fitted.floors, packed.confidence)
+    values |= {f"test/{name}": value for name, value in fitted.sources.metrics().items()}
     runs.log_metrics(client, run, values, model_id)
     return model_id
 
@@ -62,12 +63,10 @@ def log_comparison(
 
 def print_result(config: TrainConfig, folder: RunFolder, result: Result, run: str) -> None:
     """Prints the tables and where everything is."""
-    k = config.scr.num_sources
-    print(
-        f"\nThe predictor on {config.harvest.test} test images, K = {k} (95 % intervals over images; mass: attention"
-    )
-    print("recovered, of the best K's)\n")
-    print(table(fit_report.source_rows(result.fit.metrics, result.fit.floors, k)))
+    sources = result.fit.sources
+    print(f"\nThe predictor on {config.harvest.test} test images, K = {sources}.")
+    print("95 % intervals over images; mass: attention recovered, of the best K's\n")
+    print(table(source_rows(result.fit)))
     confidence = result.packed.confidence
     print(
         f"\nconfidence on the test split: expected calibration error {confidence['ece']:.3f} isotonic, "
@@ -86,6 +85,14 @@ def print_result(config: TrainConfig, folder: RunFolder, result: Result, run: st
     print(f'use it: with SCR(model, predictor="{config.paths.predictor}", mode="auto"): model.generate(**inputs)')
 
 
+def source_rows(fit: Fit) -> list[list[str]]:
+    """Table of the predictor between floors and ceiling; its heads name K where that is one number."""
+    head, *rows = fit_report.source_rows(fit.metrics, fit.floors, fit.sources.most)
+    if fit.sources.fewest < fit.sources.most:
+        head = [cell.replace(f"@{fit.sources.most}", "@K") for cell in head]
+    return [head, *rows]
+
+
 def register(client: MlflowClient, config: TrainConfig, run: str) -> None:
     """Registers the predictor of a run, if a name for it is set."""
     name, model_id = config.tracking.register_as, registry.logged_model(client, run)
@@ -100,7 +107,7 @@ def maps_figure(config: TrainConfig, processor: Any, module: SourceModule) -> An
     samples = ShardReader(Path(config.paths.harvest), "test")
     examples = []
     for number in range(min(_FIGURE_IMAGES, len(samples))):
-        sample = samples[number]
+        sample = samples[number].overview
         with torch.inference_mode():
             scores = module(sample.states[None], sample.grid, sample.question[:1])[0]
         picture = unprocessed(processor, images.open(sample.image_id))

@@ -133,7 +133,7 @@ def test_grids_of_any_order_are_gathered_from_memory_as_from_disk(tmp_path: Path
     with ShardWriter(tmp_path, "train-00000", "settings") as writer:
         for number in range(9):
             sample = make_sample(number, prompts=1 + number % 3)
-            writer.write(replace(sample, grid=(3, 2) if number % 2 else (2, 3)))
+            writer.write(replace(sample, grids=((3, 2) if number % 2 else (2, 3),)))
     write_index(tmp_path, {"train": ["train-00000"]}, {}, {})
     caches: tuple[Cache, ...] = ("memory", "none")
     held, mapped = (ShardDataModule(tmp_path, ReadingSettings(batch_size=4, cache=cache)) for cache in caches)

@@ -15,10 +15,11 @@ from data.chat import chat_inputs
 from data.errors import HarvestMismatchError, SettingsError, StatesOverflowError
 from data.folder import HarvestSummary
 from data.harvest import harvest
-from data.harvester import prefetch, prepare, visual_tokens
+from data.harvester import prepare, visual_tokens
 from data.images import CocoImages
 from data.index import SPLITS, damaged_shards
 from data.plan import plan_shards
+from data.prefetch import prefetch
 from data.sample import sample_bytes
 from data.shards import ShardReader
 from scr_runtime import Capture, SCRConfig, capture
@@ -68,11 +69,11 @@ def test_real_captures_of_a_real_llava(tmp_path: Path, coco: CocoImages, llava: 
 
 @pytest.fixture(scope="module")
 def sizes(tmp_path_factory: pytest.TempPathFactory) -> CocoImages:
-    """22 images of five sizes, from 4 to 120 tokens of a tiny Qwen2-VL."""
+    """22 images of five sizes, from 9 to 120 tokens of a tiny Qwen2-VL."""
     root = tmp_path_factory.mktemp("sizes")
     images = tiny.write_coco(root / "coco", 22)
     for number, image_id in enumerate(images.ids):
-        size = [(32, 32), (80, 96), (16, 16), (64, 24), (24, 88)][number % 5]
+        size = [(32, 32), (80, 96), (24, 24), (64, 24), (24, 88)][number % 5]
         images.open(image_id).resize(size).save(images.path(image_id))
     return images
 

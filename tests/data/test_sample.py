@@ -43,6 +43,8 @@ def test_int8_without_scales_and_scales_without_int8_are_rejected():
 
 def test_contradicting_fields_are_rejected():
     good = make_sample(1)
-    bad = replace(good, grid=(3, 3), entropy=[1.0], attention=good.attention.half())
-    with pytest.raises(ValueError, match=r"grid \(3, 3\) has 9 patches, states have 6; 1 entropies.*float16"):
+    bad = replace(good, grids=((3, 3),), entropy=[1.0], attention=good.attention.half())
+    with pytest.raises(
+        ValueError, match=r"grid \(3, 3\) has 9 patches, states have 6; 1 entropies for 2 prompts and 1 grids.*float16"
+    ):
         bad.check()

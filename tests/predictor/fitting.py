@@ -41,7 +41,7 @@ def write_harvest(folder: Path, splits: dict[str, int] = SPLITS) -> Path:
                     question = torch.randn(2, WIDTH, generator=generator)
                     attention = (states @ law + question @ (states * law).T).exp()
                     writer.write(
-                        Sample(image_id, "", states.half(), attention, question.half(), grid, [{}, {}], [0.0, 0.0])
+                        Sample(image_id, "", states.half(), attention, question.half(), (grid,), [{}, {}], [0.0, 0.0])
                     )
     write_index(folder, shards, {}, {})
     return folder
