@@ -96,12 +96,21 @@ class PositionMean:
     def _placed(self, known: Grid, grid: Grid) -> Tensor:
         """[N] mean map of a known grid at the relative places of another; sums to 1 where there is any attention."""
         border = int(self._scr.exclude_border)
-        inner = self._means[known].view(1, 1, *known)
-        inner = inner[..., border : known[0] - border, border : known[1] - border]
-        size = [side - 2 * border for side in grid]
-        found = F.interpolate(inner, size=size, mode="bilinear", align_corners=False, antialias=True)
-        found = F.pad(found, [border] * 4).flatten()
+        inner = self._means[known].view(known)[border : known[0] - border, border : known[1] - border]
+        rows, columns = (_resampling(old - 2 * border, new - 2 * border) for old, new in zip(known, grid, strict=True))
+        found = F.pad(rows @ inner @ columns.T, [border] * 4).flatten()
         return found / found.sum().where(found.sum() > 0, 1.0)
+
+
+def _resampling(old: int, new: int) -> Tensor:
+    """[new, old] weights that resample a line linearly, and wide enough that no entry of a longer one is left out.
+
+    What interpolate(antialias=True) does; that of torch 2.13 is wrong where the new line has a single entry.
+    """
+    places = (torch.arange(new) + 0.5) * old / new - 0.5
+    distance = (torch.arange(old) - places[:, None]).abs() / max(1.0, old / new)
+    weights = (1 - distance).clamp_min(0)
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 class OtherPrompts:

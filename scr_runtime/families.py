@@ -142,6 +142,7 @@ class Family:
             or tile, in order of appearance.
         fixed_grid: Model and keyword arguments -> the grid of every image; ``None`` where images have grids of their
             own.
+        several_grids: Whether an image can have several: a thumbnail, tiles.
         base: Model -> the module whose forward turns images and tokens into states: every way into the model leads
             through it.
         blocks: Model -> its decoder blocks, in order.
@@ -160,6 +161,7 @@ class Family:
     name: str
     image_grids: Callable[[Any, Mapping[str, Any]], list[ImageGrid]]
     fixed_grid: GridOf | None = None
+    several_grids: bool = False
     base: Callable[[Any], nn.Module] = lambda model: model.model
     blocks: Callable[[Any], nn.ModuleList] = lambda model: model.model.language_model.layers
     text_config: Callable[[Any], Any] = lambda model: model.model.language_model.config
@@ -175,8 +177,8 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family(name="llava", packs=True, **_one_grid(grids.llava_grid)),
-        Family(name="llava_next", image_grids=grids.llava_next_grids),
-        Family(name="llava_onevision", image_grids=grids.llava_onevision_grids),
+        Family(name="llava_next", image_grids=grids.llava_next_grids, several_grids=True),
+        Family(name="llava_onevision", image_grids=grids.llava_onevision_grids, several_grids=True),
         Family(name="qwen2_vl", image_grids=grids.qwen_vl_grids),
         Family(name="qwen2_5_vl", image_grids=grids.qwen_vl_grids),
         Family(name="qwen3_vl", image_grids=grids.qwen_vl_grids, between_blocks=_deepstack),
@@ -187,7 +189,7 @@ FAMILIES: dict[str, Family] = {
             text_config=lambda model: model.config,
             decoder=lambda model: model.model,
         ),
-        Family(name="internvl", **_one_grid(grids.internvl_grid)),
+        Family(name="internvl", **_one_grid(grids.internvl_grid), several_grids=True),
         Family(
             name="qwen",
             image_grids=_qwen_grids,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -176,6 +177,12 @@ def write_shards(directory: Path, dtype: torch.dtype = torch.float16) -> Path:
                 writer.write(make_sample(10 * number + image_id, dtype=dtype))
     write_index(directory, {"train": names}, {}, {})
     return directory
+
+
+def tiled(sample: Sample, *grids: tuple[int, int]) -> Sample:
+    """The same patches as an image of several grids."""
+    entropy = [float(value) for value in range(len(sample.prompts) * len(grids))]
+    return dataclasses.replace(sample, grids=grids, entropy=entropy)
 
 
 def assert_same(left: Sample, right: Sample) -> None:
