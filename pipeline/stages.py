@@ -120,7 +120,7 @@ def fit_predictor(config: TrainConfig, work: Work, folder: RunFolder, tracker: M
     print_step(3, "fit: the predictor learns the maps")
     pl.seed_everything(config.seed, verbose=False)
     data = work.data(config)
-    _check_grids(config, data)
+    check_grids(config, data)
     module = SourceModule(
         config.predictor.network(data.hidden_size), config.scr, config.trainer, config.predictor.loss
     )
@@ -136,7 +136,7 @@ def fit_predictor(config: TrainConfig, work: Work, folder: RunFolder, tracker: M
     return Fit(fitted.module, sources, measure(config, data, fitted.module.score), work.floors(config))
 
 
-def _check_grids(config: TrainConfig, data: ShardDataModule) -> None:
+def check_grids(config: TrainConfig, data: ShardDataModule) -> None:
     """Checks that each grid of the harvest has patches that can be sources, before any of them is fitted to.
 
     Raises:

@@ -23,7 +23,7 @@ VERSION = "0.28.0"  # of torchvision, for the torch of constraints.txt
 STAGES = ("load", "harvest", "fit", "export", "figures", "modes")
 MODES = ("two-pass", "one-pass", "auto", "uniform")
 COUNTS = {"samples": 16, "validation": 8, "test": 8, "tuning": 0}  # images
-SOURCES = "{num_sources: 6, edit_layers: [0, 1], attention_layers: [1, 2]}"
+SOURCES = "{source_fraction: 0.1, edit_layers: [0, 1], attention_layers: [1, 2]}"
 
 
 _KEPT: list[Any] = []  # operators are forgotten with their library
