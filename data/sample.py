@@ -13,7 +13,7 @@ At rest a sample is two members of a webdataset tar, keyed by the image id:
 
 An image may have several grids (a thumbnail, tiles): then `grid` is the list of them in the order of the prompt, and
 `entropy` has [P * G] values, those of a prompt side by side. Everything behind the readers works on the parts of a
-sample (`Sample.parts`), which have one grid each, as the runtime edits each grid by itself.
+sample (`Sample.part`), which have one grid each, as the runtime edits each grid by itself.
 """
 
 from __future__ import annotations
