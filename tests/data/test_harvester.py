@@ -85,7 +85,7 @@ def test_batches_are_bounded_in_tokens_and_change_nothing_else(tmp_path: Path, s
     batches: list[tuple[int, int, int]] = []  # rows, columns, images
 
     def spied(model: Any, config: SCRConfig, inputs: Any, rows_per_image: int) -> Any:
-        batches.append((*inputs["input_ids"].shape, len(inputs["image_grid_thw"]) // 2))
+        batches.append((*inputs["input_ids"].shape, len(inputs["image_grid_thw"])))
         return capture(model, config, inputs, rows_per_image)
 
     def run(name: str, **settings: Any) -> list[Any]:
