@@ -88,8 +88,10 @@ def analyse(
     for item in range(len(quiz.items)):
         facts = [image for image in two_pass[item, seed].images if image.entropy is not None]
         if facts:
-            entropy[item] = np.mean([image.entropy for image in facts])
-            share[item] = np.mean([(image.entropy or 0.0) / math.log(max(math.prod(image.grid), 2)) for image in facts])
+            entropy[item] = np.mean([image.entropy or 0.0 for image in facts])
+            share[item] = np.mean(
+                [(image.entropy or 0.0) / math.log(max(math.prod(image.grid), 2)) for image in facts]
+            )
     absent = split.rows[~split.truth]
     yes = {name: answered.yes(name) for name in answered.parsed}
     shown = [name for name in yes if name.split(":")[0] in (TWO_PASS, ONE_PASS)]
@@ -124,18 +126,17 @@ def _tertiles(
     return [_part(name, absent[chosen], yes, shown) for name, chosen in members.items() if chosen.any()]
 
 
-def _part(
-    name: str, items: NDArray[np.int64], yes: Mapping[str, NDArray[np.float64]], shown: list[str]
-) -> Part:
+def _part(name: str, items: NDArray[np.int64], yes: Mapping[str, NDArray[np.float64]], shown: list[str]) -> Part:
     before = yes[VANILLA][items]
     return Part(
-        name, len(items), float(before.mean()), {method: float((yes[method][items] - before).mean()) for method in shown}
+        name,
+        len(items),
+        float(before.mean()),
+        {method: float((yes[method][items] - before).mean()) for method in shown},
     )
 
 
-def _by_object(
-    quiz: Quiz, yes: Mapping[str, NDArray[np.float64]], shown: list[str], images: CocoImages
-) -> list[Part]:
+def _by_object(quiz: Quiz, yes: Mapping[str, NDArray[np.float64]], shown: list[str], images: CocoImages) -> list[Part]:
     """Share of present objects that are affirmed, by size and by distance to the border."""
     split, boxes = quiz.splits[quiz.headline], _boxes(images)
     items: list[int] = []

@@ -77,6 +77,7 @@ class Answer:
         return cls(**{**plain, "images": images})
 
 
+ALONE = Rank()
 Key = tuple[int, int | None]
 """(item, seed)"""
 
@@ -90,7 +91,7 @@ class AnswerStore:
         rank: This process among several that answer together: each writes a file of its own, and reads all.
     """
 
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any], rank: Rank = Rank()) -> None:
+    def __init__(self, folder: Path | None, identity: Mapping[str, Any], rank: Rank = ALONE) -> None:
         self._first = json.dumps({"answers": 2, **identity}, sort_keys=True)
         self.digest = hashlib.sha256(self._first.encode()).hexdigest()[:24]
         self._found: dict[Key, Answer] = {}

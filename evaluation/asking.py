@@ -19,10 +19,10 @@ from data.vlm import model_identity
 from evaluation.answers import Answer, AnswerStore, ImageFacts
 from evaluation.batches import Batch, Row, Shared, make_batch, make_batches, make_blocks
 from evaluation.decoding import Decoding, Reader, decoding_identity
-from evaluation.errors import UnfinishedError
 from evaluation.edits import SourceEdit, edited, owned_neighbours
+from evaluation.errors import UnfinishedError
 from evaluation.maps import BlockMaps, ImageMap, Sources, capture_maps
-from evaluation.methods import AUTO, ONE_PASS, SAMPLED, TWO_PASS, FromMap, Method, Plain, Predicted
+from evaluation.methods import ONE_PASS, SAMPLED, TWO_PASS, FromMap, Method, Plain, Predicted
 from evaluation.pictures import Pictures
 from evaluation.questions import Item
 from scr_runtime import SCR, SCRConfig, SourcePredictor
@@ -114,7 +114,9 @@ class Asker:
         prompts = [[item.image, item.text] for item in task.items]
         identity: dict[str, Any] = {
             "model": self._identity,
-            "prompts_sha256": _sha256([task.template, prompts, self.pictures.sizes(item.image for item in task.items)]),
+            "prompts_sha256": _sha256(
+                [task.template, prompts, self.pictures.sizes(item.image for item in task.items)]
+            ),
             "batch_size": self.batch_size,
             "decoding": decoding,
             "method": method.base,
@@ -144,7 +146,8 @@ class Run:
         self.reader = Reader(asker.model, asker.processor.tokenizer, task.decoding)
         self.methods = [method for method in methods if method.asked]
         self.stores = {
-            method.name: asker.store(task, method, self.predictors.get(method.predictor or "")) for method in self.methods
+            method.name: asker.store(task, method, self.predictors.get(method.predictor or ""))
+            for method in self.methods
         }
 
     def seeds(self, method: Method) -> tuple[int | None, ...]:
@@ -275,9 +278,7 @@ class Run:
             for seed in self.seeds(method):
                 first, second = one[row.item, seed], two[row.item, seed]
                 falls = [np.float32(image.confidence or 0.0) < limit for image in first.images]
-                mixed.append(
-                    [b if fall else a for a, b, fall in zip(first.images, second.images, falls, strict=True)]
-                )
+                mixed.append([b if fall else a for a, b, fall in zip(first.images, second.images, falls, strict=True)])
                 kept = [
                     ImageFacts(facts.provider, facts.sources, facts.grid, facts.dose, image.confidence, image.entropy)
                     for facts, image in zip(mixed[-1], first.images, strict=True)

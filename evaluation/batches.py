@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,10 +58,7 @@ def make_blocks(items: Sequence[Item], template: str = "{question}", images: int
     names = list(by_image)
     count = -(-len(names) // images)
     ends = [len(names) * block // max(count, 1) for block in range(count + 1)]
-    return [
-        [row for name in names[start:end] for row in by_image[name]]
-        for start, end in zip(ends, ends[1:], strict=False)
-    ]
+    return [[row for name in names[start:end] for row in by_image[name]] for start, end in pairwise(ends)]
 
 
 def make_batches(rows: Sequence[Row], size: int) -> list[list[Row]]:

@@ -72,7 +72,9 @@ def choose_images(images: CocoImages, settings: EvaluationSettings) -> Gallery:
                 f"{images.annotations_file}"
             )
         references = {image: references[image] for image in ids}
-    named = {image: {name for text in texts for name in words.find(text)} for image, texts in (references or {}).items()}
+    named = {
+        image: {name for text in texts for name in words.find(text)} for image, texts in (references or {}).items()
+    }
     return Gallery(
         items=[Item(images.path(i).relative_to(images.images_dir).as_posix(), settings.chair_prompt) for i in ids],
         ids=ids,
@@ -101,10 +103,14 @@ def read_captions(file: Path) -> dict[int, list[str]]:
         raise EvaluationError(f"evaluation.captions: {file} cannot be read ({error})") from error
     entries = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
-        raise EvaluationError(f"evaluation.captions: {file} has no list of annotations, expected COCO's captions_*.json")
+        raise EvaluationError(
+            f"evaluation.captions: {file} has no list of annotations, expected COCO's captions_*.json"
+        )
     found: dict[int, list[str]] = {}
     for number, entry in enumerate(entries):
-        known = isinstance(entry, dict) and type(entry.get("image_id")) is int and isinstance(entry.get("caption"), str)
+        known = (
+            isinstance(entry, dict) and type(entry.get("image_id")) is int and isinstance(entry.get("caption"), str)
+        )
         if not known:
             raise EvaluationError(f"evaluation.captions: {file}: annotation {number} has no image_id or no caption")
         found.setdefault(entry["image_id"], []).append(entry["caption"])

@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 from predictor.metrics import Interval
 
 _MARKS = ("circle", "square", "diamond", "up", "down", "cross", "plus", "ring", "frame", "bar")
+_ORDER = (
+    "vanilla", "two-pass", "one-pass", "auto", "uniform", "swapped", "shift", "position", "dose-matched", "norm",
+    "least", "noise", "4-connected", "radius-2", "vanilla-sampled",
+)  # fmt: skip
 _ROW = 26
 _WIDTH = 760
 
@@ -21,9 +25,7 @@ Points = Sequence[tuple[float, float]] | NDArray[np.float64]
 def mark(name: str) -> tuple[str, str]:
     """Colour class and shape of a method, the same in every chart of every report."""
     base = name.split(":")[0].split("@")[0]
-    order = ("vanilla", "two-pass", "one-pass", "auto", "uniform", "swapped", "shift", "position", "dose-matched", "norm",
-             "least", "noise", "4-connected", "radius-2", "vanilla-sampled")  # fmt: skip
-    place = order.index(base) if base in order else len(order)
+    place = _ORDER.index(base) if base in _ORDER else len(_ORDER)
     further = sum(map(ord, name[len(base) :])) % 3
     return f"c{min(place, 7)}", _MARKS[(place + 3 * further) % len(_MARKS)]
 
@@ -36,7 +38,7 @@ def symbol(name: str, x: float, y: float, size: float = 5.0) -> str:
         return f'<circle class="{colour} {kind}" cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}"/>'
     if shape in ("cross", "plus", "bar"):
         d, e = size, size * 0.9
-        path = {"cross": f"M{x - e:.1f} {y - e:.1f}L{x + e:.1f} {y + e:.1f}M{x - e:.1f} {y + e:.1f}L{x + e:.1f} {y - e:.1f}",
+        path = {"cross": f"M{x - e:.1f} {y - e:.1f}l{2 * e:.1f} {2 * e:.1f}m0 {-2 * e:.1f}l{-2 * e:.1f} {2 * e:.1f}",
                 "plus": f"M{x - d:.1f} {y:.1f}H{x + d:.1f}M{x:.1f} {y - d:.1f}V{y + d:.1f}",
                 "bar": f"M{x:.1f} {y - 1.3 * d:.1f}V{y + 1.3 * d:.1f}"}[shape]  # fmt: skip
         return f'<path class="{colour} line" d="{path}"/>'
@@ -112,7 +114,9 @@ def scatter(points: Mapping[str, tuple[float, float]], x_label: str, y_label: st
         taken.append((place, label_y))
         parts.append(symbol(name, place, mark_y, 6))
         parts.append(f'<text class="note" x="{place + 11:.1f}" y="{label_y:.1f}">{html.escape(name)}</text>')
-    return _svg(width, height, [*parts, *_axes(x_label, y_label, left, width - 96, height)], f"{y_label} against {x_label}")
+    return _svg(
+        width, height, [*parts, *_axes(x_label, y_label, left, width - 96, height)], f"{y_label} against {x_label}"
+    )
 
 
 def curves(lines: Mapping[str, Points], x_label: str, y_label: str, *, unit: bool) -> str:
@@ -150,7 +154,9 @@ def curves(lines: Mapping[str, Points], x_label: str, y_label: str, *, unit: boo
         y = top + 12 + 20 * place
         parts.append(symbol(name, width - right + 18, y - 4, 4.5))
         parts.append(f'<text class="note" x="{width - right + 30}" y="{y}">{html.escape(name)}</text>')
-    return _svg(width, height, [*parts, *_axes(x_label, y_label, left, width - right, height)], f"{y_label} against {x_label}")
+    return _svg(
+        width, height, [*parts, *_axes(x_label, y_label, left, width - right, height)], f"{y_label} against {x_label}"
+    )
 
 
 def _thinned(points: list[tuple[float, float]], most: int = 160) -> list[tuple[float, float]]:

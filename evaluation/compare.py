@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.chat import chat_inputs
-from data.images import CocoImages, seeded_order
+from data.images import CocoImages
 from data.ranks import Rank
 from data.vlm import library_versions, model_identity
 from evaluation.analysis import Analysis, analyse
-from evaluation.answers import AnswerStore
-from evaluation.asking import Asker, Run, Stores, Task, threshold_of
-from evaluation.captions import CaptionScore, Gallery, choose_images, score_captions
-from evaluation.decoding import Decoding
-from evaluation.errors import EvaluationError
+from evaluation.answers import ALONE, AnswerStore
+from evaluation.asking import Run, Stores, threshold_of
+from evaluation.captions import CaptionScore, score_captions
 from evaluation.fidelity import FallbackPoint, Fidelity, Sensitivity, fallback_curve, fidelity, sensitivity
 from evaluation.latency import Cost, prefill_costs
-from evaluation.methods import AUTO, ONE_PASS, SAMPLED, SHIFT, TWO_PASS, UNIFORM, VANILLA, Method, expand
+from evaluation.methods import AUTO, ONE_PASS, SHIFT, TWO_PASS, UNIFORM, VANILLA, Method, expand
 from evaluation.pictures import Pictures, image_id
-from evaluation.questions import Quiz, quiz_from_annotations, quiz_from_files
+from evaluation.questions import Quiz
+from evaluation.reference import Reference, decoding_of, prepare_reference
 from evaluation.scores import Answered, Changed, Resampling, Score, changed_answers, hr_difference, read_answers, score
 from evaluation.settings import EvaluationSettings
 from evaluation.states import States, compare_states
@@ -36,49 +35,6 @@ from scr_runtime import SCR, SCRConfig, SourcePredictor, load_predictor
 
 FALLBACKS = tuple(round(0.05 * step, 2) for step in range(21))  # shares of the questions
 TIMED = (TWO_PASS, ONE_PASS, AUTO, UNIFORM)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What a comparison knows before it has a predictor: asked once, compared with any number of predictors.
-
-    Attributes:
-        asker: The model, and the answers that it has given.
-        settings: What is asked, and how.
-        quiz: The yes/no questions; `None` where none are asked.
-        gallery: The images that are captioned; `None` where none are.
-        images: Held-out images with annotations, if there are any.
-        origin: Where questions and images come from, for the result.
-    """
-
-    asker: Asker
-    settings: EvaluationSettings
-    quiz: Quiz | None
-    gallery: Gallery | None
-    images: CocoImages | None
-    origin: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    def tasks(self) -> dict[str, Task]:
-        """Prompt name -> the yes/no questions under it."""
-        if self.quiz is None:
-            return {}
-        decoding = _decoding(self.settings)
-        return {
-            name: Task(f"pope, prompt {name}", self.quiz.items, template, decoding)
-            for name, template in self.settings.templates.items()
-        }
-
-    def caption_task(self) -> Task | None:
-        """The captions."""
-        if self.gallery is None:
-            return None
-        decoding = Decoding("greedy", max(self.settings.chair_tokens), margins=False)
-        return Task("chair", self.gallery.items, "{question}", decoding)
-
-
-def _decoding(settings: EvaluationSettings) -> Decoding:
-    seeds: tuple[int | None, ...] = tuple(settings.sampling_seeds)
-    return Decoding(settings.decoding or "greedy", settings.max_new_tokens, seeds, settings.temperature)
 
 
 @dataclass(frozen=True)
@@ -154,71 +110,6 @@ class Comparison:
         return self.prompts[0] if self.prompts else None
 
 
-def prepare_reference(
-    model: Any,
-    processor: Any,
-    scr: SCRConfig,
-    images: CocoImages | None,
-    settings: EvaluationSettings,
-    cache: Path | None = None,
-    rank: Rank = Rank(),
-) -> Reference:
-    """Reads everything that will be asked about, and checks it before any forward pass.
-
-    Args:
-        model: A supported model in eval mode.
-        processor: Its processor.
-        scr: The method's settings.
-        images: Held-out images with annotations; `None` where question files and a folder of images are enough.
-        settings: What is asked.
-        cache: Folder in which answers are kept: an interrupted call resumes, a finished one asks nothing again.
-        rank: This process among several that answer together.
-
-    Raises:
-        EvaluationError: Files, images or annotations are missing or wrong; all missing images are counted at once.
-    """
-    quiz, origin = None, {}
-    folder = settings.images_dir or (images.images_dir if images else None)
-    if folder is None:
-        raise EvaluationError("no folder of images: set evaluation.images_dir, or data.root with data.eval_images")
-    pictures = Pictures(folder)
-    if {"pope", "fidelity"} & set(settings.benchmarks):
-        quiz = _quiz(images, settings, cache)
-        origin["questions"] = {name: [s.origin, len(s.ids), s.sha256] for name, s in quiz.splits.items()}
-        pictures.check(quiz.images)
-        if len(quiz.images) < 2:
-            raise EvaluationError(
-                f"a comparison needs questions about at least 2 images, and there are {len(quiz.images)}: raise "
-                "evaluation.images"
-            )
-    gallery = None
-    if "chair" in settings.benchmarks:
-        if images is None:
-            raise EvaluationError("chair needs annotations: set data.root, or evaluation.annotations")
-        gallery = choose_images(images, settings)
-        pictures.check(item.image for item in gallery.items)
-        origin |= {"caption_images": len(gallery.ids), "caption_ids_sha256": gallery.sha256, "caption_ids": gallery.ids}
-    asker = Asker(model, processor, scr, pictures, settings.batch_size, settings.seed, cache, rank)
-    return Reference(asker, settings, quiz, gallery, images, origin)
-
-
-def _quiz(images: CocoImages | None, settings: EvaluationSettings, cache: Path | None) -> Quiz:
-    if settings.pope_files:
-        return quiz_from_files(settings.pope_files, settings.pope_labels)
-    if images is None:
-        raise EvaluationError("no questions: set evaluation.pope_files, or data.root for questions from annotations")
-    if settings.images > len(images):
-        raise EvaluationError(
-            f"evaluation.images={settings.images}, but there are {len(images)} in {images.images_dir}: lower it"
-        )
-    chosen = seeded_order(images.ids, settings.seed, "evaluation")[: settings.images]
-    place = None
-    if cache is not None:
-        asked = [images.annotations_sha256, settings.images, settings.questions_per_image, settings.seed]
-        place = cache / f"pope-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}"
-    return quiz_from_annotations(images, chosen, settings, place)
-
-
 def measure_reference(
     model: Any,
     processor: Any,
@@ -226,7 +117,7 @@ def measure_reference(
     images: CocoImages | None,
     settings: EvaluationSettings,
     cache: Path | None = None,
-    rank: Rank = Rank(),
+    rank: Rank = ALONE,
 ) -> Reference:
     """Asks everything under every method that needs no predictor. Arguments and errors are `prepare_reference`'s."""
     reference = prepare_reference(model, processor, scr, images, settings, cache, rank)
@@ -356,7 +247,11 @@ def _following(
         return {}, [], {}, {}
     follow = {
         method.name: fidelity(
-            answered, method.name, states.kept.get(method.name, ()) if states else (), settings.bootstrap, settings.seed
+            answered,
+            method.name,
+            states.kept.get(method.name, ()) if states else (),
+            settings.bootstrap,
+            settings.seed,
         )
         for method in methods
         if method.name != TWO_PASS
@@ -375,7 +270,9 @@ def _following(
             [min(image.confidence or 0.0 for image in stores[method.name][item, seed].images) for item in items]
         )
         if method.base == AUTO:
-            fallback[method.name] = float((np.float32(confidence) < threshold_of(method, predictors[method.predictor])).mean())
+            fallback[method.name] = float(
+                (np.float32(confidence) < threshold_of(method, predictors[method.predictor])).mean()
+            )
         elif method.base == ONE_PASS:
             margins = {**answered.margins, ONE_PASS: answered.margins[method.name]}
             curves[method.name] = fallback_curve(margins, confidence, FALLBACKS, settings.seed)
@@ -410,7 +307,7 @@ def _prefill_costs(
 def _facts(reference: Reference, predictors: Predictors, settings: EvaluationSettings) -> dict[str, Any]:
     """What identifies a result, beside its numbers."""
     asker = reference.asker
-    decoding = _decoding(settings)
+    decoding = decoding_of(settings)
     facts: dict[str, Any] = {
         "model": model_identity(asker.model, asker.processor),
         "scr": asker.scr.to_dict(),

@@ -43,7 +43,9 @@ class Decoding:
         limit = f"at most {self.max_new_tokens} tokens"
         if self.name == "greedy":
             return f"greedy, {limit}"
-        return f"sampled at temperature {self.temperature:g} without top-k and top-p, seeds {list(self.seeds)}, {limit}"
+        return (
+            f"sampled at temperature {self.temperature:g} without top-k and top-p, seeds {list(self.seeds)}, {limit}"
+        )
 
 
 def yes_no_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -130,7 +132,9 @@ class Reader:
         """The model's own, without anything that reshapes its probabilities but the temperature."""
         config = copy.deepcopy(self._model.generation_config)
         plain = {"num_beams": 1, "repetition_penalty": 1.0, "top_p": 1.0, "no_repeat_ngram_size": 0}
-        chosen = {"top_k": 0, "temperature": self.decoding.temperature} if sampled else {"top_k": 50, "temperature": 1.0}
+        chosen = (
+            {"top_k": 0, "temperature": self.decoding.temperature} if sampled else {"top_k": 50, "temperature": 1.0}
+        )
         config.update(**plain, **chosen, do_sample=sampled, max_new_tokens=self.decoding.max_new_tokens)
         if config.pad_token_id is None:
             config.pad_token_id = self._tokenizer.pad_token_id

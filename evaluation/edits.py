@@ -65,8 +65,9 @@ class SourceEdit:
 
 @dataclass
 class NoiseEdit:
-    """Gaussian noise in place of the edit: at each block every patch that the edit would change moves as far as the
-    edit would move it, in a random direction.
+    """Gaussian noise in place of the edit.
+
+    At each block every patch that the edit would change moves as far as the edit would move it, in a random direction.
 
     Args:
         edit: The edit that it stands in for.
@@ -171,5 +172,3 @@ def _plan_wide(sources: Tensor, grid: Grid, radius: int, strength: float, positi
     coefficients[0] = 1.0 / strength - 1.0
     targets = positions.reshape(-1)[near].view(len(near), -1)
     return EditPlan(targets[0], targets, coefficients.view(len(near), -1))
-
-

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 from evaluation.charts import curves, forest, scatter
 from evaluation.compare import Comparison, Prompted
@@ -28,44 +29,8 @@ _SHOWN = 12  # changed answers in the gallery, at most
 _ROCS = (VANILLA, TWO_PASS, ONE_PASS, "uniform", "swapped", "shift")
 _SIDE = 300  # pixels of a picture's longer side
 
-_STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--ink:#1a1d21;--soft:#5a626d;--line:#dfe3e8;--panel:#f5f7f9;--good:#0b7a52;
---bad:#b3261e;--open:#8a5a00;--c0:#4b5563;--c1:#1d4ed8;--c2:#047857;--c3:#0e7490;--c4:#b45309;--c5:#9d174d;--c6:#6d28d9;
---c7:#6b6459}
-@media (prefers-color-scheme:dark){:root{--bg:#14171b;--ink:#e7eaee;--soft:#a3acb8;--line:#333a43;--panel:#1d2229;
---good:#5fd3a2;--bad:#ff8a80;--open:#f0c060;--c0:#a8b0bb;--c1:#82a8ff;--c2:#54d39b;--c3:#55c8e0;--c4:#f2a65a;--c5:#f585b3;
---c6:#b79bff;--c7:#c9bfae}}
-*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,
-"Segoe UI",Roboto,sans-serif}main{max-width:1120px;margin:0 auto;padding:28px 20px 60px}
-h1{font-size:1.35rem;line-height:1.3;margin:0 0 16px}h2{font-size:1.12rem;margin:40px 0 10px}h3{font-size:1rem;margin:22px 0 6px}
-p{margin:6px 0 12px;max-width:80ch}.soft{color:var(--soft);font-size:.9rem}
-.verdict{border-left:6px solid var(--open);background:var(--panel);padding:14px 18px;border-radius:6px}
-.verdict strong{display:block;font-size:1.2rem;line-height:1.35;margin-bottom:4px}.verdict p{margin:0}
-.gain{border-color:var(--good)}.harm,.none,.insensitive{border-color:var(--bad)}
-.scroll{overflow-x:auto;margin:8px 0 14px}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
-th,td{padding:5px 11px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th{color:var(--soft);font-weight:600;vertical-align:bottom}th:first-child,td:first-child{text-align:left;position:sticky;left:0;
-background:var(--bg)}.words td,.words th{text-align:left;white-space:normal;overflow-wrap:anywhere}.words td:first-child{
-white-space:nowrap;vertical-align:top}tr.control td:first-child{color:var(--soft)}
-li{margin:5px 0;max-width:90ch}ul{padding-left:20px}svg{width:100%;height:auto;display:block;margin:4px 0 12px}
-.chart{overflow-x:auto}.chart svg{min-width:500px}
-svg text{font:12.5px system-ui,sans-serif;fill:var(--ink)}svg .name{text-anchor:end}svg .tick{text-anchor:middle;fill:var(--soft);
-font-size:11.5px}svg .end{text-anchor:end}svg .axis{text-anchor:middle;fill:var(--soft)}svg .figure{font-variant-numeric:tabular-nums}
-.grid{stroke:var(--line);stroke-width:1;fill:none}.zero{stroke:var(--soft);stroke-width:1.3;fill:none}.dashed{stroke-dasharray:5 4}
-.line{fill:none;stroke-width:2.2;stroke-linecap:round}.thin{stroke-width:1.6}.hollow{fill:var(--bg);stroke-width:2}
-COLOURS
-.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:8px 28px}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,250px),1fr));gap:16px}
-.card{border:1px solid var(--line);border-radius:8px;overflow:hidden;background:var(--panel)}.card svg,.card img{width:100%;margin:0;
-display:block}.card div{padding:9px 12px;font-size:.88rem;line-height:1.4}.card b.good{color:var(--good)}.card b.bad{color:var(--bad)}
-.source{fill:none;stroke:#fff;stroke-width:2.4}.source2{fill:none;stroke:#e11d48;stroke-width:1.3}.near{fill:#fde047;fill-opacity:.38}
-code{font:13px ui-monospace,Menlo,Consolas,monospace;overflow-wrap:anywhere}
-pre{background:var(--panel);padding:12px 14px;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere;margin:8px 0}
-@media (max-width:560px){main{padding:18px 14px 40px}h1{font-size:1.15rem}.verdict strong{font-size:1.05rem}}
-""".replace(
-    "COLOURS",
-    "".join(f".c{n}.full{{fill:var(--c{n})}}.c{n}.line,.c{n}.hollow{{stroke:var(--c{n})}}" for n in range(8)),
-)
+_STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
+_COLOURS = "".join(f".c{n}.full{{fill:var(--c{n})}}.c{n}.line,.c{n}.hollow{{stroke:var(--c{n})}}" for n in range(8))
 
 
 def page(comparison: Comparison, *, embedded: bool, command: str = "") -> str:
@@ -91,7 +56,7 @@ def page(comparison: Comparison, *, embedded: bool, command: str = "") -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{html.escape(title(comparison))}</title><style>{_STYLE}</style></head>"
+        f"<title>{html.escape(title(comparison))}</title><style>{_STYLE}{_COLOURS}</style></head>"
         f"<body><main>{''.join(parts)}</main></body></html>\n"
     )
 
@@ -105,17 +70,19 @@ def _questions(comparison: Comparison, prompt: Prompted) -> str:
     parts = [
         f"<h2>Yes/no questions, prompt {html.escape(prompt.name)}</h2>",
         f'<p class="soft"><code>{template}</code> · {html.escape(str(comparison.facts["decoding"]))} · '
-        f"{len(quiz.splits[split].ids):,} {html.escape(split)} questions about {len(quiz.images):,} images · columns from "
-        "accuracy on are of that split</p>",
+        f"{len(quiz.splits[split].ids):,} {html.escape(split)} questions about {len(quiz.images):,} images · columns "
+        "from accuracy on are of that split</p>",
         _table(answer_rows(comparison, prompt), comparison),
     ]
     if first:
-        changes: dict[str, Interval] = {name: one.hr_change for name, one in scores.items() if one.hr_change is not None}
+        changes: dict[str, Interval] = {
+            name: one.hr_change for name, one in scores.items() if one.hr_change is not None
+        }
         absolute = {name: f"{100 * one.hr.mean:.1f} %" for name, one in scores.items()}
         parts.append(
             f"<h3>Change of the {html.escape(split)} hallucination rate against vanilla's "
-            f"{100 * scores[VANILLA].hr.mean:.1f} %</h3><p class='soft'>Points with 95 % intervals, paired over images; "
-            "left of 0 is better. In brackets each method's rate.</p><div class='chart'>"
+            f"{100 * scores[VANILLA].hr.mean:.1f} %</h3><p class='soft'>Points with 95 % intervals, paired over "
+            "images; left of 0 is better. In brackets each method's rate.</p><div class='chart wide'>"
             + forest(changes, "percentage points", zero=True, absolute=absolute) + "</div>"
         )  # fmt: skip
         latency = {
@@ -140,9 +107,9 @@ def _fidelity(comparison: Comparison) -> str:
     if not rows:
         return ""
     note = (
-        "Edit kept: the share of two-pass's change of the patches' states, behind the last edited block, that a method "
-        "makes too; 100 % is the same edit. Effect kept: the same at the last text row, whose state makes the answer. "
-        "KL: of the next token, two-pass to the method, in nats."
+        "Edit kept: the share of two-pass's change of the patches' states, behind the last edited block, that a "
+        "method makes too; 100 % is the same edit. Effect kept: the same at the last text row, whose "
+        "state makes the answer. KL: of the next token, two-pass to the method, in nats."
     )
     parts = [f"<h2>Fidelity to two-pass</h2><p class='soft'>{note}</p>{_table(rows, comparison)}"]
     lines = {}
@@ -150,7 +117,9 @@ def _fidelity(comparison: Comparison) -> str:
         lines[f"{name}"] = [(100 * point.share, 100 * point.error) for point in curve]
         lines["at random"] = [(100 * point.share, 100 * point.error_random) for point in curve]
     if lines:
-        chart = curves(lines, "questions handed to the diagnostic run (%)", "distance to two-pass (% of vanilla's)", unit=False)
+        chart = curves(
+            lines, "questions handed to the diagnostic run (%)", "distance to two-pass (% of vanilla's)", unit=False
+        )
         parts.append(f"<h3>auto: distance to two-pass by the share handed over, least confident first</h3>"
                      f"<div class='chart'>{chart}</div>")  # fmt: skip
     return "".join(parts)
@@ -166,9 +135,10 @@ def _analysis(comparison: Comparison) -> str:
         }
         chart = curves(lines, "decoder block", "mean norm of the residual stream", unit=False)
         parts.append(
-            "<h3>Norm by block: sources, their neighbours, other patches</h3><p class='soft'>Plain names are the sources. "
-            f"Rank correlation of norm and attention {one.norm_attention:.2f}; {100 * one.norm_overlap:.0f} % of two-pass's "
-            f"sources are among the patches of largest norm.</p><div class='chart'>{chart}</div>"
+            "<h3>Norm by block: sources, their neighbours, other patches</h3><p class='soft'>Plain names are the "
+            f"sources. Rank correlation of norm and attention {one.norm_attention:.2f}; "
+            f"{100 * one.norm_overlap:.0f} % of two-pass's sources are among the patches of largest norm.</p>"
+            f"<div class='chart'>{chart}</div>"
         )
     return "".join(parts)
 
@@ -198,9 +168,8 @@ def _gallery(comparison: Comparison) -> str:
         rows = quiz.splits[quiz.headline].rows.tolist()
         cards = [_card(comparison, item, method, None) for item in rows[:: max(len(rows) // 4, 1)][:4]]
     note = "Framed: sources; yellow: neighbours that gain."
-    return (
-        f"<h2>Changed answers</h2><p class='soft'>{html.escape(intro)} {note}</p><div class='cards'>{''.join(cards)}</div>"
-    )
+    head = f"<h2>Changed answers</h2><p class='soft'>{html.escape(intro)} {note}</p>"
+    return f"{head}<div class='cards'>{''.join(cards)}</div>"
 
 
 def _card(comparison: Comparison, item: int, method: str, changed: Changed | None) -> str:
@@ -241,7 +210,8 @@ def _picture(comparison: Comparison, name: str, grid: tuple[int, int], sources: 
         squares += [_square(patch, columns, width, height, kind) for kind in ("source", "source2")]
     return (
         f'<svg viewBox="0 0 {image.width} {image.height}" role="img" aria-label="{html.escape(name)}">'
-        f'<image href="data:image/jpeg;base64,{data}" width="{image.width}" height="{image.height}"/>{"".join(squares)}</svg>'
+        f'<image href="data:image/jpeg;base64,{data}" width="{image.width}" height="{image.height}"/>'
+        f"{''.join(squares)}</svg>"
     )
 
 
@@ -257,7 +227,7 @@ def _table(rows: Sequence[Sequence[str]], comparison: Comparison, *, words: bool
     controls = {method.name for method in comparison.methods if method.entry.control}
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
     body = "".join(
-        f'<tr{" class=control" if row[0] in controls else ""}>'
+        f"<tr{' class=control' if row[0] in controls else ''}>"
         + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
         + "</tr>"
         for row in rows[1:]

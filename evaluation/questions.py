@@ -273,7 +273,10 @@ def quiz_from_annotations(
     for strategy in STRATEGIES:
         asked = pope_questions(images, image_ids, strategy, settings.questions_per_image, settings.seed, counts)
         names = [images.path(question.image_id).relative_to(images.images_dir).as_posix() for question in asked]
-        made = [PopeLine(n, name, q.text, q.label == "yes") for n, (name, q) in enumerate(zip(names, asked), 1)]
+        made = [
+            PopeLine(n, name, q.text, q.label == "yes")
+            for n, (name, q) in enumerate(zip(names, asked, strict=True), 1)
+        ]
         text, name = to_text(made), f"{strategy} questions"
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)

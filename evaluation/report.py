@@ -12,14 +12,16 @@ import numpy as np
 
 from evaluation.answers import Answer
 from evaluation.compare import Comparison, Prompted
+from evaluation.decoding import parse_margin
 from evaluation.methods import TWO_PASS
 from evaluation.parsers import PARSERS
-from evaluation.decoding import parse_margin
 from evaluation.pictures import image_id
 from evaluation.tables import markdown
 from evaluation.verdict import deployed, points, reading, share, verdict
 from predictor.metrics import Interval
 from scr_runtime.files import write_file
+
+_SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)  # of the questions, handed to the diagnostic run
 
 
 def answer_rows(comparison: Comparison, prompt: Prompted | None = None) -> list[list[str]]:
@@ -28,7 +30,7 @@ def answer_rows(comparison: Comparison, prompt: Prompted | None = None) -> list[
     if prompt is None or quiz is None:
         return []
     last = quiz.headline
-    header = ["method", *(f"HR {split[:11]}" for split in quiz.splits), f"change of HR {last[:3]} [95 %]"]
+    header = ["method", *(f"HR {split[:3]}" for split in quiz.splits), f"change, {last[:3]} [95 %]"]
     header += ["acc", "TPR", "F1", "yes", "AUC", "fixed/broken", "edit kept", "prefill"]
     rows = [header]
     for method in comparison.names:
@@ -58,7 +60,17 @@ def caption_rows(comparison: Comparison) -> list[list[str]]:
     """Header and one row per method and length: CHAIR with recall and length beside it; empty without captions."""
     if not comparison.captions:
         return []
-    header = ["method", "tokens", "CHAIR-s", "change [95 %]", "CHAIR-i", "recall", "change [95 %]", "length", "objects"]
+    header = [
+        "method",
+        "tokens",
+        "CHAIR-s",
+        "change [95 %]",
+        "CHAIR-i",
+        "recall",
+        "change [95 %]",
+        "length",
+        "objects",
+    ]
     rows = [[*header, "CIDEr-D", "cut off", "differ", "alike"]]
     for (method, limit), found in comparison.captions.items():
         one = found.chair
@@ -123,14 +135,20 @@ def fact_rows(comparison: Comparison, command: str = "") -> list[list[str]]:
     weights = str(model.get("weights_sha256") or model["config_sha256"])[:16]
     rows.append(["weights, processor", f"sha256 {weights}, {model['image_processor']}"])
     layers = "edit blocks {} to {}, map from blocks {} to {}".format(*scr["edit_layers"], *scr["attention_layers"])
-    rows.append(["SCR", f"K = {scr['num_sources']}, lambda = {scr['strength']}, {layers}, {scr['connectivity']}-connected"])
+    rows.append(
+        ["SCR", f"K = {scr['num_sources']}, lambda = {scr['strength']}, {layers}, {scr['connectivity']}-connected"]
+    )
     for name, about in facts["predictors"].items():
-        rows.append([f"predictor {name}", ", ".join(f"{key} {value}" for key, value in about.items() if value is not None)])
+        rows.append(
+            [f"predictor {name}", ", ".join(f"{key} {value}" for key, value in about.items() if value is not None)]
+        )
     for split, (origin, count, checksum) in facts.get("questions", {}).items():
         rows.append([f"questions, {split}", f"{count:,}, {origin}, sha256 {checksum[:16]}"])
     rows.append(["images", facts["images"]])
     if "question_images_sha256" in facts:
-        rows.append(["images asked about", f"{facts['question_images']:,}, sha256 {facts['question_images_sha256'][:16]}"])
+        rows.append(
+            ["images asked about", f"{facts['question_images']:,}, sha256 {facts['question_images_sha256'][:16]}"]
+        )
     if "caption_ids_sha256" in facts:
         rows.append(["images captioned", f"{facts['caption_images']:,}, sha256 {facts['caption_ids_sha256'][:16]}"])
         rows.append(["caption prompt", comparison.settings.chair_prompt])
@@ -167,7 +185,10 @@ def metrics(comparison: Comparison) -> dict[str, float]:
         values |= _ends(f"{prefix}/chair_s_change", item.chair_s_change)
         values |= _ends(f"{prefix}/recall_change", item.recall_change)
     for method, cost in comparison.costs.items():
-        values |= {f"eval/{_safe(method)}/prefill_ratio": cost.ratio, f"eval/{_safe(method)}/prefill_ms": cost.milliseconds}
+        values |= {
+            f"eval/{_safe(method)}/prefill_ratio": cost.ratio,
+            f"eval/{_safe(method)}/prefill_ms": cost.milliseconds,
+        }
     return {key: float(value) for key, value in values.items() if value is not None and math.isfinite(value)}
 
 
@@ -184,7 +205,7 @@ def _fidelity_metrics(comparison: Comparison) -> Iterable[tuple[str, float]]:
         yield f"eval/{_safe(method)}/fallback", value
     for method, curve in comparison.curves.items():
         name = _safe(method).replace("one-pass", "auto")
-        for point in curve:
+        for point in (point for point in curve if point.share in _SHARES):
             prefix = f"eval/{name}_{round(100 * point.share)}"
             yield f"{prefix}/error", point.error
             yield f"{prefix}/shift_correlation", point.shift_correlation
@@ -216,8 +237,10 @@ def markdown_text(comparison: Comparison, *, embedded: bool, command: str = "") 
 
 def title(comparison: Comparison) -> str:
     """Model, method and size in one line."""
-    scr, model = comparison.facts["scr"], comparison.facts["model"]["hub_id"]
-    return f"SCR on {model}: {comparison.images:,} images, K = {scr['num_sources']}, seed {comparison.settings.seed}"
+    scr, model = comparison.facts["scr"], comparison.facts.get("model_name") or comparison.facts["model"]["hub_id"]
+    data = f" of {name}" if (name := comparison.facts.get("data_name")) else ""
+    size = f"{comparison.images:,} images{data}"
+    return f"SCR on {model}: {size}, K = {scr['num_sources']}, seed {comparison.settings.seed}"
 
 
 def answer_lines(comparison: Comparison) -> Iterable[str]:
@@ -232,9 +255,14 @@ def answer_lines(comparison: Comparison) -> Iterable[str]:
         prompt = next((one for one in comparison.prompts if one.name == task), None)
         items = quiz.items if prompt is not None and quiz is not None else []
         for item, asked in enumerate(items):
-            about = {"prompt": task, "text": prompt.template.replace("{question}", asked.text) if prompt else asked.text}
+            about = {
+                "prompt": task,
+                "text": prompt.template.replace("{question}", asked.text) if prompt else asked.text,
+            }
             for answer in store.of(item):
-                yield json.dumps({"benchmark": "pope", **_record(comparison, method, asked.image, answer), **about, **places[item]})
+                yield json.dumps(
+                    {"benchmark": "pope", **_record(comparison, method, asked.image, answer), **about, **places[item]}
+                )
         if task == "chair":
             for item, number in enumerate(comparison.facts["caption_ids"]):
                 for answer in store.of(item):
@@ -307,4 +335,3 @@ def _safe(method: str) -> str:
 
 def _number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "-"
-

@@ -1,4 +1,4 @@
-"""Scores of yes/no answers: rates with paired bootstrap intervals over images, McNemar's test, answers that changed."""
+"""Scores of yes/no answers: rates with paired bootstrap intervals over images, McNemar's test, changed answers."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Answered:
 
 
 def read_answers(
-    quiz: Quiz, stores: Mapping[str, AnswerStore], methods: Sequence[Method], seeds: Mapping[str, Sequence[int | None]],
-    parser: ParserName, text: bool,
+    quiz: Quiz, stores: Mapping[str, AnswerStore], methods: Sequence[Method],
+    seeds: Mapping[str, Sequence[int | None]], parser: ParserName, text: bool,
 ) -> Answered:  # fmt: skip
     """Parses what was answered, and derives the constant shift.
 
@@ -224,21 +224,26 @@ def hr_difference(answered: Answered, method: str, other: str, split: Split, res
 
 def roc(answered: Answered, method: str, split: Split) -> tuple[Floats, Floats]:
     """False and true positive rates of the yes margin, by falling threshold."""
-    false_rate, true_rate, _ = roc_curve(split.truth, answered.margins[method][split.rows])
+    false_rate, true_rate, _ = roc_curve(
+        split.truth, answered.margins[method][split.rows], drop_intermediate=False
+    )
     return false_rate, true_rate
 
 
 def hr_at_tpr(answered: Answered, method: str, split: Split, tpr: float) -> float:
     """Hallucination rate of the yes margin at the threshold that reaches a TPR: methods at equal recall."""
-    false_rate, true_rate = roc(answered, method, split)
-    return float(np.interp(tpr, true_rate, false_rate))
+    return float(_least_false(answered, method, split, np.array([tpr]))[0])
 
 
 def auc_above(answered: Answered, method: str, split: Split, tpr: float) -> float:
     """Mean true-negative rate over TPR from `tpr` to 1: AUC in the range where a model is used."""
-    grid = np.linspace(tpr, 1.0, 101)
+    return float(1.0 - _least_false(answered, method, split, np.linspace(tpr, 1.0, 101)).mean())
+
+
+def _least_false(answered: Answered, method: str, split: Split, wanted: Floats) -> Floats:
+    """The lowest false positive rates at which true positive rates are reached."""
     false_rate, true_rate = roc(answered, method, split)
-    return float(1.0 - np.interp(grid, true_rate, false_rate).mean())
+    return false_rate[np.searchsorted(true_rate, wanted - 1e-9)]
 
 
 def _truth(answered: Answered, split: Split) -> NDArray[np.bool_]:

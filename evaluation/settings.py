@@ -94,7 +94,7 @@ class EvaluationSettings(BaseModel):
 
     batch_size: int = Field(default=32, ge=1)
     """Questions per forward."""
-    fidelity_images: int = Field(default=200, ge=1)
+    fidelity_images: int = Field(default=100, ge=2)
     """Images, one question each, on which hidden states are compared."""
     bootstrap: int = Field(default=2000, ge=1)
     """Resamples of the images behind each confidence interval."""
@@ -102,6 +102,15 @@ class EvaluationSettings(BaseModel):
     """Prefills timed per method."""
     seed: int = Field(default=0, ge=0)
     """Seed of the questions, the controls and the resamples."""
+
+    tune_strengths: list[float] = [1.05, 1.1, 1.15]
+    """Strengths that python -m evaluation tune tries."""
+    tune_sources: list[int] = []
+    """Numbers of sources K that it tries; empty keeps the model's."""
+    tune_edit_ends: list[int] = []
+    """Last edited blocks that it tries; empty keeps the model's."""
+    tune_map_starts: list[int] = []
+    """First blocks of the map that it tries, as many blocks as the model's; empty keeps the model's."""
 
     @field_validator("benchmarks")
     @classmethod
@@ -148,7 +157,9 @@ class EvaluationSettings(BaseModel):
     @classmethod
     def _are_lengths(cls, values: list[int]) -> list[int]:
         if min(values) < 1:
-            raise PydanticCustomError("contradiction", "a caption has 1 token at least", {"legal": "numbers from 1 on"})
+            raise PydanticCustomError(
+                "contradiction", "a caption has 1 token at least", {"legal": "numbers from 1 on"}
+            )
         return sorted(values)
 
     @field_validator("thresholds")
@@ -170,9 +181,7 @@ class EvaluationSettings(BaseModel):
         return self._filled(["plain"], "margin")
 
     def _filled(self, prompts: list[str], decoding: DecodingName) -> EvaluationSettings:
-        return self.model_copy(
-            update={"prompts": self.prompts or prompts, "decoding": self.decoding or decoding}
-        )
+        return self.model_copy(update={"prompts": self.prompts or prompts, "decoding": self.decoding or decoding})
 
     @property
     def templates(self) -> dict[str, str]:

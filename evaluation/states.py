@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,10 @@ def compare_states(
     blocks = make_blocks(items, task.template)
     with tqdm(total=len(items), desc="compare states", unit="image", disable=None) as progress:
         for rows in blocks:
-            batches = [make_batch(asker.model, asker.processor, asker.pictures, own) for own in make_batches(rows, asker.batch_size)]
+            batches = [
+                make_batch(asker.model, asker.processor, asker.pictures, own)
+                for own in make_batches(rows, asker.batch_size)
+            ]
             maps: dict[int, Any] = {}
             for batch in batches:
                 captured = capture_maps(asker.model, asker.scr, batch)
@@ -137,10 +141,15 @@ def _overlaps(batch: Batch, block: BlockMaps) -> list[tuple[float, float]]:
         for one in block.maps[at]:
             rule = block.rule(one.grid)
             eligible = rule.eligible.cpu()
-            correlation = stats.spearmanr(one.norms[eligible], one.attention[eligible]).statistic
+            ranks = [stats.rankdata(values[eligible].numpy()) for values in (one.norms, one.attention)]
+            correlation = np.corrcoef(*ranks)[0, 1] if len(ranks[0]) > 1 else np.nan
             by_norm, by_map = (set(rule.choose(values[None])[0].tolist()) for values in (one.norms, one.attention))
             found.append((float(correlation), len(by_norm & by_map) / len(by_map)))
     return found
+
+
+def _keep_output(outputs: list[Tensor], module: Any, arguments: Any, output: Any) -> None:
+    outputs.append(residual_stream(output))
 
 
 @torch.no_grad()
@@ -151,10 +160,7 @@ def _norms(run: Run, method: Method, batch: Batch, block: BlockMaps) -> dict[tup
     found: dict[tuple[str, str], list[float]] = {}
     for name, context in (("vanilla", nullcontext()), (TWO_PASS, run.context(method, batch, block))):
         outputs: list[Tensor] = []
-        handles = [
-            layer.register_forward_hook(lambda _m, _a, output: outputs.append(residual_stream(output)))
-            for layer in blocks_of(asker.model)
-        ]
+        handles = [layer.register_forward_hook(partial(_keep_output, outputs)) for layer in blocks_of(asker.model)]
         try:
             with context:
                 asker.model(**batch.prompts.inputs, logits_to_keep=1)

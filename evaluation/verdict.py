@@ -64,7 +64,8 @@ def verdict(comparison: Comparison) -> Verdict:
                        f"{base}, accuracy by {points(accuracy)}.")  # fmt: skip
     if felt and not any(one.is_felt for one in felt):
         return Verdict(
-            "insensitive", "This model does not feel the edit, so no choice of sources can show an effect: don't deploy.",
+            "insensitive",
+            "This model does not feel the edit, so no choice of sources can show an effect: don't deploy.",
             f"{base}; {felt[-1].in_words}.",
         )  # fmt: skip
     half = 50 * (change.high - change.low)
@@ -112,7 +113,8 @@ def reading(comparison: Comparison, *, embedded: bool) -> list[str]:
         if questions < 300:
             lines.append(
                 f"{questions} questions are few: a rate of 10 % has an interval of about ±"
-                f"{196 * math.sqrt(0.09 / max(questions / 2, 1)):.0f} points. Take these figures as a trial of the chain."
+                f"{196 * math.sqrt(0.09 / max(questions / 2, 1)):.0f} points. Take these figures as a trial of the "
+                "chain."
             )
         lines += _about_effect(comparison, headline, quiz.headline) + _about_answers(comparison, headline)
     lines += _about_fidelity(comparison) + _about_sensitivity(comparison) + _about_auto(comparison)
@@ -160,14 +162,15 @@ def _about_answers(comparison: Comparison, headline: Prompted) -> list[str]:
         unread = sum(headline.scores[VANILLA, split].unread for split in quiz.splits)
         lines.append(
             f"Margin and generated answer disagree on {100 * vanilla.disagrees:.1f} % of the questions (vanilla); the "
-            f"three parsers disagree on {100 * headline.answered.parser_matters:.1f} % of the answers; {unread} answers "
-            "are neither yes nor no, and count as wrong."
+            f"three parsers disagree on {100 * headline.answered.parser_matters:.1f} % of the answers; {unread} "
+            "answers are neither yes nor no, and count as wrong."
         )
     for name in (TWO_PASS, ONE_PASS):
         test = headline.scores[name, quiz.headline].mcnemar if name in comparison.names else None
         if test is not None:
             lines.append(
-                f"{name} corrects {test.corrected} answers and breaks {test.broken} (McNemar, exact: p = {test.p:.2g})."
+                f"{name} corrects {test.corrected} answers and breaks {test.broken} (McNemar's exact test: "
+                f"p = {test.p:.2g})."
             )
     return lines
 
@@ -187,10 +190,12 @@ def _about_fidelity(comparison: Comparison) -> list[str]:
         if found.changed < _ENOUGH:
             followed += ": too few to make a share of"
         if math.isfinite(found.spearman):
-            lines.append(f"{name}: rank correlation of the margin shifts with two-pass's {found.spearman:.2f}; {followed}.")
-        control = comparison.fidelity.get("uniform")
-        if control is not None and control.edit_kept is not None:
-            lines.append(f"Random sources keep {share(control.edit_kept)} of the edit: the floor of that measure.")
+            lines.append(
+                f"{name}: rank correlation of the margin shifts with two-pass's {found.spearman:.2f}; {followed}."
+            )
+    control = comparison.fidelity.get("uniform")
+    if lines and control is not None and control.edit_kept is not None:
+        lines.append(f"Random sources keep {share(control.edit_kept)} of the edit: the floor of that measure.")
     return lines
 
 
@@ -237,5 +242,5 @@ def points(interval: Interval) -> str:
 
 def share(interval: Interval) -> str:
     """A share with its interval."""
-    return f"{100 * interval.mean:.0f} % [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
-
+    mean, low, high = (round(100 * value) for value in interval)  # whole numbers: no -0
+    return f"{mean} % [{low}, {high}]"

@@ -79,7 +79,12 @@ def test_a_users_file_takes_the_tables_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "kept"),
-    [("A cat. A dog that", "A cat."), ("A cat and a", "A cat and a"), ("Is it? Yes!", "Is it? Yes!"), ("2.5 m", "2.5 m")],
+    [
+        ("A cat. A dog that", "A cat."),
+        ("A cat and a", "A cat and a"),
+        ("Is it? Yes!", "Is it? Yes!"),
+        ("2.5 m", "2.5 m"),
+    ],
 )
 def test_an_unfinished_last_sentence_can_be_dropped(text: str, kept: str) -> None:
     assert drop_unfinished(text) == kept
