@@ -146,7 +146,7 @@ class Run:
         self.reader = Reader(asker.model, asker.processor.tokenizer, task.decoding)
         self.methods = [method for method in methods if method.asked]
         self.stores = {
-            method.name: asker.store(task, method, self.predictors.get(method.predictor or ""))
+            method.name: asker.store(task, method, None if method.predictor is None else predictors[method.predictor])
             for method in self.methods
         }
 

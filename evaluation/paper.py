@@ -44,10 +44,8 @@ PAPER = (
 
 def row_of(name: str, metrics: Mapping[str, float]) -> Row:
     """The same figures of one of our evaluations, under its first prompt."""
-    split = next((s for s in ("adversarial",) if f"eval/{VANILLA}/{s}/hr" in metrics), None)
-    split = split or next(
-        (key.split("/")[2] for key in metrics if key.startswith(f"eval/{VANILLA}/") and key.endswith("/hr")), ""
-    )
+    splits = [key.split("/")[2] for key in metrics if key.startswith(f"eval/{VANILLA}/") and key.endswith("/hr")]
+    split = next((name for name in splits if "adversarial" in name), splits[-1] if splits else "")
     base = metrics.get(f"eval/{VANILLA}/prefill_ms", _NAN)
     rates = {
         method: (

@@ -224,9 +224,7 @@ def hr_difference(answered: Answered, method: str, other: str, split: Split, res
 
 def roc(answered: Answered, method: str, split: Split) -> tuple[Floats, Floats]:
     """False and true positive rates of the yes margin, by falling threshold."""
-    false_rate, true_rate, _ = roc_curve(
-        split.truth, answered.margins[method][split.rows], drop_intermediate=False
-    )
+    false_rate, true_rate, _ = roc_curve(split.truth, answered.margins[method][split.rows], drop_intermediate=False)
     return false_rate, true_rate
 
 

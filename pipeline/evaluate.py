@@ -19,7 +19,7 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from configs import TrainConfig, parse_cli
+from configs import TrainConfig, digest, parse_cli
 from configs.load import CONFIGS, KEYS, split_values
 from data.errors import LockTimeoutError
 from data.images import CocoImages
@@ -40,6 +40,7 @@ from pipeline.harvest import held_out_images
 from pipeline.tune import tune
 from scr_runtime import SCR, SourcePredictor, load_predictor
 from scr_runtime.errors import PredictorError
+from scr_runtime.files import write_file
 
 PROGRAM = "python -m evaluation"
 _SHORT = ("benchmarks", "methods")
@@ -105,17 +106,21 @@ def run(config: TrainConfig, command: str = "") -> int:
     except UnfinishedError as unfinished:
         print(unfinished)
         return 0
+    lock = config.paths.cache / "evaluation-report.lock"
     try:
-        with exclusively(
-            config.paths.cache / "evaluation-report.lock", 600.0 * (rank.size == 1), "writing its report"
-        ):
-            write_report(config, comparison, command, next(iter(predictors.values()), None))
+        with exclusively(lock, 600.0 * (rank.size == 1), "writing its report"):
+            written = config.paths.cache / f"evaluation-{_digest(comparison)}.txt"
+            if rank.size > 1 and written.exists() and Path(written.read_text(encoding="utf-8")).is_dir():
+                print(f"{rank}: another rank has written the report: {written.read_text(encoding='utf-8')}")
+                return 0
+            folder = write_report(config, comparison, command, next(iter(predictors.values()), None))
+            write_file(written, str(folder.absolute()).encode())
     except LockTimeoutError:
         print(f"{rank}: another rank writes the report")
     return 0
 
 
-def write_report(config: TrainConfig, comparison: Comparison, command: str, predictor: SourcePredictor | None) -> None:
+def write_report(config: TrainConfig, comparison: Comparison, command: str, predictor: SourcePredictor | None) -> Path:
     """Prints the tables, writes the files beside the newest run, and logs them to MLflow."""
     embedded = config.data.world is not None and not comparison.settings.pope_files
     print_comparison(comparison, embedded=embedded)
@@ -126,6 +131,13 @@ def write_report(config: TrainConfig, comparison: Comparison, command: str, pred
     print(f"\nreport: {files['html']}\nanswers, one line each: {files['answers']}")
     if predictor is not None:
         log_on_run(config, predictor, comparison, list(files.values()))
+    return folder
+
+
+def _digest(comparison: Comparison) -> str:
+    """Identity of a result: its answers and its settings."""
+    answers = sorted(store.digest for store in comparison.stores.values())
+    return digest(answers, comparison.settings)[:24]
 
 
 def print_comparison(comparison: Comparison, *, embedded: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from data.chat import chat_inputs
 from data.ranks import Rank
+from evaluation.answers import ALONE
 from evaluation.asking import Asker, Task
 from evaluation.decoding import Decoding
 from evaluation.errors import UnfinishedError
@@ -25,7 +27,7 @@ SETTINGS = EvaluationSettings(images=4, questions_per_image=2, methods=["all"])
 MARGIN = Decoding("margin", 4)
 
 
-def asker(scene: Any, cache: Path | None = None, batch_size: int = 5, rank: Rank = Rank()) -> Asker:
+def asker(scene: Any, cache: Path | None = None, batch_size: int = 5, rank: Rank = ALONE) -> Asker:
     model, processor, images = scene
     return Asker(model, processor, CONFIG, Pictures(images.images_dir), batch_size, 0, cache, rank)
 
@@ -139,6 +141,15 @@ def test_what_is_answered_is_not_asked_again(scene: Any, task: Task, tmp_path: P
         asker(scene, tmp_path, batch_size=3).ask(task, methods, {})
 
 
+def test_another_predictor_asks_the_reference_nothing_again(scene: Any, task: Task, tmp_path: Path) -> None:
+    settings = EvaluationSettings(methods=["vanilla", "two-pass", "one-pass"])
+    for seed in range(2):
+        predictor = make_predictor(seed=seed)
+        asker(scene, tmp_path).ask(task, expand(settings, {"": predictor}), {"": predictor})
+    methods = [json.loads(file.read_text().splitlines()[0])["method"] for file in tmp_path.rglob("*.jsonl")]
+    assert sorted(methods) == ["one-pass", "one-pass", "two-pass", "vanilla"]
+
+
 def test_ranks_share_the_questions(scene: Any, tmp_path: Path, monkeypatch: Any) -> None:
     images = scene[2]
     items = quiz_from_annotations(images, images.ids[:8], SETTINGS).items
@@ -148,7 +159,7 @@ def test_ranks_share_the_questions(scene: Any, tmp_path: Path, monkeypatch: Any)
     )
     monkeypatch.setattr("evaluation.asking.make_blocks", lambda items, text: _blocks(items, text))
     alone = asker(scene).ask(task, methods, {})
-    with pytest.raises(UnfinishedError, match="rank 0 of 2.*its share is answered"):
+    with pytest.raises(UnfinishedError, match=r"rank 0 of 2.*its share is answered"):
         asker(scene, tmp_path, rank=Rank(0, 2)).ask(task, methods, {})
     both = asker(scene, tmp_path, rank=Rank(1, 2)).ask(task, methods, {})
     for n in range(len(items)):

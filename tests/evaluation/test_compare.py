@@ -39,7 +39,7 @@ NAMES = ["vanilla", "two-pass", "one-pass", "one-pass:b", "auto", "auto@0.50", "
 @pytest.fixture(scope="module")
 def comparison(scene: Any, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     cache = tmp_path_factory.mktemp("cache")
-    reference = measure_reference(*scene[:2], CONFIG, scene[2], SETTINGS, cache)
+    reference = measure_reference(scene[0], scene[1], CONFIG, scene[2], SETTINGS, cache)
     return compare(reference, {"": make_predictor(), "b": make_predictor("concat")}, SETTINGS)
 
 
@@ -103,7 +103,7 @@ def test_files_are_written_and_the_same_seed_gives_the_same_bytes(
     few = SETTINGS.model_copy(
         update={"methods": ["vanilla", "two-pass"], "benchmarks": ["pope"], "prompts": ["plain"]}
     )
-    again = compare(measure_reference(*scene[:2], CONFIG, scene[2], few), {}, few)
+    again = compare(measure_reference(scene[0], scene[1], CONFIG, scene[2], few), {}, few)
     assert set(report.answer_lines(again)) < set(paths["answers"].read_text().splitlines())
     text = paths["md"].read_text()
     assert text.index(content["verdict"]["sentence"]) < text.index("| vanilla |") and "seed=1" in text
@@ -147,8 +147,8 @@ def test_a_browser_shows_the_page_without_scrolling_sideways(
     measure = "<script>document.title=`wide ${document.documentElement.scrollWidth}`</script></body>"
     file.write_text(page(comparison, embedded=True).replace("</body>", measure))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-               "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
-               "--dump-dom", file.as_uri()]  # fmt: skip
+               "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}",
+               f"--window-size={width},900", "--dump-dom", file.as_uri()]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     found = re.search(r"<title>wide (\d+)</title>", done.stdout)
     assert found is not None, done.stderr[-500:]
@@ -211,7 +211,7 @@ def test_without_a_predictor_or_questions(scene: Any) -> None:
     settings = SETTINGS.model_copy(
         update={"benchmarks": ["chair"], "methods": ["vanilla", "two-pass"], "chair_drop_unfinished": True}
     )
-    found = compare(prepare_reference(*scene[:2], CONFIG, scene[2], settings), {}, settings)
+    found = compare(prepare_reference(scene[0], scene[1], CONFIG, scene[2], settings), {}, settings)
     assert found.names == ["vanilla", "two-pass"] and found.prompts == [] and verdict(found).kind == "open"
     assert "<h2>Captions" in page(found, embedded=False) and report.answer_rows(found) == []
 

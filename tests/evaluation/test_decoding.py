@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from evaluation.decoding import yes_no_tokens
-from evaluation.decoding import Decoding, Reader, seeded
+from evaluation.decoding import Decoding, Reader, seeded, yes_no_tokens
 from evaluation.errors import EvaluationError
 
 

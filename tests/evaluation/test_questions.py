@@ -23,9 +23,10 @@ from evaluation.questions import (
 )
 from evaluation.settings import EvaluationSettings
 
-OFFICIAL = """\
-{"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a snowboard in the image?", "label": "yes"}
-{"question_id": 2, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a dining table in the image?", "label": "no"}
+IMAGE = "COCO_val2014_000000310196.jpg"
+OFFICIAL = f"""\
+{{"question_id": 1, "image": "{IMAGE}", "text": "Is there a snowboard in the image?", "label": "yes"}}
+{{"question_id": 2, "image": "{IMAGE}", "text": "Is there a dining table in the image?", "label": "no"}}
 """
 
 
