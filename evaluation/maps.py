@@ -151,8 +151,12 @@ def two_pass(block: BlockMaps, place: int, image: int) -> Sources:
 
 
 def swapped(block: BlockMaps, place: int, image: int) -> Sources:
-    """Two-pass's sources of another image. On another grid they are those of its map, moved by relative place."""
-    own, other = block.maps[place][image], block.maps[block.partner(place)]
+    """Two-pass's sources of another image, under its first question: the same for all questions about this one.
+
+    On another grid they are those of its map, moved by relative place.
+    """
+    first = block.by_image[block.rows[place].image][0]
+    own, other = block.maps[place][image], block.maps[block.partner(first)]
     given = other[image % len(other)]
     return _best(block, move(given.attention, given.grid, own.grid), own.grid)
 

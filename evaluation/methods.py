@@ -101,7 +101,9 @@ METHODS: dict[MethodName, Entry] = {
     "one-pass": Entry("sources from the predictor", Predicted()),
     "auto": Entry("the predictor, two-pass where it is unsure", Derived()),
     "uniform": Entry("control: K random sources for each image", FromMap(maps.uniform, per_image=True), True),
-    "swapped": Entry("control: two-pass's sources of another image, equal dose", FromMap(maps.swapped), True),
+    "swapped": Entry(
+        "control: two-pass's sources of another image, equal dose", FromMap(maps.swapped, per_image=True), True
+    ),
     "dose-matched": Entry(
         "control: random sources with as many owned neighbours as two-pass's", FromMap(maps.dose_matched), True
     ),

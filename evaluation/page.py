@@ -27,6 +27,7 @@ from predictor.metrics import Interval
 
 _SHOWN = 12  # changed answers in the gallery, at most
 _ROCS = (VANILLA, TWO_PASS, ONE_PASS, "uniform", "swapped", "shift")
+_PARTS = {"neighbours": "near", "rest": "elsewhere"}  # short enough for a legend
 _SIDE = 300  # pixels of a picture's longer side
 
 _STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
@@ -130,13 +131,13 @@ def _analysis(comparison: Comparison) -> str:
     parts = [f"<h2>Analysis</h2>{_table(rows, comparison)}"] if rows else []
     if one is not None and one.norms:
         lines = {
-            name if part == "sources" else f"{name}, {part}": list(enumerate(values))
+            name if part == "sources" else f"{name}:{_PARTS[part]}": list(enumerate(values))
             for (name, part), values in one.norms.items()
         }
         chart = curves(lines, "decoder block", "mean norm of the residual stream", unit=False)
         parts.append(
             "<h3>Norm by block: sources, their neighbours, other patches</h3><p class='soft'>Plain names are the "
-            f"sources. Rank correlation of norm and attention {one.norm_attention:.2f}; "
+            f"sources; near: their neighbours. Rank correlation of norm and attention {one.norm_attention:.2f}; "
             f"{100 * one.norm_overlap:.0f} % of two-pass's sources are among the patches of largest norm.</p>"
             f"<div class='chart'>{chart}</div>"
         )

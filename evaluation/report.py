@@ -49,7 +49,7 @@ def answer_rows(comparison: Comparison, prompt: Prompted | None = None) -> list[
                 f"{100 * final.yes_ratio:.1f}",
                 _number(final.auc, 3),
                 "-" if test is None else f"{test.corrected}/{test.broken}",
-                "1" if method == TWO_PASS else "-" if kept is None else f"{kept.mean:.2f}",
+                "1" if method == TWO_PASS else "-" if kept is None else _number(round(kept.mean, 2) + 0.0, 2),
                 "-" if cost is None else f"{cost.ratio:.2f}x",
             ]
         )

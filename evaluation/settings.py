@@ -94,7 +94,7 @@ class EvaluationSettings(BaseModel):
 
     batch_size: int = Field(default=32, ge=1)
     """Questions per forward."""
-    fidelity_images: int = Field(default=100, ge=2)
+    fidelity_images: int = Field(default=60, ge=2)
     """Images, one question each, on which hidden states are compared."""
     bootstrap: int = Field(default=2000, ge=1)
     """Resamples of the images behind each confidence interval."""
