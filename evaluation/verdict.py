@@ -12,6 +12,7 @@ from predictor.metrics import Interval
 
 Kind = Literal["gain", "none", "harm", "unclear", "insensitive", "open"]
 _ENOUGH = 10  # changed answers under which a share of them is no figure
+_TELLING = 200  # questions from which on unchanged answers say something about the model
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def verdict(comparison: Comparison) -> Verdict:
     if change.low > 0 or accuracy.high < 0:
         return Verdict("harm", f"{method} makes answers worse: don't deploy.",
                        f"{base}, accuracy by {points(accuracy)}.")  # fmt: skip
-    if felt and not any(one.is_felt for one in felt):
+    if felt and felt[0].questions >= _TELLING and not any(one.is_felt for one in felt):
         return Verdict(
             "insensitive",
             "This model does not feel the edit, so no choice of sources can show an effect: don't deploy.",

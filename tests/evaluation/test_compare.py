@@ -202,7 +202,7 @@ def test_a_model_that_does_not_feel_the_edit_is_said_to(comparison: Comparison) 
     score = headline.scores["one-pass", "adversarial"]
     flat = replace(score, hr_change=SAME, accuracy_change=SAME)
     scores = {**headline.scores, ("one-pass", "adversarial"): flat}
-    dull = [replace(one, changed=0) for one in comparison.sensitivity]
+    dull = [replace(one, changed=0, questions=500) for one in comparison.sensitivity]
     found = verdict(replace(comparison, prompts=[replace(headline, scores=scores)], sensitivity=dull))
     assert found.kind == "insensitive" and "no choice of sources can show an effect" in found.sentence
 
