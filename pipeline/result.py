@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,8 @@ def log_comparison(
 ) -> None:
     """Writes the report of a comparison, and logs it with every number."""
     client, run = tracker.experiment, str(tracker.run_id)
-    files = report.write(folder.reports, comparison, embedded=config.data.world is not None)
+    command = shlex.join(sys.argv)
+    files = report.write(folder.reports, comparison, embedded=config.data.world is not None, command=command)
     runs.log_metrics(client, run, report.metrics(comparison), model_id)
     for file in files.values():
         client.log_artifact(run, str(file), "reports")
@@ -76,7 +79,9 @@ def print_result(config: TrainConfig, folder: RunFolder, result: Result, run: st
     if (comparison := result.comparison) is not None:
         print(f"\nAnswers on {comparison.images} held-out images\n")
         print(table(report.answer_rows(comparison)))
-        print("\n" + bullets(report.reading(comparison, embedded=config.data.world is not None)))
+        found = report.verdict(comparison)
+        print(f"\n{found.sentence}")
+        print(bullets([found.reason, *report.reading(comparison, embedded=config.data.world is not None)]))
     count = result.packed.exported.predictor.count_parameters()
     print(f"\nthis run: {folder.path}")
     print(f"report and figures: {folder.reports}")

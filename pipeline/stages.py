@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,7 +14,8 @@ from data.datamodule import ShardDataModule
 from data.grids import grids_of
 from data.index import read_sidecar
 from data.vlm import library_versions, load_vlm
-from evaluation.compare import Comparison, Reference, compare, measure_reference
+from evaluation.compare import Comparison, compare, measure_reference
+from evaluation.reference import Reference
 from export.package import Exported, export_predictor
 from pipeline.folders import RunFolder
 from pipeline.harvest import harvest_from_config, held_out_images
@@ -26,7 +28,7 @@ from predictor.fit import fit
 from predictor.metrics import Interval, summarise_rows
 from predictor.module import SourceModule
 from predictor.reliability import calibration_summary
-from scr_runtime import describe_model
+from scr_runtime import describe_model, load_predictor
 from scr_runtime.errors import PrefillError
 from scr_runtime.rule import source_rule
 
@@ -59,14 +61,14 @@ class Work:
         return self._data.for_fit(config.trainer, seed=config.seed, mean_maps=config.mean_maps)
 
     def reference(self, config: TrainConfig) -> Reference:
-        """Answers that need no predictor."""
-        settings = config.evaluation
-        asked = settings.model_dump(include={"images", "questions_per_image", "batch_size", "seed"})
-        key = digest(config.scr.to_dict(), asked)
+        """What is asked about, and the answers that need no predictor."""
+        settings = config.evaluation.for_training
+        key = digest(config.scr.to_dict(), settings)
         if key not in self._references:
-            images = held_out_images(config)
-            cache = config.paths.cache
-            self._references[key] = measure_reference(self.model, self.processor, config.scr, images, settings, cache)
+            images, cache = held_out_images(config), config.paths.cache
+            reference = measure_reference(self.model, self.processor, config.scr, images, settings, cache)
+            reference.origin.update(model_name=config.model.name, data_name=config.data.name)
+            self._references[key] = reference
         return self._references[key]
 
     def floors(self, config: TrainConfig) -> dict[str, dict[str, Interval]]:
@@ -189,11 +191,13 @@ def export(config: TrainConfig, fitted: Fit, work: Work, folder: RunFolder, run:
 
 
 def compare_answers(config: TrainConfig, work: Work, exported: Exported) -> Comparison | None:
-    """Asks the model under every mode; None if no answers are to be compared."""
+    """Asks the model under every method; None if no answers are to be compared."""
     if not config.evaluation.images:
         return None
     print_step(5, "compare: two-pass, one-pass, auto and the controls on held-out images")
-    return compare(work.reference(config), exported.folder, config.evaluation)
+    predictors = {"": load_predictor(exported.folder)}
+    predictors |= {Path(folder).name: load_predictor(folder) for folder in config.evaluation.predictors}
+    return compare(work.reference(config), predictors, config.evaluation.for_training)
 
 
 def print_step(number: int, text: str) -> None:

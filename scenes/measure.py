@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -18,9 +17,12 @@ from data.settings import VLMSettings
 from data.vlm import load_vlm
 from data.wording import CAPTION_PROMPT
 from evaluation.chair import Chair, chair
-from evaluation.methods import VANILLA, Methods
-from evaluation.pope import Answers, Score, ask, make_quiz, score
+from evaluation.compare import compare
+from evaluation.methods import VANILLA
+from evaluation.reference import prepare_reference
+from evaluation.scores import Score
 from evaluation.settings import EvaluationSettings
+from evaluation.synonyms import Vocabulary
 from evaluation.tables import table
 from scenes.world import write_stream
 from scr_runtime import SCRConfig
@@ -69,14 +71,20 @@ def measure(checkpoint: Path, seed: int = 0, count: int = 500) -> Measured:
     model, processor = load_vlm(settings)
     with tempfile.TemporaryDirectory() as folder:
         images = held_out_images(Path(folder), seed, count)
-        answers = answer(model, processor, images, EvaluationSettings(images=count, batch_size=_BATCH, seed=seed))
+        asked = EvaluationSettings(
+            images=count, batch_size=_BATCH, seed=seed, benchmarks=["pope"], methods=[VANILLA], prompts=["plain"],
+            decoding="margin",
+        )  # fmt: skip
+        found = compare(prepare_reference(model, processor, _ANY_LAYERS, images, asked), {}, asked)
         captions = describe(model, processor, images, images.ids[:_CAPTIONED])
+    assert found.headline is not None and found.quiz is not None
+    words = Vocabulary({name: [] for name in images.categories})
     return Measured(
         scenes=count,
-        scores={name: score(answers, VANILLA, name, EvaluationSettings(seed=seed)) for name in STRATEGIES},
-        questions={name: len(rows) for name, rows in answers.splits.items()},
+        scores={name: found.headline.scores[VANILLA, name] for name in STRATEGIES},
+        questions={name: len(split.ids) for name, split in found.quiz.splits.items()},
         captioned=len(captions),
-        captions=chair(captions, images.categories, [images.present(i) for i in images.ids[: len(captions)]]),
+        captions=chair(captions, words, [images.present(i) for i in images.ids[: len(captions)]]),
     )
 
 
@@ -85,22 +93,6 @@ def held_out_images(folder: Path, seed: int, count: int) -> CocoImages:
     with tqdm(total=count, desc="render scenes", unit="image") as progress:
         write_stream(folder, STREAM, count, seed, progress)
     return CocoImages(folder / STREAM, folder / "annotations" / f"instances_{STREAM}.json")
-
-
-def answer(model: Any, processor: Any, images: CocoImages, settings: EvaluationSettings) -> Answers:
-    """Asks the model as it is about all images, as POPE does (arXiv 2305.10355)."""
-    quiz = make_quiz(images, images.ids, settings)
-    margins, _ = ask(model, processor, Methods(model, _ANY_LAYERS), (VANILLA,), images, quiz, settings.batch_size)
-    unknown = np.full(len(quiz.questions), np.nan)  # entropy and confidence: no method of SCR is asked
-    return Answers(
-        image=quiz.image,
-        truth=quiz.truth,
-        splits=quiz.splits,
-        margins=margins,
-        entropy=unknown,
-        confidence=unknown,
-        fallback=0.0,
-    )
 
 
 @torch.no_grad()
@@ -119,8 +111,7 @@ def as_text(measured: Measured) -> str:
     """The figures as a table and a sentence."""
     rows = [["split", "questions", "accuracy", "HR", "TPR", "yes", "AUC"]]
     for name, found in measured.scores.items():
-        yes = (found.tpr + found.hr) / 2  # half of the questions are about present objects
-        figures = (found.accuracy, found.hr, found.tpr, yes, found.auc)
+        figures = (found.accuracy, found.hr.mean, found.tpr, found.yes_ratio, found.auc)
         rows.append([name, f"{measured.questions[name]:,}", *(f"{figure:.3f}" for figure in figures)])
     captions = measured.captions
     return (
