@@ -14,6 +14,16 @@ from pydantic.fields import FieldInfo
 
 from configs.problems import closest, value_text
 
+ABBREVIATIONS = {
+    "lr": "trainer.learning_rate",
+    "wd": "trainer.weight_decay",
+    "epochs": "trainer.max_epochs",
+    "bs": "trainer.batch_size",
+    "gpus": "trainer.devices",
+    "k": "model.scr.num_sources",
+    "n": "harvest.samples",
+}
+"""What these keys are called elsewhere."""
 _BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
 _KINDS = {bool: "true or false", int: "integer", float: "number", str: "text"}
 
@@ -73,10 +83,12 @@ def siblings(path: str, keys: dict[str, Key]) -> str:
 
 def suggestion(path: str, keys: dict[str, Key]) -> str:
     """Name the key that `path` probably stands for, or nothing."""
-    last = path.rpartition(".")[2]
-    by_last = {candidate.rpartition(".")[2]: candidate for candidate in keys}
-    same = [candidate for candidate in keys if candidate.rpartition(".")[2] == last]
-    meant = " or ".join(same) or closest(path, keys) or by_last.get(closest(last, by_last))
+    section, _, last = path.rpartition(".")
+    values = [candidate for candidate in keys if not keys[candidate].section or not section]
+    by_last = {candidate.rpartition(".")[2]: candidate for candidate in values}
+    same = [candidate for candidate in values if candidate.rpartition(".")[2] == last]
+    short = ABBREVIATIONS.get(last.lower())
+    meant = " or ".join(same) or short or closest(path, values) or by_last.get(closest(last, by_last))
     return f"Did you mean {meant}?" if meant else ""
 
 

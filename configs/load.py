@@ -10,6 +10,7 @@ once, in one `ConfigError`. Several values for a key (``seed=0,1,2``) are a swee
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,11 +25,16 @@ from pydantic import BaseModel, ValidationError
 from configs.keys import keys_of, siblings, suggestion
 from configs.problems import COMMAND_LINE, ConfigError, Problem, closest, value_text, wrap
 from configs.schema import TrainConfig
+from data.errors import UnreadableFileError
+from data.files import SETTINGS_BYTES, read_bytes
 
 CONFIGS = Path(__file__).resolve().parent
 KEYS = keys_of(TrainConfig)
 
 DEFAULTS = "train"
+_MOST_BRACKETS = 100
+UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError)
+"""What reading YAML may raise: numbers of 5,000 digits and half characters are ValueErrors, deep nesting recurses."""
 Loaded = TypeVar("Loaded")
 
 
@@ -187,10 +193,11 @@ class _Build:
     def read(self, path: Path, section: str = "") -> dict[str, Any]:
         """Read the YAML file of a section (or of all) into plain containers, interpolations kept."""
         try:
-            plain = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        except OSError as error:
-            self.fail(_name_file(path), "", f"can't be read: {error.strerror}")
-        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+            text = read_bytes(path, SETTINGS_BYTES).decode("utf-8-sig")
+            plain = OmegaConf.to_container(OmegaConf.load(io.StringIO(_not_too_deep(text))), resolve=False)
+        except UnreadableFileError as error:
+            self.fail(_name_file(path), "", error.reason)
+        except UNREADABLE as error:
             self.fail(_name_file(path), "", f"is not valid YAML: {_one_line(error)}")
         else:
             if isinstance(plain, dict):
@@ -214,8 +221,9 @@ class _Build:
             if option in options:
                 chosen[group] = option
                 continue
-            close = closest(option, options)
-            hint = f"Did you mean {group}={close}?" if close else ""
+            near = closest(option, options) or closest(option, _by_part(options))
+            close = [name for name in options if name == near] or [name for name in options if near and near in name]
+            hint = f"Did you mean {' or '.join(f'{group}={name}' for name in close)}?" if close else ""
             reason = f"no file configs/{group}/{option}.yaml"
             self.fail(group, option, reason, " | ".join(options), hint, COMMAND_LINE)
         return chosen
@@ -238,8 +246,9 @@ class _Build:
             else:
                 given.add(path)
                 try:
-                    item: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
-                except (yaml.YAMLError, OmegaConfBaseException) as error:
+                    read = OmegaConf.from_dotlist([f"value={_not_too_deep(value)}"])
+                    item: Any = OmegaConf.to_container(read, resolve=False)
+                except UNREADABLE as error:
                     self.fail(path, value, f"is not a YAML value: {_one_line(error)}", "", "", COMMAND_LINE)
                 else:
                     self.assign_one(path, item["value"], COMMAND_LINE)
@@ -298,7 +307,10 @@ class _Build:
     def explain(self, error: dict[str, Any]) -> None:
         """Put one of pydantic's errors into words, unless its key is reported already, or its file was not read."""
         context = error.get("ctx", {})
-        path = ".".join(part for part in [*error["loc"], context.get("key")] if isinstance(part, str))
+        path = ".".join(part for part in error["loc"] if isinstance(part, str))
+        if meant := context.get("key"):  # another key of the section; a section's own validator names the section
+            section = path if not path or KEYS[path].section else path.rpartition(".")[0]
+            path = f"{section}.{meant}".lstrip(".")
         key, where = KEYS[path], self.sources.get(path, "")
         missing = error["type"] == "missing"
         unread = missing and any(path.startswith(section) for section in self.unread)
@@ -323,12 +335,28 @@ class _Build:
         self.fail(path, value, reason, legal, hint, where)
 
 
+def _by_part(options: Sequence[str]) -> set[str]:
+    """The parts of options' names: scene-llava has scene and llava."""
+    return {part for option in options for part in option.split("-") if len(part) > 2}
+
+
 def _options(folder: Path, group: str) -> list[str]:
     return sorted(path.stem for path in (folder / group).glob("*.yaml"))
 
 
 def _holds_bool(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, list) and any(map(_holds_bool, value)))
+
+
+def _not_too_deep(text: str) -> str:
+    """Returns a text with few enough brackets for PyYAML's parser, which overruns the stack at some 10,000.
+
+    Raises:
+        ValueError: It has too many.
+    """
+    if text.count("[") + text.count("{") > _MOST_BRACKETS:
+        raise ValueError(f"it has more than {_MOST_BRACKETS} opening brackets")
+    return text
 
 
 def _one_line(error: Exception) -> str:

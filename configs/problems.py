@@ -10,6 +10,7 @@ from typing import Any
 
 COMMAND_LINE = "command line"
 TERMINAL_COLUMNS = 110
+_LONGEST = 400  # letters of a value that are repeated
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Problem:
 
     def __str__(self) -> str:
         """Write it as a user reads it: what is wrong, the legal values, the way out."""
-        given = self.key if self.value == "" else f"{self.key}={value_text(self.value)}"
+        value = value_text(self.value)
+        value = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
+        given = self.key if value == "" else f"{self.key}={value}"
         where = f" ({self.where})" if self.where else ""
         lines = [wrap(f"{given}{where}: {self.reason}", 2)]
         if self.legal:

@@ -164,7 +164,7 @@ class TrackingConfig(BaseModel):
     @field_validator("uri")
     @classmethod
     def _is_uri(cls, uri: str | None) -> str | None:
-        if uri is None or _is_databricks(uri) or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s]+", uri):
+        if uri is None or _is_databricks(uri) or re.fullmatch(r"(?!sqlite:///*$)[a-z][a-z0-9+.-]*://[^\s]+", uri):
             return uri
         details = {
             "legal": "sqlite:///FILE | http://HOST:PORT | https://HOST | databricks | databricks://PROFILE | null"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -42,8 +42,11 @@ def _of(check: Callable[[TrainConfig], Iterator[str]], config: TrainConfig) -> I
 def _runs_dir(config: TrainConfig) -> Iterator[str]:
     folder = Path(config.runs_dir).expanduser()
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        yield f"runs_dir={config.runs_dir}: {existing} can't be written; choose another folder"
+    try:
+        with tempfile.TemporaryDirectory(prefix=".probe-", dir=existing):
+            pass
+    except OSError as error:
+        yield f"runs_dir={config.runs_dir}: {existing} can't be written ({error.strerror}); choose another folder"
 
 
 def _data(config: TrainConfig) -> Iterator[str]:

@@ -24,7 +24,7 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint, EarlyStopping
 from tqdm.auto import tqdm
 
-from predictor.errors import Preempted
+from predictor.errors import FitError, Preempted
 from predictor.memory import keep_freed_memory
 from scr_runtime.files import replace_file, write_file
 
@@ -134,18 +134,22 @@ class FitRecord:
         """Clears the folder, or returns the checkpoint to resume from."""
         earlier = _read_record(self._folder)
         last = self._folder / LAST
-        if earlier and not earlier["finished"] and resume and _can_resume(self._folder):
+        if earlier and not earlier["finished"] and resume and last.is_file():
             differences = self._differences(earlier["fit"])
-            if not differences:
+            if differences:
+                log_line(
+                    f"the interrupted fit in {self._folder} had other settings, so this one starts from the "
+                    f"beginning: {'; '.join(differences)}"
+                )
+            elif _can_resume(self._folder):
                 log_line(f"resumes from {last}")
                 return last
-            log_line(
-                f"the interrupted fit in {self._folder} had other settings, so this one starts from the beginning: "
-                + "; ".join(differences)
-            )
         self._folder.mkdir(parents=True, exist_ok=True)
         for file in (self._folder / BEST, last, *self._folder.glob("*.tmp*")):
-            file.unlink(missing_ok=True)
+            try:
+                file.unlink(missing_ok=True)
+            except OSError as error:
+                raise FitError(f"{file} is in the way of a checkpoint ({error.strerror}): remove it") from error
         self._write(finished=False, run=getattr(logger, "version", None))
         return None
 
@@ -154,7 +158,7 @@ class FitRecord:
         self._write(finished=True, run=(_read_record(self._folder) or {}).get("run"))
 
     def _differences(self, earlier: Mapping[str, Any]) -> list[str]:
-        now = self._identity
+        now, earlier = self._identity, earlier if isinstance(earlier, dict) else {}
         keys = sorted(key for key in {*earlier, *now} if earlier.get(key) != now.get(key))
         return [f"{key} was {earlier.get(key)!r}, is {now.get(key)!r}" for key in keys]
 
@@ -175,16 +179,19 @@ def saved_state(folder: Path) -> dict[str, Any]:
 
 
 def _can_resume(folder: Path) -> bool:
-    """Whether `last.ckpt` is readable, and `best.ckpt` there if an epoch has ended; logs why not."""
-    if not (folder / LAST).is_file():
+    """Whether `last.ckpt` is readable, and `best.ckpt` too if an epoch has ended; logs why not."""
+    file = folder / LAST
+    if not file.is_file():
         return False
     try:
         state = saved_state(folder)
+        if state["score"] > float("-inf"):
+            file = folder / BEST
+            if not file.is_file():
+                raise FileNotFoundError
+            torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle and zipfile each raise errors of their own for damaged bytes
-        log_line(f"{folder / LAST} can't be read ({type(error).__name__}), so the fit starts from the beginning")
-        return False
-    if state["score"] > float("-inf") and not (folder / BEST).is_file():
-        log_line(f"{folder / BEST} is gone, so the fit starts from the beginning")
+        log_line(f"{file} can't be read ({type(error).__name__}), so the fit starts from the beginning")
         return False
     return True
 
@@ -200,8 +207,9 @@ def log_line(message: str) -> None:
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
+    file = folder / RECORD
     try:
-        record = json.loads((folder / RECORD).read_text())
+        record = json.loads(file.read_text()) if file.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and {"fit", "finished", "run"} <= set(record) else None

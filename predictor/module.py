@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pickle
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -210,7 +209,7 @@ def load_module(path: str | Path) -> SourceModule:
             saved["loss"],
         )
         module.load_state_dict(checkpoint["state_dict"])
-    except (EOFError, KeyError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch, pickle and zipfile each raise errors of their own for damaged bytes
         raise FitError(f"{path} is no checkpoint that this version reads: {error}\nRun train.py again.") from error
     return module.eval()
 

@@ -50,6 +50,8 @@ class AttentionRows:
         self.layers = layers
         self.rows = rows
         self.total: Tensor | None = None
+        self._next = layers[0]
+        self._seen: tuple[Tensor, Tensor] | None = None  # q and k of the layer before
 
     def read(
         self,
@@ -77,8 +79,9 @@ class AttentionRows:
 
         Raises:
             MapComplete: When the last layer has been read.
+            UnsupportedModelError: If a layer was left out, or has several attentions.
         """
-        if layer < self.layers[0]:
+        if layer < self.layers[0] or self._is_repeated(layer, query, key):
             return
         batch, heads, length, size = query.shape
         groups = heads // key.shape[1]
@@ -94,8 +97,20 @@ class AttentionRows:
             means.append(_softmax(weights, sinks).mean((1, 2)).float())  # [B, t, S]
         mean = means[0] if len(means) == 1 else torch.cat(means, dim=1)  # [B, T, S]
         self.total = mean if self.total is None else self.total.add_(mean)
+        self._next, self._seen = layer + 1, (query, key)
         if layer >= self.layers[1]:
             raise MapComplete
+
+    def _is_repeated(self, layer: int, query: Tensor, key: Tensor) -> bool:
+        """Whether a layer was read already: some ask for the same weights twice, with other values."""
+        if layer == self._next:
+            return False
+        if self._seen is not None and self._seen[0] is query and self._seen[1] is key:
+            return True
+        raise UnsupportedModelError(
+            f"attention of block {layer} where that of block {self._next} was expected: blocks that leave attention "
+            "out, or have several, can't be read by the diagnostic run. Use mode='one-pass' or 'uniform'."
+        )
 
 
 def _softmax(weights: Tensor, sinks: Tensor | None) -> Tensor:

@@ -30,11 +30,20 @@ def check_arguments(config: Any, predictor: Any, mode: Any, threshold: Any, seed
         raise ConfigurationError(f"config={config!r}: expected an SCRConfig; SCRConfig.from_dict makes one of a dict")
     if not (predictor is None or isinstance(predictor, str | os.PathLike | SourcePredictor)):
         raise ConfigurationError(f"predictor={predictor!r}: expected a folder, or a SourcePredictor")
-    number = isinstance(threshold, (int, float, Real)) and not isinstance(threshold, bool)
-    if not (threshold is None or (number and math.isfinite(threshold))):
+    if not (threshold is None or _is_finite(threshold)):
         raise ConfigurationError(f"threshold={threshold!r}: expected a finite number, or None for the predictor's own")
     if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
         raise ConfigurationError(f"seed={seed!r}: expected an integer of 64 bits")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
+    if not isinstance(value, (int, float, Real)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_grid(model: Any, family: Family, config: SCRConfig) -> None:

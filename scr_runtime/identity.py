@@ -110,14 +110,25 @@ def usable_predictor(
 
 
 def _mismatches(predictor: SourcePredictor, model: Any, processor: Any, config: SCRConfig | None) -> list[str]:
-    if not predictor.info:
-        size, found = family_of(model).text_config(model).hidden_size, predictor.config.hidden_size
-        return [] if found == size else [f"hidden_size is {size}, the predictor expects {found}"]
-    problems = model_differences(predictor.info["model"], model, processor)
-    fitted = SCRConfig.from_dict(predictor.info["scr"]).state_layer
-    if config is not None and config.state_layer != fitted:
-        problems.append(f"state_layer is {config.state_layer}, the predictor reads block {fitted}")
+    problems = model_differences(predictor.info["model"], model, processor) if predictor.info else []
+    size, found = family_of(model).text_config(model).hidden_size, predictor.config.hidden_size
+    if found != size and not problems:
+        problems.append(f"hidden_size is {size}, the predictor expects {found}")
+    if predictor.info:
+        fitted = SCRConfig.from_dict(predictor.info["scr"])
+        if config is None:  # they are in force then
+            problems += _too_deep(fitted, len(blocks_of(model)))
+        elif config.state_layer != fitted.state_layer:
+            problems.append(f"state_layer is {config.state_layer}, the predictor reads block {fitted.state_layer}")
     return problems
+
+
+def _too_deep(settings: SCRConfig, num_blocks: int) -> list[str]:
+    try:
+        settings.check_depth(num_blocks)
+    except ConfigurationError as error:
+        return [str(error)]
+    return []
 
 
 def choose_predictor(

@@ -252,8 +252,8 @@ class SourcePredictor(nn.Module):
         check_calibration(raw, expected, temperature)
         if not math.isfinite(threshold):
             raise ValueError(f"threshold {threshold}: expected a finite number")
-        self.calibration_raw = raw.float().to(self.calibration_raw.device)
-        self.calibration_expected = expected.float().to(self.calibration_raw.device)
+        self.calibration_raw = raw.float().to(self.calibration_raw.device, copy=True)  # the caller's may change
+        self.calibration_expected = expected.float().to(self.calibration_raw.device, copy=True)
         self.temperature.fill_(temperature)
         self.threshold = float(threshold)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
+
+import torch
 
 from scr_runtime.network import SourcePredictor
 from scr_runtime.redistribute import Grid, credit_entropy
@@ -51,7 +52,8 @@ def report_images(
     """
     scores = choice.scores
     entropies = credit_entropy(choice.norms)  # [I]
-    normalised = entropies / max(math.log(choice.norms.shape[-1]), sys.float_info.min)  # ln 1 is 0, as its entropy
+    patches = choice.norms.shape[-1]
+    normalised = entropies / math.log(patches) if patches > 1 else torch.zeros_like(entropies)
     judged = None
     if predictor is not None and scores.predicted is not None:
         judged = predictor.judge(scores.predicted, scores.spread, scores.rule)

@@ -65,7 +65,7 @@ def test_groups_and_lists_are_swept() -> None:
 def test_children_have_folders_of_their_own_beside_those_of_a_plain_run() -> None:
     sweep = load_sweep(["predictor.loss=kl,bce", "seed=0,1"])
     plain = load_config().paths
-    for place in ("checkpoints", "predictor", "reports"):
+    for place in ("latest", "predictor"):
         own = {getattr(child.config.paths, place) for child in sweep.children}
         assert len(own) == 4
         for path in own:

@@ -179,6 +179,13 @@ def test_section_takes_a_mapping():
         ("trainer.max_epoch=3", "trainer.max_epoch", "no such key", "Did you mean trainer.max_epochs?"),
         ("max_epochs=3", "max_epochs", "no such key", "Did you mean trainer.max_epochs?"),
         ("modle=scene-llava", "modle", "no such key", "Did you mean model?"),
+        ("lr=3", "lr", "no such key", "Did you mean trainer.learning_rate?"),
+        ("trainer.lr=3", "trainer.lr", "no such key", "Did you mean trainer.learning_rate?"),
+        ("seed=" + "9" * 5000, "seed", "not a YAML value", ""),
+        ("harvest.name=\udc80", "harvest.name", "not a YAML value", ""),
+        ("seed=" + "[" * 100_000, "seed", "not a YAML value", ""),
+        ("seed=" + "[" * 90 + "]" * 90, "seed", "wrong type", ""),
+        ("tracking.uri=sqlite:///", "tracking.uri", "no tracking URI", ""),
         ("model.scr.lambda=1.1", "model.scr.lambda", "no such key", ""),
         ("data.world.train.x=1", "data.world.train.x", "no such key", ""),
         (
@@ -368,7 +375,7 @@ def test_missing_key_is_reported(folder: Path):
 
 
 def test_missing_defaults_file_is_reported(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"train\.yaml: can't be read"):
+    with pytest.raises(ConfigError, match=r"train\.yaml: does not exist"):
         load_config(folder=tmp_path)
 
 

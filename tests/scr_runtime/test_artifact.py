@@ -143,3 +143,13 @@ def test_the_guard_travels_with_the_folder(tmp_path: Any) -> None:
     predictor.set_drift(0.5, 1.7)
     loaded = load_predictor(save_predictor(tmp_path / "b", predictor, **save))
     assert (loaded.drift_typical, loaded.drift_limit) == (0.5, 1.7)
+
+
+def test_a_calibration_that_maps_confidence_to_itself(tmp_path: Any) -> None:
+    """The same tensor for both halves: stored as copies, which can be saved and which nobody else writes to."""
+    predictor = SourcePredictor(PredictorConfig(32, rank=8, width=16))
+    line = torch.tensor([0.0, 0.5, 1.0])
+    predictor.set_calibration(line, line, 0.5)
+    line.fill_(0.0)
+    loaded = load_predictor(save_predictor(tmp_path / "p", predictor, scr=CONFIG, model={"family": "llava"}))
+    assert loaded.calibration_raw.tolist() == loaded.calibration_expected.tolist() == [0.0, 0.5, 1.0]

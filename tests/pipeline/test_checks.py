@@ -1,0 +1,53 @@
+"""What is known before any work is reported before any work, all at once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs import load_config
+from pipeline.checks import check_all
+from pipeline.errors import RunError
+
+
+def problems(*overrides: str) -> str:
+    with pytest.raises(RunError) as caught:
+        check_all([load_config(overrides)])
+    return str(caught.value)
+
+
+def test_the_defaults_have_no_problem(tmp_path: Path) -> None:
+    check_all([load_config([f"runs_dir={tmp_path / 'new' / 'runs'}"])])
+    assert list(tmp_path.iterdir()) == []  # looked at, not made
+
+
+def test_all_problems_are_reported_together_and_each_once(tmp_path: Path) -> None:
+    overrides = [
+        f"runs_dir={tmp_path / 'runs'}", "data=coco2014", f"data.root={tmp_path / 'nowhere'}",
+        "model.scr.edit_layers=[0,11]", "predictor.rank=100000",
+    ]  # fmt: skip
+    configs = [load_config([*overrides, f"seed={seed}"]) for seed in (0, 1)]
+    with pytest.raises(RunError) as caught:
+        check_all(configs)
+    message = str(caught.value)
+    assert message.startswith("5 problems before the start")
+    assert message.count("data.train_annotations: ") == message.count("data.eval_images: ") == 1
+    assert "ends at block 11, but the model has 8 decoder blocks" in message
+
+
+@pytest.mark.parametrize("place", ["/proc/nope", "/dev/null/runs"])
+def test_a_place_that_takes_no_files(place: str) -> None:
+    assert f"runs_dir={place}: /" in problems(f"runs_dir={place}")
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    message = problems(f"runs_dir={tmp_path}", f"model.hub_id={tmp_path / 'empty'}")
+    assert str(tmp_path / "empty") in message and "1 problem before the start" in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_devices_that_are_not_there(tmp_path: Path) -> None:
+    message = problems(f"runs_dir={tmp_path}", "trainer.accelerator=gpu", "model.device=cuda:0")
+    assert "trainer.accelerator=gpu: there is none" in message and "model.device=cuda:0: torch sees no" in message
+    assert "use auto or cpu" in message
