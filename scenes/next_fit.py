@@ -1,13 +1,14 @@
 """Trains scene-next from nothing, with a fixed number of steps and a seed, so that it feels the edit.
 
 The vision tower has one block. What a patch shows is worked out by the tower and the decoder's first blocks together,
-the blocks that SCR edits, and is read by the question in the blocks behind them. Three stages, each trains everything
-from the pixels on:
+the blocks that SCR edits, and is read by the question in the blocks behind them. Three stages:
 
 A. patches: the category seen in each patch, read off the states that leave the last edited block;
 B. names: all 40 names stand behind an image, each in a branch that does not see the others (`scenes.packing`), and
-   each is told whether it is there, after 8, 12 and 16 blocks; the loss of stage A goes on and fades;
-C. answers: yes/no questions and captions as in `scenes.fit`, with no loss on any patch.
+   each is told whether it is there, after 8, 12 and 16 blocks; the loss of stage A goes on and fades, and
+   everything is trained from the pixels on;
+C. answers: yes/no questions and captions as in `scenes.fit`, with no loss on any patch; the tower and the edited
+   blocks rest, because the few answers of a step blur what they have learned (docs/scenes.md has the figures).
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class NextRecipe:
         name_batch: Images a step in stage B.
         answer_steps: Steps of stage C.
         answer_batch: Images a step in stage C, each with `QUESTIONS` questions and a caption.
-        rate: Peak learning rate of every stage.
+        rate: Peak learning rate of stages A and B.
+        answer_rate: Peak learning rate of stage C.
         caption_weight: Weight of the caption loss beside the yes/no loss.
     """
 
@@ -70,9 +72,10 @@ class NextRecipe:
     patch_batch: int = 24
     name_steps: int = 160
     name_batch: int = 16
-    answer_steps: int = 600
+    answer_steps: int = 300
     answer_batch: int = 8
     rate: float = 3e-3
+    answer_rate: float = 2e-3
     caption_weight: float = 0.5
 
     def scaled(self, factor: float) -> NextRecipe:
@@ -211,7 +214,7 @@ class Fitting:
     def answers(self, title: str) -> list[float]:
         """Stage C; returns the loss of the yes/no questions at every step."""
         recipe = self._recipe
-        trainer = self._trainer(recipe.answer_steps)
+        trainer = self._last_trainer(recipe.answer_steps)
         losses: list[float] = []
         right: list[float] = []
         with tqdm(total=recipe.answer_steps, desc=title, unit="step") as progress:
@@ -232,6 +235,15 @@ class Fitting:
         core = self.model.model
         modules = (core.vision_tower, core.multi_modal_projector, core.language_model, self.model.lm_head)
         return Trainer((*modules, self.readers), [core.image_newline], self._recipe.rate, steps)
+
+    def _last_trainer(self, steps: int) -> Trainer:
+        """Of what reads the patches: the tower, the edited blocks and the words stay as stage B left them."""
+        core = self.model.model
+        self.model.requires_grad_(False)
+        modules = (core.language_model.layers[EDITED:], core.language_model.norm, self.model.lm_head)
+        for module in modules:
+            module.requires_grad_(True)
+        return Trainer((*modules, self.readers.names), [], self._recipe.answer_rate, steps)
 
     def images(self, title: str) -> tuple[int, int]:
         """First scene of a stage, and how many it has: no stage sees one of another."""

@@ -23,7 +23,7 @@ from scenes.next_model import PATCH, PINPOINTS, TILE, build_image_processor
 from scenes.packing import CAPTION_LENGTH, QUESTION_LENGTH, lesson
 
 NO_PATCH = -1  # the label of a newline
-QUESTIONS, POSITIVES = 5, 2  # packed behind one image, and how many of them at most are about what is there
+QUESTIONS, POSITIVES = 8, 3  # packed behind one image, and how many of them at most are about what is there
 BRANCHES = (QUESTION_LENGTH,) * QUESTIONS + (CAPTION_LENGTH,)
 Lessons = Literal["patches", "names", "answers"]
 
