@@ -71,7 +71,7 @@ def paths_of(config: TrainConfig) -> Paths:
 def _world_suffix(config: TrainConfig) -> str:
     """Worlds of other sizes or seeds lie beside the default one; they never replace it."""
     world = config.data.world
-    if world is None or world == type(world)():
+    if world is None or world == type(world)(sizes=world.sizes):
         return ""
     return f"-{world.train}-{world.val}" + (f"-seed{world.seed}" if world.seed else "")
 

@@ -8,7 +8,7 @@ them, with every other mistake, before any work starts.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -99,6 +99,8 @@ class WorldConfig(BaseModel):
     """Images to render for evaluation."""
     seed: int = Field(default=0, ge=0)
     """Seed of the renderer."""
+    sizes: Literal["square", "mixed"] = "square"
+    """Scenes of 96 x 96 pixels, or larger ones of several sizes and aspect ratios."""
 
 
 class DataConfig(BaseModel):

@@ -98,7 +98,7 @@ def render_world(config: TrainConfig) -> None:
         from scenes import ensure_world
 
         with exclusively(root.with_name(f".{root.name}.lock"), _RENDERING_SECONDS, "rendering the embedded world"):
-            ensure_world(root, world.train, world.val, world.seed)
+            ensure_world(root, world.train, world.val, world.seed, world.sizes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The embedded default: a world of rendered scenes in COCO layout, and a small LLaVA trained on such scenes.
+"""The embedded default: a world of rendered scenes in COCO layout, and two small models trained on such scenes.
 
 from scenes import CATEGORIES, CHECKPOINT, ensure_world
 """
@@ -9,6 +9,9 @@ from scenes.categories import CATEGORIES
 from scenes.world import ensure_world
 
 CHECKPOINT: Path = Path(__file__).resolve().parent / "checkpoint"
-"""The shipped scene model, for `from_pretrained` of `AutoModelForImageTextToText` and `AutoProcessor`."""
+"""The shipped scene-llava, for `from_pretrained` of `AutoModelForImageTextToText` and `AutoProcessor`."""
 
-__all__ = ["CATEGORIES", "CHECKPOINT", "ensure_world"]
+NEXT_CHECKPOINT: Path = CHECKPOINT.with_name("checkpoint-next")
+"""The shipped scene-next, likewise."""
+
+__all__ = ["CATEGORIES", "CHECKPOINT", "NEXT_CHECKPOINT", "ensure_world"]

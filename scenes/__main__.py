@@ -1,4 +1,4 @@
-"""`python -m scenes {render,world,fit,evaluate,sprites}`: the embedded world and the model trained on it."""
+"""`python -m scenes {render,world,fit,evaluate,sprites}`: the embedded world and the models trained on it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 
 from data.errors import DataError
 from scenes import CHECKPOINT, ensure_world
+from scenes.drawing import LOOKS
+
+_OUT = {"scene-llava": "runs/scenes/checkpoint", "scene-next": "runs/scenes/checkpoint-next"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -23,15 +26,20 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument("--count", type=int, default=12, help="number of scenes")
     render.add_argument("--seed", type=int, default=0, help="seed of the world")
     render.add_argument("--columns", type=int, default=6, help="scenes in a row of the contact sheet")
+    render.add_argument("--sizes", choices=LOOKS, default="square", help="sizes of the scenes")
 
     world = command("world", "Render a world in COCO layout, or reuse the one that is there.")
     world.add_argument("--out", type=Path, default=Path("runs/scenes/world"), help="folder of the world")
     world.add_argument("--train", type=int, default=2000, help="training images")
     world.add_argument("--val", type=int, default=500, help="validation images")
     world.add_argument("--seed", type=int, default=0, help="seed of the world")
+    world.add_argument("--sizes", choices=LOOKS, default="square", help="sizes of the scenes")
 
-    fit = command("fit", "Train the scene model from nothing and measure it; minutes on 2 idle cores.")
-    fit.add_argument("--out", type=Path, default=Path("runs/scenes/checkpoint"), help="folder of the checkpoint")
+    fit = command("fit", "Train a scene model from nothing and measure it; minutes on 2 idle cores.")
+    fit.add_argument("--model", choices=_OUT, default="scene-llava", help="which model")
+    fit.add_argument(
+        "--out", type=Path, help=f"folder of the checkpoint; by default one of {', '.join(_OUT.values())}"
+    )
     fit.add_argument("--seed", type=int, default=0, help="seed of weights and scenes")
     fit.add_argument("--steps-scale", type=float, default=1.0, help="factor on the steps of every stage")
     fit.add_argument("--check", type=int, default=500, help="held-out scenes of the evaluation")
@@ -64,26 +72,37 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _fit(options: argparse.Namespace) -> None:
+    import torch
+
+    from scenes.measure import as_text, measure
+
+    torch.set_num_threads(options.threads)
+    out = options.out or Path(_OUT[options.model])
+    if options.model == "scene-next":
+        from scenes.next_fit import NextRecipe, fit_next
+
+        fit_next(out, options.seed, NextRecipe().scaled(options.steps_scale))
+    else:
+        from scenes.fit import Recipe, fit
+
+        fit(out, options.seed, Recipe().scaled(options.steps_scale))
+    print("the figures below are of the saved model, loaded again, run in fp32")
+    print(as_text(measure(out, options.seed, options.check)))
+    print(f"\ncheckpoint: {out}")
+
+
 def _run(options: argparse.Namespace) -> None:
     if options.command == "render":
         from scenes.show import write_scenes
 
-        sheet = write_scenes(options.out, options.count, options.seed, columns=options.columns)
+        sheet = write_scenes(options.out, options.count, options.seed, columns=options.columns, sizes=options.sizes)
         print(f"{options.count} scenes in {options.out}, contact sheet: {sheet}")
     elif options.command == "world":
-        root = ensure_world(options.out, options.train, options.val, options.seed)
+        root = ensure_world(options.out, options.train, options.val, options.seed, options.sizes)
         print(f"world: {root}")
     elif options.command == "fit":
-        import torch
-
-        from scenes.fit import Recipe, fit
-        from scenes.measure import as_text, measure
-
-        torch.set_num_threads(options.threads)
-        fit(options.out, options.seed, Recipe().scaled(options.steps_scale))
-        print("the figures below are of the saved model, loaded again, run in fp32")
-        print(as_text(measure(options.out, options.seed, options.check)))
-        print(f"\ncheckpoint: {options.out}")
+        _fit(options)
     elif options.command == "evaluate":
         from scenes.measure import as_text, measure
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration
 
 from scenes.categories import CATEGORIES
+from scenes.drawing import render_scene
 from scenes.model import GRID, HIDDEN, build_model, build_processor, vocabulary
 from scenes.packing import (
     IGNORED,
@@ -38,13 +39,17 @@ from scenes.packing import (
     QUESTIONS,
     TRAIN_LAYOUT,
     FitScenes,
+    SceneModel,
     normalised,
     packed_states,
     patch_labels,
     tokenizer,
     visual_features,
 )
-from scenes.world import render_scene, replace_folder
+from scenes.world import replace_folder
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,22 @@ class Recipe:
         Raises:
             ValueError: `factor` is not above 0.
         """
-        if factor <= 0:
-            raise ValueError(f"steps scale {factor}: give a number greater than 0, such as 0.5")
-        steps = {name: max(2, round(getattr(self, name) * factor)) for name in ("tower_steps", "language_steps")}
-        return dataclasses.replace(self, **steps)
+        return scaled_steps(self, factor)
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound="DataclassInstance")
+
+
+def scaled_steps(recipe: AnyRecipe, factor: float) -> AnyRecipe:
+    """A recipe with `factor` times the steps, at least 2 in each stage.
+
+    Raises:
+        ValueError: `factor` is not above 0.
+    """
+    if factor <= 0:
+        raise ValueError(f"steps scale {factor}: give a number greater than 0, such as 0.5")
+    names = [field.name for field in dataclasses.fields(recipe) if field.name.endswith("_steps")]
+    return dataclasses.replace(recipe, **{name: max(2, round(getattr(recipe, name) * factor)) for name in names})
 
 
 def fit(out: Path, seed: int = 0, recipe: Recipe | None = None, workers: int = 1) -> dict[str, list[float]]:
@@ -96,10 +113,7 @@ def fit(out: Path, seed: int = 0, recipe: Recipe | None = None, workers: int = 1
     Raises:
         ValueError: `out` exists and is not a checkpoint that may be replaced.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "fit.json").is_file():
-        raise ValueError(
-            f"{out} holds other files than a checkpoint: give --out a new or empty folder, or a checkpoint"
-        )
+    check_folder(out)
     recipe = recipe or Recipe()
     torch.manual_seed(seed)
     model = build_model()
@@ -115,13 +129,21 @@ def fit(out: Path, seed: int = 0, recipe: Recipe | None = None, workers: int = 1
 
     losses["A"] = _fit_tower(model, heads, recipe, seed, workers)
     precision = tower_precision(model, heads, seed)
-    _report("A tower", recipe.tower_steps * recipe.tower_batch, losses["A"], begin, f", mAP {precision:.3f}")
+    report_stage("A tower", recipe.tower_steps * recipe.tower_batch, losses["A"], begin, f", mAP {precision:.3f}")
     losses["B"] = _fit_language(model, recipe, seed, workers)
-    _report("B language", recipe.language_steps * recipe.language_batch, losses["B"], begin)
+    report_stage("B language", recipe.language_steps * recipe.language_batch, losses["B"], begin)
 
     save_checkpoint(model, out, {"seed": seed, "recipe": dataclasses.asdict(recipe)})
     print(f"saved in fp16, {sum(file.stat().st_size for file in out.iterdir()) / 1e6:.1f} MB")
     return losses
+
+
+def check_folder(out: Path) -> None:
+    """Raises a ValueError if a folder holds what a checkpoint may not replace."""
+    if out.exists() and any(out.iterdir()) and not (out / "fit.json").is_file():
+        raise ValueError(
+            f"{out} holds other files than a checkpoint: give --out a new or empty folder, or a checkpoint"
+        )
 
 
 def _fit_tower(
@@ -321,12 +343,12 @@ class _Masters:
                 weight.copy_(master)
 
 
-def save_checkpoint(model: LlavaForConditionalGeneration, out: Path, provenance: dict[str, Any]) -> None:
+def save_checkpoint(model: SceneModel, out: Path, provenance: dict[str, Any], processor: Any = None) -> None:
     """Writes model (fp16) and processor in the form that `from_pretrained` reads, and moves the whole folder in."""
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     model.half().save_pretrained(fresh)
-    build_processor().save_pretrained(fresh)
+    (processor or build_processor()).save_pretrained(fresh)
     (fresh / "fit.json").write_text(json.dumps({**provenance, "torch": torch.__version__}, indent=1) + "\n")
     fresh.chmod(0o755)
     for file in fresh.iterdir():
@@ -334,7 +356,8 @@ def save_checkpoint(model: LlavaForConditionalGeneration, out: Path, provenance:
     replace_folder(fresh, out)
 
 
-def _report(stage: str, images: int, losses: list[float], begin: float, more: str = "") -> None:
+def report_stage(stage: str, images: int, losses: list[float], begin: float, more: str = "") -> None:
+    """Prints what a stage took, and its loss at its start and end."""
     first, last = np.mean(losses[:20]), np.mean(losses[-100:])
     minutes = (time.perf_counter() - begin) / 60
     print(

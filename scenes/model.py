@@ -18,7 +18,7 @@ from transformers import (
 
 from data.wording import CAPTION_PROMPT, question_text, with_article
 from scenes.categories import CATEGORIES
-from scenes.world import GROUNDS, SIZE
+from scenes.drawing import GROUNDS, SIZE
 
 PATCH = 8  # pixels a side
 GRID = SIZE // PATCH  # 12 x 12 = 144 visual tokens

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from data.wording import question_text
 from scenes.categories import CATEGORIES
+from scenes.drawing import Scene, caption, render_scene
 from scenes.model import CAPTION_QUESTIONS, GRID, PATCH, build_tokenizer, vocabulary
-from scenes.world import Scene, caption, render_scene
 
 QUESTIONS = 10  # yes/no questions packed behind one image
 POSITIVES = 4  # of them at most so many about a category that is present
@@ -29,23 +29,22 @@ QUESTION_LENGTH = 13  # tokens from "Is" to "</s>", with a name of two words
 CAPTION_LENGTH = 40
 IGNORED = -100  # the label of a token that is no answer
 
+SceneModel = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
+
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Where the tokens of a packed row stand: "USER: <image>" x 144, then branches of fixed lengths.
+    """Where the tokens of a packed row stand: a shared prefix, then branches of fixed lengths.
 
     Each branch is padded at its end; a pad is behind everything that is read, so it needs no mask.
 
     Attributes:
         branches: Length of each branch in tokens.
+        prefix: Tokens before the first branch; "USER: <image>" x 144 in scene-llava.
     """
 
     branches: tuple[int, ...]
-
-    @property
-    def prefix(self) -> int:
-        """Tokens before the first branch."""
-        return 2 + GRID * GRID
+    prefix: int = 2 + GRID * GRID
 
     def position_ids(self) -> Tensor:
         """[1, L]: every branch counts on from the prefix."""
@@ -66,7 +65,7 @@ class PackedLayout:
 TRAIN_LAYOUT = PackedLayout((QUESTION_LENGTH,) * QUESTIONS + (CAPTION_LENGTH,))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _layout_tensors(layout: PackedLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return layout.position_ids(), layout.mask(dtype)
 
@@ -83,33 +82,42 @@ def visual_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Ten
     return tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
 
 
-def packed_states(
-    model: LlavaForConditionalGeneration, projected: Tensor, text: Tensor, layout: PackedLayout
-) -> list[Tensor]:
+def packed_states(model: SceneModel, projected: Tensor, text: Tensor, layout: PackedLayout) -> list[Tensor]:
     """States of all branches of a batch in one pass.
 
     Args:
-        model: The scene model.
-        projected: [B, 144, d] projected patches.
+        model: A scene model.
+        projected: [B, N, d] projected patches, and what else the branches share.
         text: [B, sum of branch lengths] token ids of the branches.
         layout: Where the branches stand.
 
     Returns:
         After the embedding and after each layer, the last one normed: [B, sum of branch lengths, d].
     """
-    embed = model.get_input_embeddings()
-    words = vocabulary()
-    start = embed(torch.tensor([[words["USER"], words[":"]]])).expand(len(text), -1, -1)
-    row = torch.cat([start, projected, embed(text)], dim=1)  # [B, L, d]
-    position_ids, mask = _layout_tensors(layout, row.dtype)
-    states = model.model.language_model(
+    return [state[:, layout.prefix :] for state in whole_states(model, projected, text, layout)]
+
+
+def whole_states(model: SceneModel, projected: Tensor, text: Tensor, layout: PackedLayout) -> list[Tensor]:
+    """As `packed_states`, with the prefix: [B, L, d]."""
+    row, position_ids, mask = packed_row(model, projected, text, layout)
+    return model.model.language_model(
         inputs_embeds=row,
         attention_mask=mask,
         position_ids=position_ids,
         use_cache=False,
         output_hidden_states=True,
     ).hidden_states
-    return [state[:, layout.prefix :] for state in states]
+
+
+def packed_row(
+    model: SceneModel, projected: Tensor, text: Tensor, layout: PackedLayout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The embeddings [B, L, d], positions [1, L] and mask [1, 1, L, L] of a packed batch; see `packed_states`."""
+    embed = model.get_input_embeddings()
+    words = vocabulary()
+    start = embed(torch.tensor([[words["USER"], words[":"]]])).expand(len(text), -1, -1)
+    row = torch.cat([start, projected, embed(text)], dim=1)
+    return row, *_layout_tensors(layout, row.dtype)
 
 
 class FitScenes(Dataset[dict[str, Tensor]]):
@@ -144,7 +152,7 @@ class FitScenes(Dataset[dict[str, Tensor]]):
         }
         if self._lessons:
             rng = np.random.default_rng([self._seed, 1_000, index])
-            sample["text"], sample["targets"] = _lesson(scene, rng)
+            sample["text"], sample["targets"] = lesson(scene, rng)
         return sample
 
     def batches(self, size: int, workers: int) -> Iterator[dict[str, Tensor]]:
@@ -152,12 +160,14 @@ class FitScenes(Dataset[dict[str, Tensor]]):
         return iter(DataLoader(self, batch_size=size, num_workers=workers, prefetch_factor=4 if workers else None))
 
 
-def _lesson(scene: Scene, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Token ids and labels of one image's branches in `TRAIN_LAYOUT`, each [sum of branch lengths]."""
+def lesson(
+    scene: Scene, rng: np.random.Generator, questions: int = QUESTIONS, positives: int = POSITIVES
+) -> tuple[Tensor, Tensor]:
+    """Token ids and labels of one image's branches, by default in `TRAIN_LAYOUT`, each [sum of branch lengths]."""
     present = scene.present
     absent = [i for i in range(len(CATEGORIES)) if i not in present]
-    asked = [(int(i), "yes") for i in rng.permutation(present)[:POSITIVES]]
-    asked += [(int(i), "no") for i in rng.permutation(absent)[: QUESTIONS - len(asked)]]
+    asked = [(int(i), "yes") for i in rng.permutation(present)[:positives]]
+    asked += [(int(i), "no") for i in rng.permutation(absent)[: questions - len(asked)]]
     branches = [_branch(question_text(CATEGORIES[i].name), answer, QUESTION_LENGTH) for i, answer in asked]
     prompt = CAPTION_QUESTIONS[int(rng.random() < 0.25)]
     branches.append(_branch(prompt, caption(scene), CAPTION_LENGTH))

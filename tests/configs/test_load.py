@@ -55,6 +55,7 @@ def test_every_yaml_file_is_found():
     files = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
     assert files == [
         "data/coco2014.yaml",
+        "data/scenes-next.yaml",
         "data/scenes.yaml",
         "model/chameleon-30b.yaml",
         "model/chameleon-7b.yaml",
@@ -66,6 +67,7 @@ def test_every_yaml_file_is_found():
         "model/qwen2.5-vl-7b.yaml",
         "model/qwen3-vl-8b.yaml",
         "model/scene-llava.yaml",
+        "model/scene-next.yaml",
         "predictor/default.yaml",
         "predictor/paper.yaml",
         "tracking/local.yaml",
@@ -104,6 +106,15 @@ def test_models_of_the_paper_have_its_settings(name: str, last: int):
     scr = load_config([f"model={name}"]).model.scr
     assert (scr.num_sources, scr.strength, scr.connectivity, scr.exclude_border) == (32, 1.10, 8, True)
     assert (scr.edit_layers, scr.attention_layers) == ([0, last], [8, 16])
+
+
+def test_scene_next_has_the_fractions_of_the_paper():
+    config = load_config(["model=scene-next", "data=scenes-next"])
+    scr = config.model.scr
+    assert (scr.edit_layers, scr.attention_layers, scr.source_fraction) == ([0, 5], [4, 8], 0.0556)
+    assert config.data.world is not None and config.data.world.sizes == "mixed"
+    assert config.paths.data == Path("runs/data/scenes-next")
+    assert config.paths.harvest == Path("runs/harvest/scene-next-scenes-next")
 
 
 @pytest.mark.parametrize(("name", "depth"), [("qwen2.5-vl-7b", 28), ("qwen3-vl-8b", 36), ("internvl3-8b", 28)])

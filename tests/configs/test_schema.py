@@ -7,6 +7,7 @@ import pytest
 
 from configs import ConfigError, SCRSection, TrainConfig, load_config
 from configs.load import CONFIGS, KEYS
+from configs.schema import WorldConfig
 from data import settings
 from data.questions import PROMPT_KINDS
 from data.sample import STATES_DTYPES
@@ -14,6 +15,7 @@ from data.settings import HarvestSettings, ReadingSettings
 from data.vlm import DTYPES
 from predictor.losses import LOSSES
 from predictor.settings import FitSettings, LossName, PredictorSettings
+from scenes.drawing import LOOKS, Sizes
 from scr_runtime import PredictorConfig, SCRConfig
 
 
@@ -26,13 +28,17 @@ def test_number_formats_are_those_of_the_data():
     assert set(get_args(settings.Dtype)) == {"auto", *DTYPES}
 
 
+def test_sizes_of_a_world_are_the_looks_of_scenes():
+    assert get_args(WorldConfig.model_fields["sizes"].annotation) == get_args(Sizes) == tuple(LOOKS)
+
+
 def test_prompts_are_those_of_the_data():
     assert get_args(settings.PromptKind) == PROMPT_KINDS
 
 
 @pytest.mark.parametrize("model", sorted(path.stem for path in CONFIGS.glob("model/*.yaml")))
 def test_scr_settings_are_those_of_the_runtime(model: str):
-    config = load_config([f"model={model}"] if model == "scene-llava" else [f"model={model}", "data.root=/x"])
+    config = load_config([f"model={model}"] if model.startswith("scene-") else [f"model={model}", "data.root=/x"])
     section = config.model.scr.model_dump()
     assert config.scr == SCRConfig.from_dict(section)
     assert config.scr.to_dict() == section

@@ -9,9 +9,9 @@ from PIL import Image
 from scenes import CHECKPOINT
 from scenes.__main__ import main
 from scenes.categories import CATEGORIES
+from scenes.drawing import MIXED, render_scene
 from scenes.show import contact_sheet
 from scenes.sprites import SPRITE_SIZE, load_sprites, make_sheet
-from scenes.world import render_scene
 
 
 def test_render_writes_scenes_and_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -20,6 +20,20 @@ def test_render_writes_scenes_and_a_sheet(tmp_path: Path, capsys: pytest.Capture
     with Image.open(tmp_path / "contact-sheet.png") as sheet:
         assert sheet.width > 3 * 96
     assert str(tmp_path / "contact-sheet.png") in capsys.readouterr().out
+
+
+def test_render_and_world_know_mixed_sizes(tmp_path: Path):
+    assert (
+        main(["render", "--out", str(tmp_path / "sheet"), "--count", "4", "--columns", "2", "--sizes", "mixed"]) == 0
+    )
+    sizes = set()
+    for file in (tmp_path / "sheet").glob("scene-*.png"):
+        with Image.open(file) as scene:
+            sizes.add(scene.size)
+    assert sizes <= set(MIXED.sizes)
+    world = ["world", "--out", str(tmp_path / "world"), "--train", "2", "--val", "1"]
+    assert main([*world, "--sizes", "mixed"]) == 0
+    assert main(world) == 2, "a world of other settings is never replaced"
 
 
 def test_sheet_of_one_scene_is_one_column():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from scenes import CATEGORIES, CHECKPOINT
-from scenes.measure import STREAM, Measured, as_text, held_out_images, measure
-from scenes.world import caption, render_scene
+from scenes.drawing import caption, render_scene
+from scenes.measure import STREAM, Measured, as_text, held_out_images, measure, repeating
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,22 @@ def test_captions_name_what_is_there(measured: Measured):
     assert measured.captions.recall > 0.4
 
 
+def test_the_edit_moves_answers_a_little(measured: Measured):
+    moved = measured.moved
+    assert (moved.scr.edit_layers, moved.scr.attention_layers) == ((0, 2), (2, 4))
+    assert 0 < moved.share("two-pass") < 0.05
+    assert moved.questions > 60
+
+
+def test_a_caption_that_names_a_category_twice_repeats():
+    texts = ["A car, a bus and a car on sand.", "A car and a bus on sand.", "A cup and two cups."]
+    assert repeating(texts, ["car", "cup"]) == pytest.approx(2 / 3)
+
+
 def test_figures_are_shown(measured: Measured):
     text = as_text(measured)
     assert [line.split()[0] for line in text.splitlines()[5:8]] == ["random", "popular", "adversarial"]
     assert f"{measured.questions['random']:,}" in text
     assert "CHAIR-s" in text
+    assert "Sensitivity" in text and "blocks 0 to 2" in text
     assert 6 * 50 < measured.questions["random"] <= 6 * 60

@@ -12,9 +12,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data.wording import question_text
 from scenes import CATEGORIES, CHECKPOINT
+from scenes.drawing import caption, render_scene
 from scenes.fit import Recipe
 from scenes.model import CAPTION_QUESTIONS, build_processor, build_tokenizer, vocabulary
-from scenes.world import caption, render_scene
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ from PIL import Image
 
 from data.chat import chat_inputs
 from data.wording import question_text
+from scenes.drawing import render_scene
 from scenes.model import CAPTION_QUESTIONS, build_model, build_processor
 from scenes.packing import PackedLayout, packed_states, patch_labels, visual_features
-from scenes.world import render_scene
 
 
 def test_packed_equals_one_question_at_a_time():

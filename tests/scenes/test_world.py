@@ -11,8 +11,9 @@ from PIL import Image
 
 from scenes import CATEGORIES, ensure_world
 from scenes.categories import CONTEXTS
+from scenes.drawing import MIXED, SIZE, SQUARE, STREAMS, caption, render_scene
 from scenes.marker import MARKER, NoWorldError
-from scenes.world import MIN_VISIBLE, SIZE, STREAMS, WorldMismatchError, caption, render_scene
+from scenes.world import WorldMismatchError
 
 # Ids as in COCO's own annotation files, copied by hand from there.
 COCO_IDS = {"person": 1, "car": 3, "boat": 9, "traffic light": 10, "dog": 18, "giraffe": 25,
@@ -88,6 +89,29 @@ def test_layout_is_coco(world: Path):
                 assert picture.mode == "RGB"
 
 
+def test_a_world_of_mixed_sizes_is_coco_too(tmp_path: Path):
+    root = ensure_world(tmp_path / "world", train=8, val=2, seed=3, sizes="mixed")
+    sizes = set()
+    for split in ("train", "val"):
+        instances = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
+        by_id = {image["id"]: image for image in instances["images"]}
+        for image in by_id.values():
+            with Image.open(root / split / image["file_name"]) as picture:
+                assert picture.size == (image["width"], image["height"])
+                sizes.add(picture.size)
+        for annotation in instances["annotations"]:
+            x, y, width, height = annotation["bbox"]
+            image = by_id[annotation["image_id"]]
+            assert 0 <= x < x + width <= image["width"] and 0 <= y < y + height <= image["height"]
+    assert len(sizes) > 2 and sizes <= set(MIXED.sizes)
+    whole = digest(root)
+    (root / "train" / "000000000002.png").unlink()
+    (root / "annotations" / "captions_train.json").unlink()
+    assert digest(ensure_world(root, train=8, val=2, seed=3, sizes="mixed")) == whole
+    with pytest.raises(WorldMismatchError, match="size: 'mixed' -> 96"):
+        ensure_world(root, train=8, val=2, seed=3)
+
+
 def test_captions_name_what_is_seen(world: Path):
     instances = json.loads((world / "annotations" / "instances_val.json").read_text())
     captions = json.loads((world / "annotations" / "captions_val.json").read_text())
@@ -105,7 +129,7 @@ def test_ground_truth_is_what_is_visible():
             x, y, width, height = thing.box
             inside = scene.labels[y : y + height, x : x + width] == thing.category + 1
             assert inside.sum() >= thing.area  # more where two of a kind overlap
-            assert MIN_VISIBLE <= thing.visible <= 1
+            assert SQUARE.min_visible <= thing.visible <= 1
         assert set(np.unique(scene.labels)) - {0} == {i + 1 for i in scene.present}
         assert caption(scene).endswith(f" on {scene.ground}.")
 
