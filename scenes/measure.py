@@ -29,7 +29,7 @@ from evaluation.compare import Comparison, compare
 from evaluation.methods import TWO_PASS, UNIFORM, VANILLA
 from evaluation.reference import prepare_reference
 from evaluation.scores import Score
-from evaluation.settings import EvaluationSettings, MethodName
+from evaluation.settings import EvaluationSettings
 from evaluation.synonyms import Vocabulary
 from evaluation.tables import table
 from scenes.drawing import LOOKS, SQUARE, Look
@@ -137,11 +137,11 @@ def scr_of(model: Any, strength: float = SCRConfig.strength) -> SCRConfig:
 
 
 def ask(
-    model: Any, processor: Any, images: CocoImages, scr: SCRConfig, methods: list[MethodName], count: int, seed: int
+    model: Any, processor: Any, images: CocoImages, scr: SCRConfig, methods: Sequence[str], count: int, seed: int
 ) -> Comparison:
     """Asks POPE's questions about the first images (arXiv 2305.10355), by the margin of the first token."""
     asked = EvaluationSettings(
-        images=count, batch_size=_BATCH, seed=seed, benchmarks=["pope"], methods=methods, prompts=["plain"],
+        images=count, batch_size=_BATCH, seed=seed, benchmarks=["pope"], methods=list(methods), prompts=["plain"],
         decoding="margin",
     )  # fmt: skip
     return compare(prepare_reference(model, processor, scr, images, asked), {}, asked)
