@@ -86,6 +86,10 @@ class Folder:
         except Exception as error:
             self.problems.append(f"{error!r}")
 
+    def last_lines(self) -> str:
+        """What the command printed last."""
+        return (self.root / "log.txt").read_text(errors="replace")[-2000:]
+
     def runs(self) -> list[Path]:
         """The run folders, links left out."""
         return [path for path in self.fits.iterdir() if not path.is_symlink() and not path.name.startswith(".")]
@@ -181,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for _ in range(2):
             started = time.monotonic()
             if wait(start(folder.root), 1800) != 0:
-                print((folder.root / "log.txt").read_text()[-3000:])
+                print(folder.last_lines())
                 return 1
             folder.finished += 1
         seconds = time.monotonic() - started
@@ -198,18 +202,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                     ended += 1
                     folder.finished += 1
                 else:
-                    folder.problems.append(f"the command ended with {status}")
+                    folder.problems.append(f"the command ended with {status}: {folder.last_lines()}")
+                known = len(folder.problems) - (status not in (None, 0))
                 folder.check()
-                for problem in folder.problems[-3:]:
+                for problem in folder.problems[known:]:
                     tqdm.write(problem)
         if wait(start(folder.root), 1800) == 0:
             ended += 1
             folder.finished += 1
         else:
-            folder.problems.append("the last command did not end well")
+            folder.problems.append(f"the last command did not end well: {folder.last_lines()}")
         folder.check()
-        if folder.problems:
-            print((folder.root / "log.txt").read_text()[-3000:])
     found = len(folder.problems)
     print(f"{kills} kills of a chain of {seconds:.0f} s; {ended} commands came to their end; {found} problems")
     return 1 if folder.problems else 0
