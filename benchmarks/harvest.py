@@ -161,9 +161,9 @@ def _naive_sample(model: Any, harvester: Harvester, image_id: int) -> Sample:
         hidden = output.hidden_states[1][0]  # [S, d]
         states = hidden[visual]
         questions.append(hidden[behind].mean(0).half())
-    grid = (SMALL.side, SMALL.side)
+    grids = ((SMALL.side, SMALL.side),)
     facts: tuple[Any, Any] = [{}] * len(prompts), [0.0] * len(prompts)
-    return Sample(image_id, "", states.half(), torch.stack(maps), torch.stack(questions), grid, *facts)
+    return Sample(image_id, "", states.half(), torch.stack(maps), torch.stack(questions), grids, *facts)
 
 
 def write_shard(directory: Path, plan: ShardPlan, samples: list[Sample]) -> None:

@@ -46,7 +46,7 @@ def write_shards(folder: Path, samples: int, states_dtype: StatesDtype) -> list[
                 writer.write(
                     Sample(
                         image_id, "", stored, torch.rand(1, TOKENS), torch.randn(1, WIDTH).to(question_dtype(dtype)),
-                        (24, 24), [{}], [0.0], scales,
+                        ((24, 24),), [{}], [0.0], scales,
                     )
                 )  # fmt: skip
     write_index(folder, {"train": names}, {}, {})

@@ -223,7 +223,7 @@ def samples_of(folder: Path) -> list[Any]:
     for split in ("train", "validation", "test"):
         for sample in ShardReader(folder, split):
             maps = [map_.tolist() for map_ in sample.attention]
-            found.append((sample.file, sample.grid, list(sample.prompts), sample.states.tolist(), maps))
+            found.append((sample.file, sample.grids, list(sample.prompts), sample.states.tolist(), maps))
     return found
 
 

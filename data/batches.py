@@ -11,16 +11,17 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
+from data.grids import Grid
 from data.ranks import Rank
 from data.sample import Sample
 from data.shards import ShardReader
 
-Grid = tuple[int, int]
+_Place = tuple[int, int, int]  # of a row: its sample, the place of its grid in that, its prompt
 _PER_IMAGE = ("states", "scales")  # all other tensors have one entry per prompt
 
 
 class Batch(TypedDict):
-    """Rows of one patch grid; a row is one prompt about one image.
+    """Rows of one patch grid; a row is one prompt about one grid of an image.
 
     Attributes:
         states: block-0 output at the visual tokens, in the dtype of the shards. [B, N, d]
@@ -28,6 +29,7 @@ class Batch(TypedDict):
         question: pooled block-0 states of the prompt's text, dtype of the states. [B, d]
         grid: rows and columns of patches, N = rows * columns.
         key: sample key (image id) per row.
+        place: of each row's grid among those of its image.
         weight: factor of a mean over these rows that makes the mean over processes the mean over all their rows: 1,
             unless several processes have shares of different size.
     """
@@ -37,6 +39,7 @@ class Batch(TypedDict):
     question: Tensor
     grid: Grid
     key: list[str]
+    place: list[int]
     weight: float
 
 
@@ -66,17 +69,21 @@ class ShardRows(Dataset[Batch]):
             gathered; None reads each batch through the memory maps.
 
     Attributes:
-        grids: patch grid per row, image after image.
+        grids: patch grid per row, image after image, of an image grid after grid.
     """
 
     def __init__(self, reader: ShardReader, device: torch.device | None) -> None:
         self._reader = reader
         self._keys = reader.keys
-        # row -> (sample, prompt of that sample)
-        self._rows = [(sample, prompt) for sample, count in enumerate(reader.prompts) for prompt in range(count)]
-        self.grids = [reader.grids[sample] for sample, _ in self._rows]
+        self._rows: list[_Place] = [
+            (sample, place, prompt)
+            for sample, (grids, prompts) in enumerate(zip(reader.grids, reader.prompts, strict=True))
+            for place in range(len(grids))
+            for prompt in range(prompts)
+        ]
+        self.grids: list[Grid] = [reader.grids[sample][place] for sample, place, _ in self._rows]
         self._held = None if device is None else _HeldTensors(reader, device)
-        self._means: dict[int, Tensor] | None = None
+        self._means: dict[tuple[int, int], Tensor] | None = None
 
     def with_mean_maps(self) -> ShardRows:
         """The same rows, each with the mean of its image's maps as its map; each map is scaled to sum 1 before."""
@@ -86,7 +93,8 @@ class ShardRows(Dataset[Batch]):
 
     def of_images(self, images: int) -> int:
         """Rows of the first so many images, which come before all others."""
-        return sum(self._reader.prompts[:images])
+        counts = zip(self._reader.grids[:images], self._reader.prompts[:images], strict=True)
+        return sum(len(grids) * prompts for grids, prompts in counts)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -100,23 +108,24 @@ class ShardRows(Dataset[Batch]):
         if self._held:
             tensors = self._held.gather(grid, rows)
         else:
-            samples = {sample: self._reader.stored(sample) for sample, _ in rows}
-            tensors = stack_rows([(samples[sample], prompt) for sample, prompt in rows])
+            samples = {sample: self._reader.stored(sample) for sample, _, _ in rows}
+            tensors = stack_rows([(samples[sample].part(place), prompt) for sample, place, prompt in rows])
         if self._means is not None:
-            tensors["attention"] = torch.stack([self._mean(sample) for sample, _ in rows]).to(tensors["states"].device)
-        return as_batch(tensors, grid, [self._keys[sample] for sample, _ in rows], part.weight)
+            means = [self._mean(sample, place) for sample, place, _ in rows]
+            tensors["attention"] = torch.stack(means).to(tensors["states"].device)
+        return as_batch(tensors, grid, [(self._keys[sample], place) for sample, place, _ in rows], part.weight)
 
-    def _mean(self, sample: int) -> Tensor:
+    def _mean(self, sample: int, place: int) -> Tensor:
         assert self._means is not None
-        if sample not in self._means:
-            maps = self._reader.stored(sample).attention  # [P, N]
+        if (sample, place) not in self._means:
+            maps = self._reader.stored(sample).part(place).attention  # [P, N]
             total = maps.sum(dim=-1, keepdim=True)
-            self._means[sample] = (maps / total.where(total > 0, 1.0)).mean(dim=0)  # [N]
-        return self._means[sample]
+            self._means[sample, place] = (maps / total.where(total > 0, 1.0)).mean(dim=0)  # [N]
+        return self._means[sample, place]
 
 
 def stack_rows(rows: Sequence[tuple[Sample, int]]) -> dict[str, Tensor]:
-    """Stacks (sample as stored, number of its prompt) pairs of one grid.
+    """Stacks (part of a sample as stored, number of its prompt) pairs of one grid.
 
     Returns:
         states [B, N, d], attention [B, N], question [B, d]; beside int8 states their scales [B, N].
@@ -131,8 +140,10 @@ def stack_rows(rows: Sequence[tuple[Sample, int]]) -> dict[str, Tensor]:
     return tensors
 
 
-def as_batch(tensors: Mapping[str, Tensor], grid: Grid, keys: list[str], weight: float) -> Batch:
-    """Makes a batch of what `stack_rows` returns; int8 states become float32."""
+def as_batch(
+    tensors: Mapping[str, Tensor], grid: Grid, origins: Sequence[tuple[str, int]], weight: float = 1.0
+) -> Batch:
+    """Makes a batch of what `stack_rows` returns and of each row's key and place; int8 states become float32."""
     states = tensors["states"]
     if "scales" in tensors:
         states = states * tensors["scales"][..., None]  # float32, in one operation
@@ -141,50 +152,51 @@ def as_batch(tensors: Mapping[str, Tensor], grid: Grid, keys: list[str], weight:
         "attention": tensors["attention"],
         "question": tensors["question"],
         "grid": grid,
-        "key": keys,
+        "key": [key for key, _ in origins],
+        "place": [place for _, place in origins],
         "weight": weight,
     }
 
 
 class _HeldTensors:
-    """All samples of a split on one device: for each grid, one tensor of each kind, prompts one after another."""
+    """All parts of a split's samples on one device: per grid one tensor of each kind, prompts one after another."""
 
     def __init__(self, reader: ShardReader, device: torch.device) -> None:
         self._device = device
-        samples: dict[Grid, list[int]] = {}
-        for sample, grid in enumerate(reader.grids):
-            samples.setdefault(grid, []).append(sample)
+        parts: dict[Grid, list[tuple[int, int]]] = {}
+        for sample, grids in enumerate(reader.grids):
+            for place, grid in enumerate(grids):
+                parts.setdefault(grid, []).append((sample, place))
         self._tensors: dict[Grid, dict[str, Tensor]] = {}
-        self._place: dict[int, tuple[int, int]] = {}  # sample -> place among its grid's samples, and of its first row
-        with tqdm(total=len(reader), desc="load shards", unit="image", delay=2, leave=False) as progress:
-            for grid, numbers in samples.items():
-                held = self._tensors[grid] = self._empty(reader, numbers)
+        # (sample, place) -> number among its grid's parts, and of its first row
+        self._numbers: dict[tuple[int, int], tuple[int, int]] = {}
+        total = sum(map(len, parts.values()))
+        with tqdm(total=total, desc="load shards", unit="grid", delay=2, leave=False) as progress:
+            for grid, same in parts.items():
+                held = self._tensors[grid] = self._empty(reader, same)
                 row = 0
-                for place, number in enumerate(numbers):
-                    sample = reader.stored(number)
+                for number, (sample, place) in enumerate(same):
+                    part, end = reader.stored(sample).part(place), row + reader.prompts[sample]
                     for name, tensor in held.items():
-                        if name in _PER_IMAGE:
-                            tensor[place] = getattr(sample, name)
-                        else:
-                            tensor[row : row + reader.prompts[number]] = getattr(sample, name)
-                    self._place[number] = place, row
-                    row += reader.prompts[number]
+                        tensor[number if name in _PER_IMAGE else slice(row, end)] = getattr(part, name)
+                    self._numbers[sample, place] = number, row
+                    row = end
                     progress.update()
 
-    def _empty(self, reader: ShardReader, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """Tensors for these samples, which share a grid: [S, ...] per image, [R, ...] per prompt."""
-        first = reader.stored(numbers[0])
-        rows = sum(reader.prompts[number] for number in numbers)
+    def _empty(self, reader: ShardReader, parts: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """Tensors for these parts, which share a grid: [S, ...] per part, [R, ...] per prompt."""
+        sample, place = parts[0]
+        rows = sum(reader.prompts[sample] for sample, _ in parts)
         held = {}
-        for name, like in first.tensors().items():
-            shape = (len(numbers), *like.shape) if name in _PER_IMAGE else (rows, *like.shape[1:])
+        for name, like in reader.stored(sample).part(place).tensors().items():
+            shape = (len(parts), *like.shape) if name in _PER_IMAGE else (rows, *like.shape[1:])
             held[name] = torch.empty(shape, dtype=like.dtype, device=self._device)
         return held
 
-    def gather(self, grid: Grid, rows: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-        """Copies the rows (sample, prompt) of a grid out, as `stack_rows` would stack them."""
-        places = [self._place[sample][0] for sample, _ in rows]
-        numbers = [self._place[sample][1] + prompt for sample, prompt in rows]
+    def gather(self, grid: Grid, rows: Sequence[_Place]) -> dict[str, Tensor]:
+        """Copies rows of a grid out, as `stack_rows` would stack them."""
+        places = [self._numbers[sample, place][0] for sample, place, _ in rows]
+        numbers = [self._numbers[sample, place][1] + prompt for sample, place, prompt in rows]
         both = torch.tensor([places, numbers]).to(self._device, non_blocking=True)  # [2, B]
         return {
             name: tensor.index_select(0, both[0 if name in _PER_IMAGE else 1])

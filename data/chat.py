@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,8 +96,8 @@ def shared_chat_inputs(
         texts: the texts about each image, equally many for all.
 
     Returns:
-        The inputs, and how many successive rows each image of `pixel_values` serves. Where a processor does not give
-        one array per image (tiles, patches of differing numbers), that is 1, and pixels come once per row.
+        The inputs, and how many successive rows each image of `pixel_values`, `image_sizes` and `image_grid_thw`
+        serves. Where a processor's outputs do not say which pixels are an image's, that is 1, and they come per row.
     """
     [repeats] = {len(about) for about in texts}
     rows = [image for image in images for _ in range(repeats)]
@@ -108,9 +108,9 @@ def shared_chat_inputs(
     sharing = copy.copy(processor)
     sharing.image_processor = once
     inputs = chat_inputs(sharing, rows, flat)
-    if once.pixels is None:
+    if once.outputs is None:
         return inputs, 1
-    inputs["pixel_values"] = once.pixels
+    inputs.update(once.outputs)
     return inputs, repeats
 
 
@@ -121,16 +121,28 @@ class _EachImageOnce:
         self._inner = image_processor
         self._images = list(images)
         self._repeats = repeats
-        self.pixels: torch.Tensor | None = None
+        self.outputs: dict[str, torch.Tensor] | None = None
 
     def __call__(self, images: Any, **settings: Any) -> BatchFeature:
         outputs = self._inner(self._images, **settings)
-        pixels = outputs["pixel_values"]
-        one_each = isinstance(pixels, torch.Tensor) and pixels.ndim == 4 and len(pixels) == len(self._images)
-        if outputs.keys() != {"pixel_values"} or not one_each:
+        if not self._shares(outputs):
             return self._inner(images, **settings)
-        self.pixels = pixels
-        return BatchFeature({"pixel_values": pixels.repeat_interleave(self._repeats, 0)})
+        self.outputs = dict(outputs)
+        return BatchFeature({key: value.repeat_interleave(self._repeats, 0) for key, value in self._each(outputs)})
+
+    def _shares(self, outputs: Mapping[str, Any]) -> bool:
+        """Whether each image has one entry in every output; Qwen's patches lie in a row, as their table says."""
+        if not all(isinstance(value, torch.Tensor) for value in outputs.values()):
+            return False
+        if outputs.keys() - {"pixel_values"} not in ({"image_sizes"}, {"image_grid_thw"}, set()):
+            return False
+        one_each = all(len(value) == len(self._images) for _, value in self._each(outputs))
+        return one_each and ("image_grid_thw" in outputs or outputs["pixel_values"].ndim >= 4)
+
+    @staticmethod
+    def _each(outputs: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
+        """The outputs with one entry per image; a processor writes its texts by these."""
+        return [(k, v) for k, v in outputs.items() if k != "pixel_values" or "image_grid_thw" not in outputs]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)

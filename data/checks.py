@@ -11,6 +11,7 @@ from io import BufferedReader
 from typing import TYPE_CHECKING
 
 from data.errors import DamagedShardError, DataError, HarvestFolderError, UnreadableFileError
+from data.grids import grids_record
 from data.records import Entry, ListedShard, Sidecar
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def check_entry(sample: Sample, entry: Entry) -> None:
     Raises:
         ValueError: it is another one.
     """
-    found = (sample.key, list(sample.grid), len(sample.prompts))
+    found = (sample.key, grids_record(sample.grids), len(sample.prompts))
     if found != (entry["key"], entry["grid"], entry["prompts"]):
         raise ValueError(f"it has key, grid and prompts {found}")
 

@@ -29,7 +29,7 @@ def contact_sheet(directory: Path, images_dir: Path, file: Path, count: int = 12
     """Draws the maps of the first images of the test split (else of the last one) over the images.
 
     One row of the sheet per image: the part of the image that the model saw, then one overlay per prompt. Each map is
-    scaled to its own maximum.
+    scaled to its own maximum; of an image with several grids, it is that of the grid over the whole picture.
 
     Args:
         directory: a finished harvest.
@@ -79,6 +79,7 @@ def crops_centre(processor: str) -> bool:
 
 
 def _draw_row(sheet: Image.Image, sample: Sample, images_dir: Path, top: int, side: int, crops: bool) -> None:
+    sample = sample.overview
     rows, columns = sample.grid
     shape = (max(1, side * columns // max(rows, columns)), max(1, side * rows // max(rows, columns)))
     picture = _picture(images_dir / sample.file, shape, crops)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from data.batches import BEGINNING, Batch, GridBatches, Part, ShardRows, Start
 from data.errors import DataError, SettingsError
 from data.files import is_count
+from data.grids import Grid
 from data.index import SPLITS, Index, read_index
 from data.log import log
 from data.ranks import Rank
@@ -146,6 +147,10 @@ class ShardDataModule(pl.LightningDataModule):
         if not len(rows):
             raise SettingsError(f"{self.directory} has no images to fit to: none of them could be decoded")
         return rows[Part([0])]["states"].shape[-1]
+
+    def grids(self, split: str) -> list[Grid]:
+        """The patch grid of each row (map) of a split."""
+        return self.rows(split).grids
 
     def count(self, split: str) -> int:
         """Rows (maps) of a split."""

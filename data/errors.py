@@ -8,7 +8,7 @@ DataError
 ├── CorruptImageError        one image file cannot be decoded
 ├── ImageFileError           one image file cannot be read: no permission, a failing disk
 │   └── MissingImageError    it is gone
-├── TooManyBadImagesError    more than 1 % of the planned images cannot be decoded
+├── TooManyBadImagesError    more than 1 % of the planned images cannot be used
 ├── ModelLoadError           a vision-language model or its processor cannot be loaded
 ├── UnfinishedHarvestError   a folder of shards without its index: never harvested, or interrupted
 ├── DamagedShardError        a shard (or its sidecar) is missing, cut, flipped or of another format
@@ -94,7 +94,7 @@ class MissingImageError(ImageFileError, FileNotFoundError):
 
 
 class TooManyBadImagesError(DataError):
-    """More than 1 % (and at least two) of the planned images cannot be decoded."""
+    """More than 1 % (and at least two) of the planned images cannot be used: undecodable, or too small."""
 
 
 class ModelLoadError(DataError):

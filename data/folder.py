@@ -40,7 +40,7 @@ from data.index import (
 from data.limits import check_bad_images, check_room
 from data.log import log
 from data.plan import Job, ShardPlan
-from data.records import Index, Sidecar
+from data.records import Index, Sidecar, tokens_of
 from data.store import Store
 
 _UPLOADS_AHEAD = 2
@@ -252,7 +252,7 @@ def finish(job: Job) -> Index | None:
         The index, or None as long as shards are missing.
 
     Raises:
-        TooManyBadImagesError: over 1 % (and at least two) of the planned images cannot be decoded.
+        TooManyBadImagesError: over 1 % (and at least two) of the planned images cannot be used.
     """
     found, store, names = find_shards(job), job.store, job.names
     sidecars = found.anywhere
@@ -364,7 +364,7 @@ def summarise(
         images=sum(len(sidecar["samples"]) for sidecar in sidecars.values()),
         reused=sum(len(sidecar["samples"]) for sidecar in kept),
         samples=sum(sidecar["rows"] for sidecar in sidecars.values()),
-        tokens=sum(e["grid"][0] * e["grid"][1] for sidecar in sidecars.values() for e in sidecar["samples"]),
+        tokens=sum(tokens_of(entry) for sidecar in sidecars.values() for entry in sidecar["samples"]),
         skipped=sum(len(sidecar["skipped"]) for sidecar in sidecars.values()),
         bytes=sum(sidecar["bytes"] for sidecar in sidecars.values()),
         shards=len(sidecars),

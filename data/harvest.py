@@ -56,7 +56,7 @@ def harvest(job: Job, harvester: Harvester, *, overwrite: bool = False, rank: Ra
         HarvestFolderError: the folder cannot be used.
         StoreError: the URL cannot be read or written.
         DiskTooSmallError: what is missing does not fit.
-        TooManyBadImagesError: over 1 % (and at least two) of the planned images cannot be decoded.
+        TooManyBadImagesError: over 1 % (and at least two) of the planned images cannot be used.
         StatesOverflowError: states that `harvest.states_dtype` cannot hold.
         UnfinishedHarvestError: another process removed shards during the harvest.
     """

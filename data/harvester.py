@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
-import queue
-import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL.Image import Image as PILImage
@@ -27,7 +25,9 @@ from data.errors import CorruptImageError, StatesOverflowError
 from data.images import CocoImages
 from data.index import read_sidecar
 from data.limits import check_skipped
+from data.pictures import PictureGrids
 from data.plan import Job, ShardPlan, plan_shards, set_aside
+from data.prefetch import prefetch
 from data.questions import Question, check_prompts, count_objects, image_prompts
 from data.records import Sidecar, SkippedImage
 from data.sample import STATES_DTYPES, Sample, quantise, question_dtype, sample_bytes
@@ -42,10 +42,9 @@ from scr_runtime.families import family_of
 SETTINGS_VERSION = 1  # bump when the same settings would produce different samples
 _PREFETCHED_BATCHES = 2
 _LOOKED_AT = 16  # images, for the estimate of the disk space
-_T = TypeVar("_T")
 
 DiagnosticRun = Callable[[Any, SCRConfig, Mapping[str, Any], int], Sequence[Capture]]
-"""Model, settings, inputs, rows per image -> one capture per row, in order: `scr_runtime.capture`."""
+"""Model, settings, inputs, rows per image -> the captures of each row's grids, in order: `scr_runtime.capture`."""
 
 
 def prepare(
@@ -213,6 +212,7 @@ class Harvester:
         self._capture = capture
         self._counts = count_objects(images)
         self._count_tokens = TokenCounter(processor)
+        self._grids = PictureGrids(model, processor)
         self._states_dtype = STATES_DTYPES[settings.states_dtype]
         self._provenance = _provenance(model, processor, settings)
 
@@ -228,7 +228,7 @@ class Harvester:
 
         Raises:
             StatesOverflowError: states that `settings.states_dtype` cannot hold.
-            TooManyBadImagesError: more images of this shard cannot be decoded than the whole harvest may have.
+            TooManyBadImagesError: more images of this shard cannot be used than the whole harvest may have.
         """
         skipped: list[SkippedImage] = []
         directory = self.job.directory
@@ -259,16 +259,18 @@ class Harvester:
         reserve = iter(plan.reserve)
         for planned in plan.image_ids:
             image_id: int | None = planned
-            while image_id is not None:  # until one decodes, or the reserve is used up
+            while image_id is not None:  # until one can be used, or the reserve is used up
                 try:
                     picture = self.images.open(image_id)
+                    problem = self._grids.problem(picture)
                 except CorruptImageError as error:
-                    skipped.append({"image_id": image_id, "file": self._file(image_id), "reason": error.reason})
-                    check_skipped(skipped, self.job.allowed_bad)
-                    image_id = next(reserve, None)
-                else:
+                    picture, problem = None, error.reason
+                if picture is not None and problem is None:
                     yield image_id, picture
                     break
+                skipped.append({"image_id": image_id, "file": self._file(image_id), "reason": str(problem)})
+                check_skipped(skipped, self.job.allowed_bad)
+                image_id = next(reserve, None)
 
     def _file(self, image_id: int) -> str:
         return self.images.path(image_id).relative_to(self.images.images_dir).as_posix()
@@ -305,10 +307,11 @@ class Harvester:
         # the cast concerns floating-point inputs (pixels) only
         inputs = inputs.to(self.model.device, dtype=self.model.dtype, non_blocking=True)
         captures = self._capture(self.model, self.scr, inputs, batch.rows_per_image)
-        rows = sum(map(len, batch.prompts))
-        if [capture.row for capture in captures] != list(range(rows)):
-            raise RuntimeError(f"{rows} rows gave captures of rows {[capture.row for capture in captures]}")
-        remaining = iter(captures)
+        rows = [list(of_row) for _, of_row in groupby(captures, key=lambda one: one.row)]
+        expected = sum(map(len, batch.prompts))
+        if [of_row[0].row for of_row in rows] != list(range(expected)):
+            raise RuntimeError(f"{expected} rows gave captures of rows {[one.row for one in captures]}")
+        remaining = iter(rows)
         samples, finite, largest = [], [], []
         for image_id, questions in zip(batch.image_ids, batch.prompts, strict=True):
             sample, fits, size = self._sample(image_id, questions, list(islice(remaining, len(questions))))
@@ -319,17 +322,25 @@ class Harvester:
         return _Finished(samples, *copied, _barrier(self.model.device))
 
     def _sample(
-        self, image_id: int, questions: Sequence[Question], captures: Sequence[Capture]
+        self, image_id: int, questions: Sequence[Question], captures: Sequence[Sequence[Capture]]
     ) -> tuple[Sample, Tensor, Tensor]:
-        """A sample, whether all of it is finite ([] bool), and its largest state before it was stored ([] fp32)."""
-        first = captures[0]
+        """A sample, whether all of it is finite ([] bool), and its largest state before it was stored ([] fp32).
+
+        Args:
+            image_id: the image.
+            questions: its prompts.
+            captures: of each prompt, those of the image's grids.
+        """
         # attention is causal: visual tokens don't see the prompt behind them, the first prompt's states serve all
-        states, scales = first.states, None  # [N, d]
+        captured, scales = torch.cat([one.states for one in captures[0]]), None  # [N, d]
+        states = captured
         if self._states_dtype == torch.int8:
             states, scales = quantise(states)
         states = states.to(self._states_dtype)
-        question = torch.stack([c.question for c in captures]).to(question_dtype(self._states_dtype))  # [P, d]
-        attention = torch.stack([c.attention for c in captures]).float()  # [P, N]
+        # the text behind all grids of an image is the same: between them stand visual tokens alone
+        question = torch.stack([grids[-1].question for grids in captures])  # [P, d]
+        question = question.to(question_dtype(self._states_dtype))
+        attention = torch.stack([torch.cat([one.attention for one in grids]) for grids in captures]).float()  # [P, N]
         finite = [part.isfinite().all() for part in (states if scales is None else scales, question, attention)]
         sample = Sample(
             image_id=image_id,
@@ -337,14 +348,14 @@ class Harvester:
             states=_to_host(states),
             attention=_to_host(attention),
             question=_to_host(question),
-            grid=(int(first.grid[0]), int(first.grid[1])),
+            grids=tuple((int(one.grid[0]), int(one.grid[1])) for one in captures[0]),
             prompts=[
                 {"text": q.text, "label": q.label, "category": q.category, "strategy": q.strategy} for q in questions
             ],
-            entropy=[float(c.entropy) for c in captures],
+            entropy=[float(one.entropy) for grids in captures for one in grids],
             scales=None if scales is None else _to_host(scales),
         )
-        return sample, torch.stack(finite).all(), first.states.abs().max().float()
+        return sample, torch.stack(finite).all(), captured.abs().max().float()
 
     def _overflow(self, sample: Sample, largest: float) -> str:
         if not bool(sample.attention.isfinite().all()):
@@ -383,42 +394,3 @@ def _barrier(device: torch.device) -> Callable[[], object]:
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
     return event.synchronize
-
-
-@dataclass(frozen=True)
-class _Failure:
-    error: BaseException
-
-
-def prefetch(items: Iterator[_T], depth: int) -> Generator[_T]:
-    """Draws items in a thread, at most `depth` ahead; closing the iterator ends the thread."""
-    done = object()
-    ready: queue.Queue[Any] = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(item: object) -> bool:
-        while not closed.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return True
-        return False
-
-    def fill() -> None:
-        try:
-            for item in items:
-                if not put(item):
-                    return
-            put(done)
-        except BaseException as error:  # it is raised where the items are used
-            put(_Failure(error))
-
-    thread = threading.Thread(target=fill, name="harvest-prefetch", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not done:
-            if isinstance(item, _Failure):
-                raise item.error
-            yield item
-    finally:
-        closed.set()
-        thread.join()

@@ -35,7 +35,7 @@ def describe(directory: Path) -> str:
         )
         if not len(reader):
             continue
-        grids = ", ".join(f"{r} x {c}" for r, c in sorted(set(reader.grids)))
+        grids = ", ".join(f"{r} x {c}" for r, c in sorted({grid for of_one in reader.grids for grid in of_one}))
         kinds: Counter[str] = Counter()
         entropies: list[float] = []
         for sample in reader:

@@ -1,4 +1,4 @@
-"""What stops a harvest: too many images that cannot be decoded, or too small a disk."""
+"""What stops a harvest: too many images that cannot be used, or too small a disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_skipped(skipped: Sequence[SkippedImage], allowed: int) -> None:
     if len(skipped) > allowed:
         listed = "".join(f"\n  {image['file']}: {image['reason']}" for image in skipped)
         raise TooManyBadImagesError(
-            f"{len(skipped)} images cannot be decoded, at most {allowed} may be skipped ({BAD_SHARE:.0%} of the "
+            f"{len(skipped)} images cannot be used, at most {allowed} may be skipped ({BAD_SHARE:.0%} of the "
             f"harvest, at least 1):{listed}\nReplace these files, or remove them from the annotations; finished "
             "shards stay."
         )

@@ -14,7 +14,7 @@ from data.index import MOST, canonical_json, planned_shards
 from data.settings import HarvestSettings
 from data.store import Store
 
-BAD_SHARE = 0.01  # of the planned images may be undecodable
+BAD_SHARE = 0.01  # of the planned images may be unusable
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ShardPlan:
         name: shard name without ending.
         split: train, validation or test.
         image_ids: its images, in order.
-        reserve: images that no other shard may use; they replace undecodable ones, in order.
+        reserve: images that no other shard may use; they replace those that cannot be used, in order.
     """
 
     name: str
@@ -125,5 +125,5 @@ class Job:
 
     @property
     def allowed_bad(self) -> int:
-        """Undecodable images that the harvest may have."""
+        """Unusable images that the harvest may have."""
         return max(1, int(BAD_SHARE * self.images))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NotRequired, TypedDict
 
 from data.files import is_count, is_relative, is_text, shown
+from data.grids import grids_of, is_grids_record, patches
 
 SPLITS = ("train", "validation", "test")
 _SHARD = re.compile(rf"({'|'.join(SPLITS)})-[0-9]{{5,19}}")
@@ -23,14 +24,14 @@ class Entry(TypedDict):
 
     Attributes:
         key: its key in the tar.
-        grid: rows and columns of patches.
-        prompts: its maps.
+        grid: rows and columns of patches; a list of these for an image that has several grids.
+        prompts: its prompts; each gives one map per grid.
         json: offset and size of this member in the tar, in bytes.
         safetensors: the same of the other member.
     """
 
     key: str
-    grid: list[int]
+    grid: list[Any]
     prompts: int
     json: list[int]
     safetensors: list[int]
@@ -114,6 +115,16 @@ class Index(TypedDict):
     checksum: str
 
 
+def rows_of(entry: Entry) -> int:
+    """Maps of a sample: one for each prompt and grid."""
+    return entry["prompts"] * len(grids_of(entry["grid"]))
+
+
+def tokens_of(entry: Entry) -> int:
+    """Patches of a sample."""
+    return patches(grids_of(entry["grid"]))
+
+
 # -- what is wrong with a record -------------------------------------------------------------------------------------
 
 
@@ -140,7 +151,7 @@ def sidecar_problem(record: Mapping[str, Any], name: str) -> str | None:
     if wrong is not None:
         return f"its {wrong} is {shown(record.get(wrong))}"
     samples = record["samples"]
-    if record["rows"] != sum(entry["prompts"] for entry in samples):
+    if record["rows"] != sum(map(rows_of, samples)):
         return f"it has {record['rows']} rows, and its samples have others"
     if len({entry["key"] for entry in samples}) < len(samples):
         return "a sample comes twice in it"
@@ -201,8 +212,7 @@ def _is_entry(value: object) -> bool:
         isinstance(value, dict)
         and isinstance(value.get("key"), str)
         and _KEY.fullmatch(value["key"]) is not None
-        and _are(value.get("grid"), lambda side: is_count(side, 1))
-        and len(value["grid"]) == 2
+        and is_grids_record(value.get("grid"))
         and is_count(value.get("prompts"))
         and _is_place(value.get("json"))
         and _is_place(value.get("safetensors"))

@@ -3,12 +3,17 @@
 At rest a sample is two members of a webdataset tar, keyed by the image id:
 
     000000000042.safetensors    states     [N, d]  float16 | bfloat16 | float32 | int8: output of block 0 (or of the
-                                                   state layer that harvest.json names), per image
+                                                   state layer that harvest.json names), per image; N counts the
+                                                   patches of all its grids, one grid after the other
                                 scales     [N]     float32, only beside int8: a state is its integers times its scale
                                 attention  [P, N]  float32, one map per prompt, as captured (not normalised)
                                 question   [P, d]  dtype of the states (float32 beside int8), pooled states of the
                                                    prompt's text
     000000000042.json           image_id, file, grid [rows, columns], prompts [P], entropy [P] (nats)
+
+An image may have several grids (a thumbnail, tiles): then `grid` is the list of them in the order of the prompt, and
+`entropy` has [P * G] values, those of a prompt side by side. Everything behind the readers works on the parts of a
+sample (`Sample.part`), which have one grid each, as the runtime edits each grid by itself.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import torch
 from torch import Tensor
 
 from data.files import is_count, is_relative, shown
+from data.grids import Grid, grids_of, grids_record, is_grids_record, patches
 from data.settings import StatesDtype
 
 STATES_DTYPES: dict[StatesDtype, torch.dtype] = {
@@ -43,10 +49,12 @@ class Sample:
         attention: attention from text to patches under each prompt, mean over text rows, heads and layers, not
             normalised. [P, N], fp32
         question: pooled states of each prompt's text. [P, d], dtype of the states, fp32 beside int8
-        grid: rows and columns of patches; rows * columns = N.
+        grids: rows and columns of patches of each grid, in the order of the prompt; N patches in all.
         prompts: the prompt of each map: dicts with text, label, category, strategy. P of them
-        entropy: credit entropy of the states under each prompt, in nats (eq. 2 of arXiv 2602.22469). P values
+        entropy: credit entropy of the states of each grid under each prompt, in nats (eq. 2 of arXiv 2602.22469).
+            P * G values, those of a prompt side by side
         scales: factor of each token's int8 states; None for other dtypes. [N], fp32
+        place: of a part: the place of its grid among those of its image.
     """
 
     image_id: int
@@ -54,10 +62,11 @@ class Sample:
     states: Tensor
     attention: Tensor
     question: Tensor
-    grid: tuple[int, int]
+    grids: tuple[Grid, ...]
     prompts: Sequence[Mapping[str, Any]]
     entropy: Sequence[float]
     scales: Tensor | None = None
+    place: int = 0
 
     @classmethod
     def from_members(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sample:
@@ -76,7 +85,7 @@ class Sample:
             states=tensors["states"],
             attention=tensors["attention"],
             question=tensors["question"],
-            grid=(facts["grid"][0], facts["grid"][1]),
+            grids=grids_of(facts["grid"]),
             prompts=facts["prompts"],
             entropy=facts["entropy"],
             scales=tensors.get("scales"),
@@ -89,7 +98,7 @@ class Sample:
         return {
             "image_id": self.image_id,
             "file": self.file,
-            "grid": list(self.grid),
+            "grid": grids_record(self.grids),
             "prompts": [dict(prompt) for prompt in self.prompts],
             "entropy": list(self.entropy),
         }
@@ -108,6 +117,42 @@ class Sample:
         return replace(self, states=self.states * self.scales[:, None], scales=None)
 
     @property
+    def grid(self) -> Grid:
+        """The grid of a sample, or of a part, that has one.
+
+        Raises:
+            ValueError: it has several.
+        """
+        if len(self.grids) != 1:
+            raise ValueError(f"sample {self.key} has {len(self.grids)} grids: ask its parts")
+        return self.grids[0]
+
+    def part(self, place: int) -> Sample:
+        """One grid of the image, with all prompts; the sample itself if it has no other."""
+        if len(self.grids) == 1:
+            return self
+        start = patches(self.grids[:place])
+        tokens = slice(start, start + patches(self.grids[place : place + 1]))
+        return replace(
+            self,
+            states=self.states[tokens],
+            attention=self.attention[:, tokens],
+            grids=(self.grids[place],),
+            entropy=self.entropy[place :: len(self.grids)],
+            scales=None if self.scales is None else self.scales[tokens],
+            place=place,
+        )
+
+    @property
+    def overview(self) -> Sample:
+        """The part whose grid covers the whole picture: the last of the largest ones.
+
+        A joined grid of tiles is larger than the thumbnail before it; tiles of equal size end with the thumbnail.
+        """
+        largest = max(rows * columns for rows, columns in self.grids)
+        return self.part(max(i for i, (rows, columns) in enumerate(self.grids) if rows * columns == largest))
+
+    @property
     def key(self) -> str:
         """Name of the sample in the tar; without dots, which would end a webdataset key."""
         return f"{self.image_id:012d}"
@@ -124,10 +169,11 @@ class Sample:
             for name, shape in expected.items()
             if tuple(getattr(self, name).shape) != shape
         ]
-        if self.grid[0] * self.grid[1] != tokens:
-            wrong.append(f"grid {self.grid} has {self.grid[0] * self.grid[1]} patches, states have {tokens}")
-        if len(self.entropy) != prompts:
-            wrong.append(f"{len(self.entropy)} entropies for {prompts} prompts")
+        if (count := patches(self.grids)) != tokens:
+            shape = f"grid {self.grids[0]} has" if len(self.grids) == 1 else f"grids {self.grids} have"
+            wrong.append(f"{shape} {count} patches, states have {tokens}")
+        if len(self.entropy) != prompts * len(self.grids):
+            wrong.append(f"{len(self.entropy)} entropies for {prompts} prompts and {len(self.grids)} grids")
         if self.states.dtype not in STATES_DTYPES.values() or self.question.dtype != question_dtype(self.states.dtype):
             wrong.append(f"states are {self.states.dtype}, question {self.question.dtype}")
         scales = None if self.scales is None else (self.scales.dtype, *self.scales.shape)
@@ -146,7 +192,7 @@ def _is_list_of(*kinds: type) -> Callable[[object], bool]:
 _FACTS: dict[str, Callable[[object], bool]] = {  # what a sample's JSON member holds
     "image_id": is_count,
     "file": is_relative,
-    "grid": lambda value: _is_list_of(int)(value) and len(value) == 2 and min(value) > 0,  # type: ignore
+    "grid": is_grids_record,
     "prompts": _is_list_of(dict),
     "entropy": _is_list_of(float, int),
 }

@@ -24,6 +24,7 @@ from webdataset.writer import TarWriter
 from data.checks import check_entry, check_listed, check_once, damaged, unreadable_as_damage
 from data.errors import DamagedShardError, SettingsError, UnreadableFileError
 from data.files import is_count, open_regular, parse_json
+from data.grids import Grid, grids_of, grids_record
 from data.index import (
     FORMAT_VERSION,
     canonical_json,
@@ -33,7 +34,7 @@ from data.index import (
     remove_leftovers,
     write_sidecar,
 )
-from data.records import Entry, Sidecar, SkippedImage
+from data.records import Entry, Sidecar, SkippedImage, rows_of
 from data.sample import TAR_BLOCK, Sample
 from scr_runtime.files import replace_file, temporary_path
 
@@ -121,7 +122,7 @@ class ShardWriter:
         self._entries.append(
             {
                 "key": sample.key,
-                "grid": list(sample.grid),
+                "grid": grids_record(sample.grids),
                 "prompts": len(sample.prompts),
                 "json": places["json"],
                 "safetensors": places["safetensors"],
@@ -161,7 +162,7 @@ class ShardWriter:
             "provenance": self._provenance,
             "bytes": self._stream.size,
             "sha256": self._stream.digest.hexdigest(),
-            "rows": sum(entry["prompts"] for entry in self._entries),
+            "rows": sum(map(rows_of, self._entries)),
             "samples": self._entries,
             "skipped": self.skipped,
         }
@@ -182,7 +183,7 @@ class ShardReader:
     Attributes:
         index: the harvest's `index.json`.
         keys: sample keys, in order.
-        grids: patch grid (rows, columns) per sample.
+        grids: patch grids (rows, columns) per sample.
         prompts: prompts per sample.
         nbytes: bytes of the split's tars.
 
@@ -212,7 +213,7 @@ class ShardReader:
                 self._sidecars.append({**sidecar, "samples": []})
                 self.nbytes += sidecar["bytes"]
         self.keys: list[str] = [entry["key"] for _, entry in self._entries]
-        self.grids: list[tuple[int, int]] = [(entry["grid"][0], entry["grid"][1]) for _, entry in self._entries]
+        self.grids: list[tuple[Grid, ...]] = [grids_of(entry["grid"]) for _, entry in self._entries]
         self.prompts: list[int] = [entry["prompts"] for _, entry in self._entries]
         self._maps: dict[int, mmap.mmap] = {}
 

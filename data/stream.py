@@ -30,10 +30,11 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 
-from data.batches import BEGINNING, Batch, Grid, Start, as_batch, epoch_generator, stack_rows
+from data.batches import BEGINNING, Batch, Start, as_batch, epoch_generator, stack_rows
 from data.checks import check_entry, check_listed, damaged, unreadable_as_damage
 from data.errors import DamagedShardError, DataError, SettingsError, StreamError, UnreadableFileError
 from data.files import open_regular, parse_json
+from data.grids import Grid, grids_of
 from data.index import read_index, read_sidecar
 from data.ranks import Rank
 from data.records import Sidecar
@@ -41,7 +42,7 @@ from data.sample import Sample
 from data.settings import ReadingSettings
 
 _CHUNK = 1 << 20
-Row = tuple[Sample, int]  # a sample as stored, and the number of one of its prompts
+Row = tuple[Sample, int]  # a part of a sample as stored, and the number of one of its prompts
 
 
 class StreamedBatches:
@@ -84,7 +85,8 @@ class StreamedBatches:
             sidecar = self._sidecars[shard["name"]] = read_sidecar(directory, shard["name"])
             check_listed(sidecar, shard)
             for entry in sidecar["samples"]:
-                rows[entry["grid"][0], entry["grid"][1]] += entry["prompts"]
+                for grid in grids_of(entry["grid"]):
+                    rows[grid] += entry["prompts"]
         self._source = settings.stream_from or f"{directory}/{{shard}}.tar"
         self._workers = settings.num_workers
         self._size = -(-settings.batch_size // ranks)
@@ -108,7 +110,7 @@ class StreamedBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for rows in self.rows():
-            yield as_batch(stack_rows(rows), rows[0][0].grid, [sample.key for sample, _ in rows], 1.0)
+            yield as_batch(stack_rows(rows), rows[0][0].grid, [(sample.key, sample.place) for sample, _ in rows])
 
     def rows(self) -> Iterator[list[Row]]:
         """The rows of each batch, before they are stacked."""
@@ -124,7 +126,9 @@ class StreamedBatches:
         tars = _Tars([(self._source.replace("{shard}", name), self._sidecars[name]) for name in names])
         workers = min(self._workers, len(names))
         for sample in DataLoader(tars, batch_size=None, num_workers=workers, collate_fn=_unchanged):
-            yield from ((sample, prompt) for prompt in range(len(sample.prompts)))
+            for place in range(len(sample.grids)):
+                part = sample.part(place)
+                yield from ((part, prompt) for prompt in range(len(sample.prompts)))
 
 
 class _Tars(IterableDataset[Sample]):

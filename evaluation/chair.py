@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from evaluation.errors import EvaluationError
+from evaluation.synonyms import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Chair:
 
     Attributes:
         chair_s: Share of the captions with an object that is not in the image.
-        chair_i: Share of the mentioned objects that are not in the image; 0 if none is mentioned.
+        chair_i: Share of the mentioned objects that are not in the image; 0 if none is mentioned. An object that a
+            caption names twice counts twice, as in the paper's code, if `repeated`.
         recall: Share of the objects in the images that are mentioned; 0 if there are none.
         mentioned: Objects mentioned per caption.
     """
@@ -29,16 +31,16 @@ class Chair:
     mentioned: float
 
 
-def chair(captions: Sequence[str], categories: Collection[str], truth: Sequence[Collection[str]]) -> Chair:
+def chair(
+    captions: Sequence[str], words: Vocabulary, truth: Sequence[Collection[str]], *, repeated: bool = False
+) -> Chair:
     """Scores captions against the categories that are really there.
-
-    A category is mentioned where its name stands as whole words, in any case, in singular or plural with -s or
-    -es. Synonyms are not known.
 
     Args:
         captions: One text per image.
-        categories: Names of all categories that are looked for.
+        words: How categories are found in texts.
         truth: Names of the categories in each image.
+        repeated: Whether CHAIR-i counts each mention, as the paper's code does; else each category once per caption.
 
     Raises:
         EvaluationError: There is no caption.
@@ -46,14 +48,24 @@ def chair(captions: Sequence[str], categories: Collection[str], truth: Sequence[
     """
     if not captions:
         raise EvaluationError("CHAIR needs at least one caption")
-    patterns = {name: re.compile(rf"\b{re.escape(name)}(?:s|es)?\b", re.IGNORECASE) for name in categories}
-    mentioned = [{name for name, pattern in patterns.items() if pattern.search(text)} for text in captions]
+    mentions = [words.find(text) for text in captions]
+    mentioned = [set(found) for found in mentions]
     wrong = [found.difference(there) for found, there in zip(mentioned, truth, strict=True)]
     count, present = sum(map(len, mentioned)), sum(len(set(there)) for there in truth)
-    wrong_count = sum(map(len, wrong))
+    right = count - sum(map(len, wrong))
+    named, false = count, count - right
+    if repeated:
+        named = sum(map(len, mentions))
+        false = sum(name in bad for found, bad in zip(mentions, wrong, strict=True) for name in found)
     return Chair(
         chair_s=sum(map(bool, wrong)) / len(captions),
-        chair_i=wrong_count / max(count, 1),
-        recall=(count - wrong_count) / max(present, 1),
+        chair_i=false / max(named, 1),
+        recall=right / max(present, 1),
         mentioned=count / len(captions),
     )
+
+
+def drop_unfinished(text: str) -> str:
+    """A caption up to its last whole sentence; all of it if there is none."""
+    found = list(re.finditer(r"[.!?](?=\s|$)", text))
+    return text[: found[-1].end()] if found else text

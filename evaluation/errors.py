@@ -3,3 +3,7 @@
 
 class EvaluationError(ValueError):
     """A user can mend it: too few images, or a model whose answers can't be read."""
+
+
+class UnfinishedError(EvaluationError):
+    """This rank has done its share, and others have not: no result yet."""

@@ -1,249 +1,337 @@
-"""Reports a comparison: its table, what the numbers show and what they don't, figure, files, metrics."""
+"""Reports a comparison: tables, metrics under stable names, and files: HTML, Markdown, JSON and the answers."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from data.questions import STRATEGIES
-from evaluation.compare import METHODS, Comparison
-from evaluation.methods import AUTO, DESCRIPTIONS, ONE_PASS, SHIFT, SWAPPED, TWO_PASS, UNIFORM, VANILLA
+from evaluation.answers import Answer
+from evaluation.compare import Comparison, Prompted
+from evaluation.decoding import parse_margin
+from evaluation.methods import TWO_PASS
+from evaluation.parsers import PARSERS
+from evaluation.pictures import image_id
 from evaluation.tables import markdown
+from evaluation.verdict import deployed, points, reading, share, verdict
 from predictor.metrics import Interval
-from scr_runtime.files import whole_file, write_file
+from scr_runtime.files import write_file
 
-_COLOURS = {
-    VANILLA: "#6b7280",
-    TWO_PASS: "#1d4ed8",
-    ONE_PASS: "#059669",
-    AUTO: "#0891b2",
-    UNIFORM: "#d97706",
-    SWAPPED: "#b45309",
-    SHIFT: "#9ca3af",
-}
-_REPORTED_SHARES = (0.1, 0.2, 0.3, 0.5)  # of the questions, handed to the diagnostic run
+_SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)  # of the questions, handed to the diagnostic run
 
 
-def answer_rows(comparison: Comparison) -> list[list[str]]:
-    """Header and one row per method: hallucination rates, answers, fidelity and cost."""
-    header = ["method", *(f"HR {split[:3]}" for split in STRATEGIES), "change of HR adv [95 %]", "TPR", "acc adv"]
-    header += ["AUC adv", "shift r", "flips kept", "prefill"]
+def answer_rows(comparison: Comparison, prompt: Prompted | None = None) -> list[list[str]]:
+    """Header and one row per method: rates on every split, changes, fidelity and cost; empty without questions."""
+    prompt, quiz = prompt or comparison.headline, comparison.quiz
+    if prompt is None or quiz is None:
+        return []
+    last = quiz.headline
+    header = ["method", *(f"HR {split[:3]}" for split in quiz.splits), f"change, {last[:3]} [95 %]"]
+    header += ["acc", "TPR", "F1", "yes", "AUC", "fixed/broken", "edit kept", "prefill"]
     rows = [header]
-    for method in METHODS:
-        scores = [comparison.scores[method, split] for split in STRATEGIES]
-        last = scores[-1]
+    for method in comparison.names:
+        scores = {split: prompt.scores[method, split] for split in quiz.splits}
+        final, test = scores[last], scores[last].mcnemar
         follow, cost = comparison.fidelity.get(method), comparison.costs.get(method)
+        kept = None if follow is None else follow.edit_kept
         rows.append(
             [
                 method,
-                *(f"{100 * item.hr:.1f}" for item in scores),
-                "-" if last.hr_change is None else _points(last.hr_change),
-                f"{100 * last.tpr:.1f}",
-                f"{100 * last.accuracy:.1f}",
-                f"{last.auc:.3f}",
-                "1" if method == TWO_PASS else _number(follow.shift_correlation if follow else None, 2),
-                "1" if method == TWO_PASS else _number(follow.flips_followed if follow else None, 2),
+                *(f"{100 * item.hr.mean:.1f}" for item in scores.values()),
+                "-" if final.hr_change is None else points(final.hr_change),
+                f"{100 * final.accuracy:.1f}",
+                f"{100 * final.tpr:.1f}",
+                f"{100 * final.f1:.1f}",
+                f"{100 * final.yes_ratio:.1f}",
+                _number(final.auc, 3),
+                "-" if test is None else f"{test.corrected}/{test.broken}",
+                "1" if method == TWO_PASS else "-" if kept is None else _number(round(kept.mean, 2) + 0.0, 2),
                 "-" if cost is None else f"{cost.ratio:.2f}x",
             ]
         )
     return rows
 
 
-def hr_kept(comparison: Comparison, method: str) -> float:
-    """Share of two-pass's change of the adversarial hallucination rate that a method has too; NaN if there is none."""
-    target, mine = (comparison.scores[name, STRATEGIES[-1]].hr_change for name in (TWO_PASS, method))
-    return mine.mean / target.mean if mine is not None and target is not None and target.mean else float("nan")
-
-
-def reading(comparison: Comparison, *, embedded: bool) -> list[str]:
-    """What the numbers show and what they do not, sentence by sentence."""
-    split = STRATEGIES[-1]
-    questions = len(comparison.answers.splits[split])
-    change = {name: comparison.scores[name, split].hr_change for name in METHODS if name != VANILLA}
-    two, swapped, uniform, shift = (change[name] for name in (TWO_PASS, SWAPPED, UNIFORM, SHIFT))
-    assert two is not None and swapped is not None and uniform is not None and shift is not None
-    one, auto = comparison.fidelity[ONE_PASS], comparison.fidelity[AUTO]
-    beyond_noise = two.high < 0 or two.low > 0
-    points = [point for point in comparison.curve if point.share in _REPORTED_SHARES]
-    lines = [
-        f"{comparison.images} held-out images, {questions} {split} questions; HR, TPR and accuracy in percent, "
-        "changes in percentage points against vanilla.",
-        f"Two-pass changes adversarial HR by {_points(two)}: "
-        + ("an effect beyond noise." if beyond_noise else "not distinguishable from none."),
-        f"The same dose in the wrong places (swapped) changes it by {_points(swapped)}, random sources by "
-        f"{_points(uniform)}, a constant shift of the margin by {_points(shift)}: only what two-pass gains beyond "
-        "these comes from where its sources are.",
-        f"One-pass follows two-pass's margin shifts with r = {one.shift_correlation:.2f} and "
-        f"{_share(one.flips_followed)} of its {one.flips} flipped answers; auto with r = {auto.shift_correlation:.2f} "
-        f"and {_share(auto.flips_followed)}, handing {comparison.answers.fallback:.0%} of the questions to the "
-        f"diagnostic run. (Doing nothing agrees with two-pass on {one.agreement_of_vanilla:.1%} of all answers, so "
-        "plain agreement says nothing.)",
-        f"Of two-pass's change of the adversarial HR one-pass keeps {_share(hr_kept(comparison, ONE_PASS))}"
-        + ("." if beyond_noise else ", which says nothing while that change is not distinguishable from none."),
-        "With more fallback, auto follows with "
-        + ", ".join(f"r = {point.shift_correlation:.2f} at {point.share:.0%}" for point in points)
-        + "; of the same shares drawn at random, "
-        + ", ".join(f"{point.shift_correlation_random:.2f}" for point in points)
-        + ".",
-        f"Credit entropy against vanilla's hallucination rate, over images: r = {comparison.entropy_correlation:.2f}.",
+def caption_rows(comparison: Comparison) -> list[list[str]]:
+    """Header and one row per method and length: CHAIR with recall and length beside it; empty without captions."""
+    if not comparison.captions:
+        return []
+    header = [
+        "method",
+        "tokens",
+        "CHAIR-s",
+        "change [95 %]",
+        "CHAIR-i",
+        "recall",
+        "change [95 %]",
+        "length",
+        "objects",
     ]
-    if embedded:
-        lines.append(
-            "This small world shows that the chain works: harvest, fit, export, the edit, and how closely one-pass "
-            "follows two-pass. It does not show that SCR lowers hallucination in real models; for that, run it on "
-            "COCO and POPE. Prefill ratios here are dominated by Python overhead on so small a model; "
-            "benchmarks/prefill.py measures them at a size that means something."
+    rows = [[*header, "CIDEr-D", "cut off", "differ", "alike"]]
+    for (method, limit), found in comparison.captions.items():
+        one = found.chair
+        rows.append(
+            [
+                method,
+                str(limit),
+                f"{100 * one.chair_s:.1f}",
+                "-" if found.chair_s_change is None else points(found.chair_s_change),
+                f"{100 * one.chair_i:.1f}",
+                f"{100 * one.recall:.1f}",
+                "-" if found.recall_change is None else points(found.recall_change),
+                f"{found.tokens:.1f}",
+                f"{one.mentioned:.1f}",
+                "-" if found.cider is None else f"{found.cider:.1f}",
+                f"{100 * found.cut:.0f} %",
+                "-" if found.differ is None else f"{100 * found.differ:.0f} %",
+                "-" if found.alike is None else f"{found.alike:.1f}",
+            ]
         )
-    return lines
+    return rows
 
 
-def figure(comparison: Comparison) -> Figure:
-    """Change of HR by split with intervals; margin shifts of one-pass against two-pass; fidelity by fallback share."""
-    result = Figure(figsize=(15.5, 4.4), layout="constrained")
-    FigureCanvasAgg(result)
-    left, middle, right = result.subplots(1, 3, width_ratios=(1.35, 1, 1.1))
-    _draw_rates(left, comparison)
-    _draw_shifts(middle, comparison)
-    _draw_fallback(right, comparison)
-    for axes in (left, middle, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    return result
+def fidelity_rows(comparison: Comparison) -> list[list[str]]:
+    """Header and one row per method that is compared with two-pass on hidden states."""
+    rows = [["method", "edit kept [95 %]", "cosine", "effect kept [95 %]", "cosine", "KL", "Spearman", "follows"]]
+    for name, found in comparison.fidelity.items():
+        if found.edit_kept is None or found.effect_kept is None:
+            continue
+        cells = [share(found.edit_kept), f"{found.edit_cosine:.2f}", share(found.effect_kept)]
+        cells += [f"{found.effect_cosine:.2f}", f"{found.kl:.2g}", _number(found.spearman, 2)]
+        rows.append([name, *cells, f"{found.followed} of {found.changed}"])
+    return rows if len(rows) > 1 else []
 
 
-def _draw_rates(axes: Axes, comparison: Comparison) -> None:
-    names = [name for name in METHODS if name != VANILLA]
-    for place, name in enumerate(names):
-        offset = (place - (len(names) - 1) / 2) * 0.13
-        for column, split in enumerate(STRATEGIES):
-            change = comparison.scores[name, split].hr_change
-            assert change is not None
-            axes.errorbar(
-                column + offset,
-                100 * change.mean,
-                yerr=[[100 * (change.mean - change.low)], [100 * (change.high - change.mean)]],
-                fmt="o",
-                color=_COLOURS[name],
-                markersize=5,
-                linewidth=1.6,
-                label=name if column == 0 else None,
-            )
-    axes.axhline(0, color="#111827", linewidth=0.8)
-    axes.set_xticks(range(len(STRATEGIES)), STRATEGIES)
-    axes.set_ylabel("change of hallucination rate\nagainst vanilla (points, 95 %)")
-    axes.set_title("Hallucination rate", loc="left")
-    axes.legend(ncols=3, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+def analysis_rows(comparison: Comparison) -> list[list[str]]:
+    """Header and one row per group of questions: entropy tertiles, sizes and places of objects."""
+    one = comparison.analysis
+    if one is None or not (one.tertiles or one.objects):
+        return []
+    methods = list((one.tertiles or one.objects)[0].change)
+    rows = [["questions", "n", "vanilla says yes", *(f"change by {name}" for name in methods)]]
+    for kind, parts in (("absent", one.tertiles), ("present", one.objects)):
+        for part in parts:
+            changes = [f"{100 * part.change[name]:+.1f}" for name in methods]
+            rows.append([f"{kind}: {part.name}", f"{part.questions:,}", f"{100 * part.vanilla:.1f}", *changes])
+    return rows
 
 
-def _draw_shifts(axes: Axes, comparison: Comparison) -> None:
-    margins = comparison.answers.margins
-    wanted = margins[TWO_PASS] - margins[VANILLA]
-    mine = margins[ONE_PASS] - margins[VANILLA]
-    bound = float(np.quantile(np.abs(np.r_[wanted, mine]), 0.999)) or 1.0
-    axes.plot([-bound, bound], [-bound, bound], color="#9ca3af", linewidth=1)
-    axes.scatter(wanted, mine, s=5, alpha=0.35, color=_COLOURS[ONE_PASS], linewidths=0)
-    axes.set_xlim(-bound, bound)
-    axes.set_ylim(-bound, bound)
-    axes.set_aspect("equal")
-    axes.set_xlabel("two-pass: shift of the yes margin (logits)")
-    axes.set_ylabel("one-pass")
-    axes.set_title(f"Fidelity, r = {comparison.fidelity[ONE_PASS].shift_correlation:.2f}", loc="left")
+def method_rows(comparison: Comparison) -> list[list[str]]:
+    """What each method is."""
+    return [["method", "what it is"], *([method.name, method.entry.description] for method in comparison.methods)]
 
 
-def _draw_fallback(axes: Axes, comparison: Comparison) -> None:
-    share = [100 * point.share for point in comparison.curve]
-    axes.plot(
-        share, [p.shift_correlation for p in comparison.curve], color=_COLOURS[AUTO], label="least confident first"
+def fact_rows(comparison: Comparison, command: str = "") -> list[list[str]]:
+    """What identifies the result."""
+    facts, scr = comparison.facts, comparison.facts["scr"]
+    model = facts["model"]
+    rows = [["what", "value"]]
+    rows += [["command", command]] if command else []
+    rows.append(["model", f"{model['hub_id']}, revision {model['revision'] or '-'}, {model['dtype']}"])
+    weights = str(model.get("weights_sha256") or model["config_sha256"])[:16]
+    rows.append(["weights, processor", f"sha256 {weights}, {model['image_processor']}"])
+    layers = "edit blocks {} to {}, map from blocks {} to {}".format(*scr["edit_layers"], *scr["attention_layers"])
+    rows.append(
+        ["SCR", f"K = {scr['num_sources']}, lambda = {scr['strength']}, {layers}, {scr['connectivity']}-connected"]
     )
-    at_random = [point.shift_correlation_random for point in comparison.curve]
-    axes.plot(share, at_random, color=_COLOURS[SHIFT], linestyle=(0, (4, 3)), label="drawn at random")
-    chosen = 100 * comparison.answers.fallback
-    axes.axvline(chosen, color=_COLOURS[UNIFORM], linewidth=1.2, label=f"auto's threshold: {chosen:.0f} %")
-    axes.set(
-        xlim=(0, 100),
-        xlabel="questions handed to the diagnostic run (%)",
-        ylabel="r of the margin shifts with two-pass's",
-    )
-    axes.set_title("auto: fidelity and cost", loc="left")
-    axes.grid(color="#e5e7eb", linewidth=0.8)
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
-    cost = axes.secondary_xaxis("top", functions=_cost_axis(comparison))
-    cost.set_xlabel("cost of a prefill against vanilla", fontsize=8, loc="right")
-    cost.tick_params(labelsize=8)
-
-
-def prefill_cost(comparison: Comparison, share: float) -> float:
-    """Mean prefill of ``auto`` over vanilla's if it hands this share over: one-pass, and now and then a diagnostic."""
-    return comparison.costs[ONE_PASS].ratio + share * (comparison.costs[TWO_PASS].ratio - 1)
-
-
-def _cost_axis(comparison: Comparison) -> tuple[Any, Any]:
-    """Maps percent handed over to cost, and back; strictly rising, as an axis has to be."""
-    start = prefill_cost(comparison, 0)
-    slope = max((prefill_cost(comparison, 1) - start) / 100, 1e-6)
-    return lambda percent: start + slope * percent, lambda cost: (cost - start) / slope
+    for name, about in facts["predictors"].items():
+        rows.append(
+            [f"predictor {name}", ", ".join(f"{key} {value}" for key, value in about.items() if value is not None)]
+        )
+    for split, (origin, count, checksum) in facts.get("questions", {}).items():
+        rows.append([f"questions, {split}", f"{count:,}, {origin}, sha256 {checksum[:16]}"])
+    rows.append(["images", facts["images"]])
+    if "question_images_sha256" in facts:
+        rows.append(
+            ["images asked about", f"{facts['question_images']:,}, sha256 {facts['question_images_sha256'][:16]}"]
+        )
+    if "caption_ids_sha256" in facts:
+        rows.append(["images captioned", f"{facts['caption_images']:,}, sha256 {facts['caption_ids_sha256'][:16]}"])
+        rows.append(["caption prompt", comparison.settings.chair_prompt])
+    rows += [[f"prompt {name}", template.replace("\n", " / ")] for name, template in facts["prompts"].items()]
+    rows += [["answers", facts["decoding"]], ["parser", facts["parser"]], ["seed", str(facts["seed"])]]
+    rows.append(["libraries", ", ".join(f"{name} {version}" for name, version in facts["libraries"].items())])
+    return rows
 
 
 def metrics(comparison: Comparison) -> dict[str, float]:
-    """Every number under a stable name, as MLflow and evaluation.json hold it."""
-    values: dict[str, float] = {
-        "eval/entropy_correlation": comparison.entropy_correlation,
-        "eval/auto/fallback": comparison.answers.fallback,
-    }
-    for (method, split), item in comparison.scores.items():
-        prefix = f"eval/{method}/{split}"
-        values |= {f"{prefix}/{key}": getattr(item, key) for key in ("hr", "tpr", "accuracy", "auc")}
-        if item.hr_change is not None:
-            values |= {f"{prefix}/hr_change{end}": value for end, value in _ends(item.hr_change)}
-    for method, item in comparison.fidelity.items():
-        values |= {f"eval/{method}/{key}": float(value) for key, value in dataclasses.asdict(item).items()}
-    for point in comparison.curve:
-        prefix = f"eval/auto_{round(100 * point.share)}"
-        values |= {
-            f"{prefix}/shift_correlation": point.shift_correlation,
-            f"{prefix}/flips_followed": point.flips_followed,
-        }
-    for method in (ONE_PASS, AUTO):
-        values[f"eval/{method}/hr_kept"] = hr_kept(comparison, method)
+    """Every number under a stable name, as MLflow and evaluation.json hold it (docs/evaluation.md lists them)."""
+    values: dict[str, float] = {}
+    for place, prompt in enumerate(comparison.prompts):
+        start = "eval" if place == 0 else f"eval/prompt-{prompt.name}"
+        for (method, split), item in prompt.scores.items():
+            prefix = f"{start}/{_safe(method)}/{split}"
+            values |= _ends(f"{prefix}/hr", item.hr)
+            for key in ("accuracy", "precision", "tpr", "f1", "yes_ratio", "auc", "unread", "disagrees"):
+                values[f"{prefix}/{key}"] = float(getattr(item, key))
+            for key in ("hr_change", "accuracy_change", "tpr_change"):
+                values |= _ends(f"{prefix}/{key}", getattr(item, key))
+            if item.mcnemar is not None:
+                found = item.mcnemar
+                values |= {f"{prefix}/corrected": found.corrected, f"{prefix}/broken": found.broken}
+                values[f"{prefix}/mcnemar_p"] = found.p
+        for (method, control, split), difference in prompt.differences.items():
+            values |= _ends(f"{start}/{_safe(method)}/{split}/hr_minus_{control}", difference)
+    values |= dict(_fidelity_metrics(comparison))
+    for (method, limit), item in comparison.captions.items():
+        prefix = f"eval/{_safe(method)}/chair_{limit}"
+        values |= {f"{prefix}/{key}": float(value) for key, value in vars(item.chair).items()}
+        values |= {f"{prefix}/tokens": item.tokens, f"{prefix}/cut": item.cut}
+        values |= {f"{prefix}/cider": item.cider} if item.cider is not None else {}
+        values |= _ends(f"{prefix}/chair_s_change", item.chair_s_change)
+        values |= _ends(f"{prefix}/recall_change", item.recall_change)
     for method, cost in comparison.costs.items():
-        values[f"eval/{method}/prefill_ratio"] = cost.ratio
-    return {key: value for key, value in values.items() if np.isfinite(value)}
+        values |= {
+            f"eval/{_safe(method)}/prefill_ratio": cost.ratio,
+            f"eval/{_safe(method)}/prefill_ms": cost.milliseconds,
+        }
+    return {key: float(value) for key, value in values.items() if value is not None and math.isfinite(value)}
 
 
-def write(folder: Path, comparison: Comparison, *, embedded: bool) -> dict[str, Path]:
-    """Writes evaluation.md, evaluation.json and evaluation.png into a folder.
+def _fidelity_metrics(comparison: Comparison) -> Iterable[tuple[str, float]]:
+    for method, item in comparison.fidelity.items():
+        for key, value in vars(item).items():
+            if isinstance(value, Interval):
+                yield from _ends(f"eval/{_safe(method)}/{key}", value).items()
+            elif value is not None:
+                yield f"eval/{_safe(method)}/{key}", float(value)
+    for name, item in zip(("sensitivity", "sensitivity_strongest"), comparison.sensitivity, strict=False):
+        yield from ((f"eval/{name}/{key}", float(getattr(item, key))) for key in ("shift", "margin", "changed"))
+    for method, value in comparison.fallback.items():
+        yield f"eval/{_safe(method)}/fallback", value
+    for method, curve in comparison.curves.items():
+        name = _safe(method).replace("one-pass", "auto")
+        for point in (point for point in curve if point.share in _SHARES):
+            prefix = f"eval/{name}_{round(100 * point.share)}"
+            yield f"{prefix}/error", point.error
+            yield f"{prefix}/shift_correlation", point.shift_correlation
+    if comparison.analysis is not None:
+        one = comparison.analysis
+        yield "eval/entropy_correlation", one.by_image
+        yield "eval/entropy", one.entropy
+        yield "eval/entropy_normalised", one.entropy_normalised
+        yield "eval/norm_attention", one.norm_attention
+
+
+def markdown_text(comparison: Comparison, *, embedded: bool, command: str = "") -> str:
+    """The report as Markdown."""
+    found = verdict(comparison)
+    parts = [f"# {title(comparison)}", "", f"**{found.sentence}** {found.reason}", ""]
+    for prompt in comparison.prompts:
+        parts += [f"## Yes/no questions, prompt {prompt.name}", "", markdown(answer_rows(comparison, prompt)), ""]
+    for name, rows in (
+        ("Captions", caption_rows(comparison)),
+        ("Fidelity to two-pass", fidelity_rows(comparison)),
+        ("Analysis", analysis_rows(comparison)),
+    ):
+        parts += [f"## {name}", "", markdown(rows), ""] if rows else []
+    parts += ["## What the numbers say", "", *(f"- {line}" for line in reading(comparison, embedded=embedded)), ""]
+    parts += ["## Methods", "", markdown(method_rows(comparison)), ""]
+    parts += ["## How to reproduce", "", markdown(fact_rows(comparison, command)), ""]
+    return "\n".join(parts)
+
+
+def title(comparison: Comparison) -> str:
+    """Model, method and size in one line."""
+    scr, model = comparison.facts["scr"], comparison.facts.get("model_name") or comparison.facts["model"]["hub_id"]
+    data = f" of {name}" if (name := comparison.facts.get("data_name")) else ""
+    size = f"{comparison.images:,} images{data}"
+    return f"SCR on {model}: {size}, K = {scr['num_sources']}, seed {comparison.settings.seed}"
+
+
+def answer_lines(comparison: Comparison) -> Iterable[str]:
+    """One JSON line per answer, in the order of methods and questions, without anything that a clock says."""
+    quiz = comparison.quiz
+    places: dict[int, dict[str, Any]] = {}
+    for split, part in (quiz.splits if quiz else {}).items():
+        for item, truth, number in zip(part.rows.tolist(), part.truth.tolist(), part.ids, strict=True):
+            known = places.setdefault(item, {"question_ids": {}, "label": "yes" if truth else "no"})
+            known["question_ids"][split] = number
+    for (task, method), store in comparison.stores.items():
+        prompt = next((one for one in comparison.prompts if one.name == task), None)
+        items = quiz.items if prompt is not None and quiz is not None else []
+        for item, asked in enumerate(items):
+            about = {
+                "prompt": task,
+                "text": prompt.template.replace("{question}", asked.text) if prompt else asked.text,
+            }
+            for answer in store.of(item):
+                yield json.dumps(
+                    {"benchmark": "pope", **_record(comparison, method, asked.image, answer), **about, **places[item]}
+                )
+        if task == "chair":
+            for item, number in enumerate(comparison.facts["caption_ids"]):
+                for answer in store.of(item):
+                    record = _record(comparison, method, "", answer)
+                    yield json.dumps({"benchmark": "chair", **record, "image_id": number})
+
+
+def _record(comparison: Comparison, method: str, image: str, answer: Answer) -> dict[str, Any]:
+    generated = bool(answer.tokens) or comparison.settings.decoding != "margin"
+    parsed = PARSERS[comparison.settings.parser](answer.text) if generated else parse_margin(answer.margin or 0.0)
+    return {
+        "method": method,
+        "decoding": comparison.settings.decoding,
+        "seed": answer.seed,
+        "image": image,
+        "image_id": image_id(image) if image else None,
+        "answer": answer.text,
+        "parsed": parsed,
+        "margin": answer.margin,
+        "tokens": len(answer.tokens),
+        "images": [vars(facts) for facts in answer.images],
+    }
+
+
+def write(folder: Path, comparison: Comparison, *, embedded: bool, command: str = "") -> dict[str, Path]:
+    """Writes evaluation.html, evaluation.md, evaluation.json and answers.jsonl into a folder.
 
     Returns:
         Kind -> path.
     """
+    from evaluation.page import page
+
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {kind: folder / f"evaluation.{kind}" for kind in ("md", "json", "png")}
-    methods = [["method", "what it is"], *([name, DESCRIPTIONS[name]] for name in METHODS)]
-    text = [markdown(answer_rows(comparison)), "", *(f"- {line}" for line in reading(comparison, embedded=embedded))]
-    write_file(paths["md"], "\n".join(["# Comparison", "", *text, "", markdown(methods), ""]).encode())
-    write_file(paths["json"], (json.dumps(metrics(comparison), indent=1) + "\n").encode())
-    with whole_file(paths["png"]) as stream:
-        figure(comparison).savefig(stream, format="png", dpi=130)
+    paths = {kind: folder / f"evaluation.{kind}" for kind in ("html", "md", "json")}
+    paths["answers"] = folder / "answers.jsonl"
+    write_file(paths["answers"], "".join(f"{line}\n" for line in answer_lines(comparison)).encode())
+    write_file(paths["md"], markdown_text(comparison, embedded=embedded, command=command).encode())
+    found = verdict(comparison)
+    content = {
+        "verdict": vars(found),
+        "deployed": deployed(comparison),
+        "command": command,
+        "facts": comparison.facts,
+        "metrics": metrics(comparison),
+    }
+    write_file(paths["json"], (json.dumps(content, indent=1, default=_plain) + "\n").encode())
+    write_file(paths["html"], page(comparison, embedded=embedded, command=command).encode())
     return paths
 
 
-def _ends(interval: Interval) -> list[tuple[str, float]]:
-    return [("", interval.mean), ("_low", interval.low), ("_high", interval.high)]
+def read_metrics(file: Path) -> Mapping[str, float]:
+    """The metrics of an evaluation.json."""
+    return json.loads(file.read_text(encoding="utf-8"))["metrics"]
 
 
-def _points(interval: Interval) -> str:
-    return f"{100 * interval.mean:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
-def _share(value: float) -> str:
-    return f"{value:.0%}" if np.isfinite(value) else "none"
+def _ends(name: str, interval: Interval | None) -> dict[str, float]:
+    if interval is None:
+        return {}
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
-def _number(value: Any, digits: int) -> str:
-    return "-" if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
+def _safe(method: str) -> str:
+    """A method's name as MLflow takes it."""
+    return method.replace(":", "-").replace("@", "_")
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"

@@ -31,15 +31,15 @@ HEADLINES = {
     "test/spearman": ("Spearman", 3),
     "test/iou": ("IoU", 3),
     "test/confidence/ece": ("ECE", 3),
-    "eval/one-pass/shift_correlation": ("one-pass shift r", 3),
-    "eval/auto/shift_correlation": ("auto shift r", 3),
+    "eval/one-pass/edit_kept": ("edit kept", 3),
+    "eval/one-pass/effect_kept": ("effect kept", 3),
     "eval/auto/fallback": ("fallback", 3),
-    "eval/auto_30/shift_correlation": ("r at 30 % fallback", 3),
+    "eval/auto_30/error": ("distance at 30 % fallback", 3),
     "predictor/parameters": ("parameters", 0),
 }
 """What the summary shows, where a run has it: metric -> (column, digits)."""
 NOTE = "Means over seeds, ± half of the 95 % interval (Student's t)."
-_DRAWN = ("test/mass", "test/recall", "eval/one-pass/shift_correlation")
+_DRAWN = ("test/mass", "test/recall", "eval/one-pass/edit_kept")
 _COLOURS = ("#1d4ed8", "#059669", "#d97706", "#b91c1c", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
 
 

@@ -1,44 +1,216 @@
-"""The command `python -m evaluation`: compares an exported predictor with two-pass, vanilla and the controls.
+"""The command `python -m evaluation`: whether SCR helps a model, how much of two-pass a predictor keeps, and its cost.
 
 python -m evaluation model=scene-llava
+python -m evaluation model=llava-1.5-7b data=coco2014 data.root=/coco evaluation.pope_files=a.json,b.json methods=all
+python -m evaluation predictor=runs/predictors/one,runs/predictors/two benchmarks=pope,chair
+python -m evaluation compare RUN RUN ...           runs by folder or MLflow id, in one table
+python -m evaluation tune model=scene-llava harvest.tuning=200
+torchrun --nproc-per-node 2 -m evaluation ...      by several processes
 """
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from configs import TrainConfig, parse_cli
+import torch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from configs import TrainConfig, digest, parse_cli
+from configs.load import CONFIGS, KEYS, split_values
+from data.errors import LockTimeoutError
+from data.images import CocoImages
+from data.locks import exclusively
+from data.ranks import rank_of_this_process
 from data.vlm import load_vlm
 from evaluation import report
-from evaluation.compare import compare, measure_reference
-from evaluation.errors import EvaluationError
+from evaluation.compare import Comparison, compare
+from evaluation.errors import EvaluationError, UnfinishedError
+from evaluation.reference import prepare_reference
+from evaluation.settings import EvaluationSettings
 from evaluation.tables import bullets, table
+from pipeline import runs
+from pipeline.compare_runs import compare_runs
 from pipeline.exits import exit_code
-from pipeline.folders import latest_run, new_folder
+from pipeline.folders import RunFolder, latest_run, new_folder
 from pipeline.harvest import held_out_images
-from scr_runtime import load_predictor
+from pipeline.tune import tune
+from scr_runtime import SCR, SourcePredictor, load_predictor
+from scr_runtime.errors import PredictorError
+from scr_runtime.files import write_file
+
+PROGRAM = "python -m evaluation"
+_SHORT = ("benchmarks", "methods")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the comparison and prints its table; returns the exit code."""
-    about = "Compares an exported predictor with two-pass, vanilla and the controls on held-out images."
-    config = parse_cli(argv, "python -m evaluation", [about, "python -m evaluation model=scene-llava"])
-    return exit_code(lambda: run(config))
+    """Runs the command that is asked for; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] == "compare":
+        return exit_code(lambda: compare_runs(arguments[1:]))
+    tunes = bool(arguments) and arguments[0] == "tune"
+    about = [
+        "Asks a model yes/no questions and captions under every method, and says whether SCR helps it.",
+        f"{PROGRAM} model=scene-llava benchmarks=pope,chair,fidelity,latency methods=all predictor=FOLDER,FOLDER",
+        f"{PROGRAM} compare RUN RUN ...   puts finished evaluations into one table.",
+        f"{PROGRAM} tune ...              chooses strength, sources and layers on the tuning images.",
+    ]
+    config = parse_cli(long_forms(arguments[tunes:]), PROGRAM, about)
+    if tunes:
+        return exit_code(lambda: tune(config))
+    return exit_code(lambda: run(config, shlex.join([*PROGRAM.split(), *arguments])))
 
 
-def run(config: TrainConfig) -> int:
-    """Compares, prints the tables and writes the report."""
-    if not config.evaluation.images:
+def long_forms(arguments: Sequence[str]) -> list[str]:
+    """Writes out `benchmarks=a,b`, `methods=a,b`, `predictor=FOLDER,...` and lists of evaluation.* without brackets.
+
+    A `predictor=` that names an option of the group stays the group's.
+    """
+    options = {path.stem for path in (CONFIGS / "predictor").glob("*.yaml")}
+    found: list[str] = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and key in _SHORT:
+            key = f"evaluation.{key}"
+        elif equals and key == "predictor" and not set(split_values(value)) <= options:
+            key = "evaluation.predictors"
+        known = KEYS.get(key)
+        if equals and key.startswith("evaluation.") and known is not None and known.is_list and value[:1] != "[":
+            value = f"[{', '.join(split_values(value))}]"
+        found.append(f"{key}{equals}{value}")
+    return found
+
+
+def run(config: TrainConfig, command: str = "") -> int:
+    """Compares, prints the tables, writes the report, and logs it on the predictor's run."""
+    settings = config.evaluation.for_command
+    if {"pope", "fidelity"} & set(settings.benchmarks) and not settings.images and not settings.pope_files:
         raise EvaluationError("evaluation.images=0 compares no answers: give it a number of images")
-    predictor = load_predictor(latest_run(config).predictor)  # first: the questions take minutes
-    images = held_out_images(config)
-    model, processor = load_vlm(config.model)
-    reference = measure_reference(model, processor, config.scr, images, config.evaluation, config.paths.cache)
-    comparison = compare(reference, predictor, config.evaluation)
-    embedded = config.data.world is not None
-    print(table(report.answer_rows(comparison)))
-    print("\n" + bullets(report.reading(comparison, embedded=embedded)))
-    folder = new_folder(latest_run(config).path / "evaluations")
-    files = report.write(folder, comparison, embedded=embedded)
-    print(f"\nreport: {files['md']}, figure: {files['png']}")
+    folders = predictor_folders(config, settings)
+    predictors = {
+        name: load_predictor(folder) for name, folder in folders.items()
+    }  # first: the questions take minutes
+    images = evaluation_images(config, settings)
+    rank = rank_of_this_process()
+    device = rank.device(config.model.device, torch.cuda.device_count())
+    model, processor = load_vlm(config.model.model_copy(update={"device": device}))
+    for folder in folders.values():
+        SCR(model, config=config.scr, predictor=folder, mode="one-pass", processor=processor)  # checks that it fits
+    reference = prepare_reference(model, processor, config.scr, images, settings, config.paths.cache, rank)
+    reference.origin["model_name"], reference.origin["data_name"] = config.model.name, config.data.name
+    try:
+        comparison = compare(reference, predictors, settings)
+    except UnfinishedError as unfinished:
+        print(unfinished)
+        return 0
+    lock = config.paths.cache / "evaluation-report.lock"
+    try:
+        with exclusively(lock, 600.0 * (rank.size == 1), "writing its report"):
+            written = config.paths.cache / f"evaluation-{_digest(comparison)}.txt"
+            if rank.size > 1 and written.exists() and Path(written.read_text(encoding="utf-8")).is_dir():
+                print(f"{rank}: another rank has written the report: {written.read_text(encoding='utf-8')}")
+                return 0
+            folder = write_report(config, comparison, command, next(iter(predictors.values()), None))
+            write_file(written, str(folder.absolute()).encode())
+    except LockTimeoutError:
+        print(f"{rank}: another rank writes the report")
     return 0
+
+
+def write_report(config: TrainConfig, comparison: Comparison, command: str, predictor: SourcePredictor | None) -> Path:
+    """Prints the tables, writes the files beside the newest run, and logs them to MLflow."""
+    embedded = config.data.world is not None and not comparison.settings.pope_files
+    print_comparison(comparison, embedded=embedded)
+    run_folder = config.paths.latest
+    parent = RunFolder(run_folder.resolve()).path if run_folder.exists() else run_folder.parent
+    folder = new_folder(parent / "evaluations")
+    files = report.write(folder, comparison, embedded=embedded, command=command)
+    print(f"\nreport: {files['html']}\nanswers, one line each: {files['answers']}")
+    if predictor is not None:
+        log_on_run(config, predictor, comparison, list(files.values()))
+    return folder
+
+
+def _digest(comparison: Comparison) -> str:
+    """Identity of a result: its answers and its settings."""
+    answers = sorted(store.digest for store in comparison.stores.values())
+    return digest(answers, comparison.settings)[:24]
+
+
+def print_comparison(comparison: Comparison, *, embedded: bool) -> None:
+    """Prints the verdict, the tables and what they say."""
+    found = report.verdict(comparison)
+    print(f"\n{found.sentence}\n{bullets([found.reason])}\n")
+    for prompt in comparison.prompts:
+        print(f"prompt {prompt.name}\n\n{table(report.answer_rows(comparison, prompt))}\n")
+    for rows in (report.caption_rows(comparison), report.fidelity_rows(comparison)):
+        if rows:
+            print(table(rows) + "\n")
+    print(bullets(report.reading(comparison, embedded=embedded)))
+
+
+def predictor_folders(config: TrainConfig, settings: EvaluationSettings) -> dict[str, Path]:
+    """Name -> predictor folder: those of `evaluation.predictors`, else the newest run's; none where none is needed."""
+    if not {"one-pass", "auto"} & set(settings.methods):
+        return {}
+    if not settings.predictors:
+        return {"": latest_run(config).predictor}
+    found: dict[str, Path] = {}
+    for text in settings.predictors:
+        folder = Path(text).expanduser()
+        if not folder.is_dir():
+            raise PredictorError(f"evaluation.predictors: {folder} is no folder; name folders that train.py exported")
+        name = folder.resolve().name
+        name = folder.resolve().parent.name if name == "predictor" else name
+        if not found:
+            name = ""
+        while name in found:
+            name += "+"
+        found[name] = folder
+    return found
+
+
+def evaluation_images(config: TrainConfig, settings: EvaluationSettings) -> CocoImages | None:
+    """Held-out images with annotations; None where question files and a folder of images are all that is needed.
+
+    Raises:
+        EvaluationError: Images to evaluate on are the training images.
+    """
+    paths = config.paths
+    places = [("evaluation.images_dir", settings.images_dir, paths.train_images),
+              ("evaluation.annotations", settings.annotations, paths.train_annotations)]  # fmt: skip
+    for key, given, training in places:
+        if given is not None and Path(given).expanduser().resolve() == training.resolve():
+            raise EvaluationError(f"{key}={given} is what the predictor was fitted to: give held-out images")
+    if (
+        settings.annotations is None
+        and settings.pope_files
+        and settings.images_dir
+        and "chair" not in settings.benchmarks
+    ):
+        return None
+    if settings.annotations is None and settings.images_dir is None:
+        return held_out_images(config)
+    folder = Path(settings.images_dir).expanduser() if settings.images_dir else paths.eval_images
+    annotations = Path(settings.annotations).expanduser() if settings.annotations else paths.eval_annotations
+    return CocoImages(folder, annotations, paths.cache)
+
+
+def log_on_run(config: TrainConfig, predictor: SourcePredictor, comparison: Comparison, files: list[Path]) -> None:
+    """Adds metrics and files to the run that made the predictor, if the tracking store has it."""
+    run_id = ((getattr(predictor, "info", None) or {}).get("provenance") or {}).get("mlflow_run_id")
+    if not run_id or (config.tracking.uri is None and not config.paths.mlflow_db.exists()):
+        return
+    try:
+        client = MlflowClient(config.tracking_uri)
+        client.get_run(run_id)
+    except MlflowException:
+        print(f"not logged: {config.tracking_uri} has no run {run_id}, which made the predictor")
+        return
+    runs.log_metrics(client, run_id, report.metrics(comparison))
+    for file in files:
+        client.log_artifact(run_id, str(file), f"evaluations/{file.parent.name}")
+    print(f"logged on the predictor's run {run_id}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ def log_fit(
         figure.savefig(folder.reports / name, dpi=130)
         client.log_artifact(run, str(folder.reports / name), "figures")
     values = fit_report.metrics(fitted.metrics, fitted.floors, packed.confidence)
+    values |= {f"test/{name}": value for name, value in fitted.sources.metrics().items()}
     runs.log_metrics(client, run, values, model_id)
     return model_id
 
@@ -54,7 +57,8 @@ def log_comparison(
 ) -> None:
     """Writes the report of a comparison, and logs it with every number."""
     client, run = tracker.experiment, str(tracker.run_id)
-    files = report.write(folder.reports, comparison, embedded=config.data.world is not None)
+    command = shlex.join(sys.argv)
+    files = report.write(folder.reports, comparison, embedded=config.data.world is not None, command=command)
     runs.log_metrics(client, run, report.metrics(comparison), model_id)
     for file in files.values():
         client.log_artifact(run, str(file), "reports")
@@ -62,12 +66,10 @@ def log_comparison(
 
 def print_result(config: TrainConfig, folder: RunFolder, result: Result, run: str) -> None:
     """Prints the tables and where everything is."""
-    k = config.scr.num_sources
-    print(
-        f"\nThe predictor on {config.harvest.test} test images, K = {k} (95 % intervals over images; mass: attention"
-    )
-    print("recovered, of the best K's)\n")
-    print(table(fit_report.source_rows(result.fit.metrics, result.fit.floors, k)))
+    sources = result.fit.sources
+    print(f"\nThe predictor on {config.harvest.test} test images, K = {sources}.")
+    print("95 % intervals over images; mass: attention recovered, of the best K's\n")
+    print(table(source_rows(result.fit)))
     confidence = result.packed.confidence
     print(
         f"\nconfidence on the test split: expected calibration error {confidence['ece']:.3f} isotonic, "
@@ -77,13 +79,23 @@ def print_result(config: TrainConfig, folder: RunFolder, result: Result, run: st
     if (comparison := result.comparison) is not None:
         print(f"\nAnswers on {comparison.images} held-out images\n")
         print(table(report.answer_rows(comparison)))
-        print("\n" + bullets(report.reading(comparison, embedded=config.data.world is not None)))
+        found = report.verdict(comparison)
+        print(f"\n{found.sentence}")
+        print(bullets([found.reason, *report.reading(comparison, embedded=config.data.world is not None)]))
     count = result.packed.exported.predictor.count_parameters()
     print(f"\nthis run: {folder.path}")
     print(f"report and figures: {folder.reports}")
     print(f"predictor: {config.paths.predictor}  ({count:,} parameters)")
     print(f"compare runs: {pages(config)}  (experiment {config.experiment!r}, run {run})")
     print(f'use it: with SCR(model, predictor="{config.paths.predictor}", mode="auto"): model.generate(**inputs)')
+
+
+def source_rows(fit: Fit) -> list[list[str]]:
+    """Table of the predictor between floors and ceiling; its heads name K where that is one number."""
+    head, *rows = fit_report.source_rows(fit.metrics, fit.floors, fit.sources.most)
+    if fit.sources.fewest < fit.sources.most:
+        head = [cell.replace(f"@{fit.sources.most}", "@K") for cell in head]
+    return [head, *rows]
 
 
 def register(client: MlflowClient, config: TrainConfig, run: str) -> None:
@@ -100,7 +112,7 @@ def maps_figure(config: TrainConfig, processor: Any, module: SourceModule) -> An
     samples = ShardReader(Path(config.paths.harvest), "test")
     examples = []
     for number in range(min(_FIGURE_IMAGES, len(samples))):
-        sample = samples[number]
+        sample = samples[number].overview
         with torch.inference_mode():
             scores = module(sample.states[None], sample.grid, sample.question[:1])[0]
         picture = unprocessed(processor, images.open(sample.image_id))

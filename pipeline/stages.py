@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,19 +11,26 @@ from pytorch_lightning.loggers import MLFlowLogger
 
 from configs import TrainConfig, digest
 from data.datamodule import ShardDataModule
+from data.grids import grids_of
+from data.index import read_sidecar
 from data.vlm import library_versions, load_vlm
-from evaluation.compare import Comparison, Reference, compare, measure_reference
+from evaluation.compare import Comparison, compare, measure_reference
+from evaluation.reference import Reference
 from export.package import Exported, export_predictor
 from pipeline.folders import RunFolder
 from pipeline.harvest import harvest_from_config, held_out_images
 from predictor import baselines
+from predictor.batch import SourceCount
 from predictor.calibration import ConfidenceRows, confidence_rows
 from predictor.checkpoints import BEST
+from predictor.errors import FitError
 from predictor.fit import fit
 from predictor.metrics import Interval, summarise_rows
 from predictor.module import SourceModule
 from predictor.reliability import calibration_summary
-from scr_runtime import describe_model
+from scr_runtime import describe_model, load_predictor
+from scr_runtime.errors import PrefillError
+from scr_runtime.rule import source_rule
 
 SELECTED_BY = "val/best_mass"
 """Metric that chooses among the children of a sweep."""
@@ -53,14 +61,14 @@ class Work:
         return self._data.for_fit(config.trainer, seed=config.seed, mean_maps=config.mean_maps)
 
     def reference(self, config: TrainConfig) -> Reference:
-        """Answers that need no predictor."""
-        settings = config.evaluation
-        asked = settings.model_dump(include={"images", "questions_per_image", "batch_size", "seed"})
-        key = digest(config.scr.to_dict(), asked)
+        """What is asked about, and the answers that need no predictor."""
+        settings = config.evaluation.for_training
+        key = digest(config.scr.to_dict(), settings)
         if key not in self._references:
-            images = held_out_images(config)
-            cache = config.paths.cache
-            self._references[key] = measure_reference(self.model, self.processor, config.scr, images, settings, cache)
+            images, cache = held_out_images(config), config.paths.cache
+            reference = measure_reference(self.model, self.processor, config.scr, images, settings, cache)
+            reference.origin.update(model_name=config.model.name, data_name=config.data.name)
+            self._references[key] = reference
         return self._references[key]
 
     def floors(self, config: TrainConfig) -> dict[str, dict[str, Interval]]:
@@ -83,9 +91,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Fit:
-    """A finished fit: its best checkpoint, its metrics on the test split and those of floors and ceiling."""
+    """A finished fit: its best checkpoint, and on the test split K, its metrics and those of floors and ceiling."""
 
     module: SourceModule
+    sources: SourceCount
     metrics: dict[str, Interval]
     floors: dict[str, dict[str, Interval]]
 
@@ -113,6 +122,7 @@ def fit_predictor(config: TrainConfig, work: Work, folder: RunFolder, tracker: M
     print_step(3, "fit: the predictor learns the maps")
     pl.seed_everything(config.seed, verbose=False)
     data = work.data(config)
+    check_grids(config, data)
     module = SourceModule(
         config.predictor.network(data.hidden_size), config.scr, config.trainer, config.predictor.loss
     )
@@ -124,7 +134,26 @@ def fit_predictor(config: TrainConfig, work: Work, folder: RunFolder, tracker: M
     tracker.experiment.update_run(tracker.run_id, status="RUNNING")  # Lightning's logger has marked it as finished
     tracker.log_metrics({SELECTED_BY: fitted.score}, step=fitted.epochs)
     print(f"best epoch: val/mass {fitted.score:.4f} after {fitted.epochs} epochs")
-    return Fit(fitted.module, measure(config, data, fitted.module.score), work.floors(config))
+    sources = SourceCount.of(data.grids("test"), config.scr)
+    return Fit(fitted.module, sources, measure(config, data, fitted.module.score), work.floors(config))
+
+
+def check_grids(config: TrainConfig, data: ShardDataModule) -> None:
+    """Checks that each grid of the harvest has patches that can be sources, before any of them is fitted to.
+
+    Raises:
+        FitError: One has none.
+    """
+    for shard in data.index["shards"]:
+        for entry in read_sidecar(data.directory, shard["name"])["samples"]:
+            try:
+                for grid in grids_of(entry["grid"]):
+                    source_rule(config.scr, grid)
+            except PrefillError as error:
+                raise FitError(
+                    f"image {int(entry['key'])} of {data.directory}: {error} (model.scr.exclude_border=false), or "
+                    "harvest again in another folder (harvest.name): pictures too small for it are left out"
+                ) from error
 
 
 def measure(config: TrainConfig, data: ShardDataModule, score: baselines.Score) -> dict[str, Interval]:
@@ -144,7 +173,10 @@ def export(config: TrainConfig, fitted: Fit, work: Work, folder: RunFolder, run:
         model=describe_model(work.model, work.processor),
         validation=data.val_dataloader(),
         settings=config.predictor,
-        metrics={f"test/{name}": interval.mean for name, interval in fitted.metrics.items()},
+        metrics={
+            **{f"test/{name}": interval.mean for name, interval in fitted.metrics.items()},
+            **{f"test/{name}": value for name, value in fitted.sources.metrics().items()},
+        },
         provenance={
             "mlflow_run_id": run,
             "data_fingerprint": work.harvested.fingerprint,
@@ -159,11 +191,13 @@ def export(config: TrainConfig, fitted: Fit, work: Work, folder: RunFolder, run:
 
 
 def compare_answers(config: TrainConfig, work: Work, exported: Exported) -> Comparison | None:
-    """Asks the model under every mode; None if no answers are to be compared."""
+    """Asks the model under every method; None if no answers are to be compared."""
     if not config.evaluation.images:
         return None
     print_step(5, "compare: two-pass, one-pass, auto and the controls on held-out images")
-    return compare(work.reference(config), exported.folder, config.evaluation)
+    predictors = {"": load_predictor(exported.folder)}
+    predictors |= {Path(folder).name: load_predictor(folder) for folder in config.evaluation.predictors}
+    return compare(work.reference(config), predictors, config.evaluation.for_training)
 
 
 def print_step(number: int, text: str) -> None:

@@ -25,9 +25,12 @@ from data.settings import VLMSettings
 from data.vlm import load_vlm
 from data.wording import CAPTION_PROMPT
 from evaluation.chair import Chair, chair
-from evaluation.methods import TWO_PASS, UNIFORM, VANILLA, Methods
-from evaluation.pope import Answers, Score, ask, make_quiz, score
-from evaluation.settings import EvaluationSettings
+from evaluation.compare import Comparison, compare
+from evaluation.methods import TWO_PASS, UNIFORM, VANILLA
+from evaluation.reference import prepare_reference
+from evaluation.scores import Score
+from evaluation.settings import EvaluationSettings, MethodName
+from evaluation.synonyms import Vocabulary
 from evaluation.tables import table
 from scenes.drawing import LOOKS, SQUARE, Look
 from scenes.world import write_stream
@@ -105,15 +108,17 @@ def measure(checkpoint: Path, seed: int = 0, count: int = 500) -> Measured:
     model, processor = load_vlm(settings)
     with tempfile.TemporaryDirectory() as folder:
         images = held_out_images(Path(folder), seed, count, look_of(checkpoint))
-        answers = answer(model, processor, images, EvaluationSettings(images=count, batch_size=_BATCH, seed=seed))
+        found = ask(model, processor, images, scr_of(model), [VANILLA], count, seed)
         captions = describe(model, processor, images, images.ids[:_CAPTIONED])
-        moved = sensitivity(model, processor, images, scr_of(model), images.ids[:_MOVED])
+        moved = sensitivity(model, processor, images, scr_of(model), min(count, _MOVED), seed)
+    assert found.headline is not None and found.quiz is not None
+    words = Vocabulary({name: [] for name in images.categories})
     return Measured(
         scenes=count,
-        scores={name: score(answers, VANILLA, name, EvaluationSettings(seed=seed)) for name in STRATEGIES},
-        questions={name: len(rows) for name, rows in answers.splits.items()},
+        scores={name: found.headline.scores[VANILLA, name] for name in STRATEGIES},
+        questions={name: len(split.ids) for name, split in found.quiz.splits.items()},
         captioned=len(captions),
-        captions=chair(captions, images.categories, [images.present(i) for i in images.ids[: len(captions)]]),
+        captions=chair(captions, words, [images.present(i) for i in images.ids[: len(captions)]]),
         repeating=repeating(captions, images.categories),
         moved=moved,
     )
@@ -131,8 +136,19 @@ def scr_of(model: Any, strength: float = SCRConfig.strength) -> SCRConfig:
     return dataclasses.replace(blocks, source_fraction=SOURCE_FRACTION, strength=strength)
 
 
+def ask(
+    model: Any, processor: Any, images: CocoImages, scr: SCRConfig, methods: list[MethodName], count: int, seed: int
+) -> Comparison:
+    """Asks POPE's questions about the first images (arXiv 2305.10355), by the margin of the first token."""
+    asked = EvaluationSettings(
+        images=count, batch_size=_BATCH, seed=seed, benchmarks=["pope"], methods=methods, prompts=["plain"],
+        decoding="margin",
+    )  # fmt: skip
+    return compare(prepare_reference(model, processor, scr, images, asked), {}, asked)
+
+
 def sensitivity(
-    model: Any, processor: Any, images: CocoImages, scr: SCRConfig, image_ids: Sequence[int]
+    model: Any, processor: Any, images: CocoImages, scr: SCRConfig, count: int, seed: int = 0
 ) -> Sensitivity:
     """Asks POPE's questions without SCR, with two-pass sources and with random ones, and compares the margins.
 
@@ -143,18 +159,20 @@ def sensitivity(
         processor: Its processor.
         images: Held-out images with annotations.
         scr: What is edited, where and how strongly.
-        image_ids: Which images are asked about, at least 2.
+        count: How many images are asked about, at least 2.
+        seed: Of the questions.
     """
-    quiz = make_quiz(images, image_ids, EvaluationSettings())
-    names = (VANILLA, TWO_PASS, UNIFORM)
-    margins, _ = ask(model, processor, Methods(model, scr), names, images, quiz, _BATCH)
+    found = ask(model, processor, images, scr, [VANILLA, TWO_PASS, UNIFORM], count, seed).headline
+    assert found is not None
+    margins = found.answered.margins
     before = margins[VANILLA]
+    names = (TWO_PASS, UNIFORM)
     return Sensitivity(
         scr=scr,
         questions=len(before),
         margin=float(np.median(np.abs(before))),
-        shift={name: float(np.median(np.abs(margins[name] - before))) for name in names[1:]},
-        changed={name: int(((margins[name] > 0) != (before > 0)).sum()) for name in names[1:]},
+        shift={name: float(np.median(np.abs(margins[name] - before))) for name in names},
+        changed={name: int(((margins[name] > 0) != (before > 0)).sum()) for name in names},
     )
 
 
@@ -169,22 +187,6 @@ def held_out_images(folder: Path, seed: int, count: int, look: Look = SQUARE) ->
     with tqdm(total=count, desc="render scenes", unit="image") as progress:
         write_stream(folder, STREAM, count, seed, progress, look=look)
     return CocoImages(folder / STREAM, folder / "annotations" / f"instances_{STREAM}.json")
-
-
-def answer(model: Any, processor: Any, images: CocoImages, settings: EvaluationSettings) -> Answers:
-    """Asks the model as it is about all images, as POPE does (arXiv 2305.10355)."""
-    quiz = make_quiz(images, images.ids, settings)
-    margins, _ = ask(model, processor, Methods(model, scr_of(model)), (VANILLA,), images, quiz, settings.batch_size)
-    unknown = np.full(len(quiz.questions), np.nan)  # entropy and confidence: no method of SCR is asked
-    return Answers(
-        image=quiz.image,
-        truth=quiz.truth,
-        splits=quiz.splits,
-        margins=margins,
-        entropy=unknown,
-        confidence=unknown,
-        fallback=0.0,
-    )
 
 
 @torch.no_grad()
@@ -203,8 +205,7 @@ def as_text(measured: Measured) -> str:
     """The figures as a table and a sentence."""
     rows = [["split", "questions", "accuracy", "HR", "TPR", "yes", "AUC"]]
     for name, found in measured.scores.items():
-        yes = (found.tpr + found.hr) / 2  # half of the questions are about present objects
-        figures = (found.accuracy, found.hr, found.tpr, yes, found.auc)
+        figures = (found.accuracy, found.hr.mean, found.tpr, found.yes_ratio, found.auc)
         rows.append([name, f"{measured.questions[name]:,}", *(f"{figure:.3f}" for figure in figures)])
     captions, moved = measured.captions, measured.moved
     first, last = moved.scr.edit_layers

@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from scr_runtime.config import PredictorConfig, SCRConfig
-from scr_runtime.errors import PredictorCorruptError, PredictorNotFoundError
+from scr_runtime.errors import ConfigurationError, PredictorCorruptError, PredictorNotFoundError
 from scr_runtime.files import write_file
 from scr_runtime.network import SourcePredictor
 from scr_runtime.reading import (
@@ -65,9 +65,11 @@ def save_predictor(
 
     Returns:
         The folder.
+
+    Raises:
+        ConfigurationError: If ``model`` lacks a key, or a value is one that ``load_predictor`` would refuse.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().float().contiguous() for name, value in predictor.state_dict().items()}
     weights = save_tensors(tensors)
     record: dict[str, Any] = {
@@ -86,6 +88,11 @@ def save_predictor(
     record = json.loads(json.dumps(record, allow_nan=False))  # what will be read: tuples are lists, keys are strings
     record["checksum"] = checksum(record)
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    try:
+        parse_record(text.encode(), folder / CONFIG_NAME)
+    except PredictorCorruptError as error:
+        raise ConfigurationError(f"what is to be saved could not be loaded again: {error}") from None
+    folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / WEIGHTS_NAME, weights)
     write_file(folder / CARD_NAME, (card or _card(record)).encode())
     write_file(folder / CONFIG_NAME, text.encode())

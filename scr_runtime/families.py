@@ -116,6 +116,12 @@ def _qwen_tap(block: Any, layer: int) -> tuple[nn.Module, str, Around]:
 # -- the table -------------------------------------------------------------------------------------------------------
 
 
+def _mrope(model: Any, call: Mapping[str, Any]) -> Tensor:
+    """[3, B, S] positions of M-RoPE, by the model's own rule."""
+    given = {key: call.get(key) for key in ("mm_token_type_ids", "image_grid_thw", "attention_mask")}
+    return model.model.get_rope_index(call["input_ids"], **given)[0]
+
+
 def _brings_images(model: Any, call: Mapping[str, Any]) -> bool:
     return is_image_prefill(call)
 
@@ -142,6 +148,7 @@ class Family:
             or tile, in order of appearance.
         fixed_grid: Model and keyword arguments -> the grid of every image; ``None`` where images have grids of their
             own.
+        several_grids: Whether an image can have several: a thumbnail, tiles.
         base: Model -> the module whose forward turns images and tokens into states: every way into the model leads
             through it.
         blocks: Model -> its decoder blocks, in order.
@@ -152,14 +159,17 @@ class Family:
         between_blocks: Keyword arguments of the decoder's call -> what it does to the residual stream between
             its blocks; ``None`` if it does nothing.
         tap: For attention that is no transformers interface; ``None`` for one that is.
-        packs: Whether several prompts about one image can be packed into one sequence (``scr_runtime.packing``):
-            positions are one number per token and all blocks see as far. Set it once
+        packs: Whether several prompts about one image can be packed into one sequence (``scr_runtime.packing``): all
+            blocks see as far, and positions are counted or ``positions`` gives them. Set it once
             tests/scr_runtime/test_maps.py has compared the family prompt by prompt.
+        positions: Model and the inputs of all prompts, images repeated -> [A, B, S] positions that the model would
+            give their tokens; ``None`` where they count the kept tokens.
     """
 
     name: str
     image_grids: Callable[[Any, Mapping[str, Any]], list[ImageGrid]]
     fixed_grid: GridOf | None = None
+    several_grids: bool = False
     base: Callable[[Any], nn.Module] = lambda model: model.model
     blocks: Callable[[Any], nn.ModuleList] = lambda model: model.model.language_model.layers
     text_config: Callable[[Any], Any] = lambda model: model.model.language_model.config
@@ -169,17 +179,24 @@ class Family:
     between_blocks: Callable[[Mapping[str, Any]], BetweenBlocks | None] | None = None
     tap: Tap | None = None
     packs: bool = False
+    positions: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
 
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family(name="llava", packs=True, **_one_grid(grids.llava_grid)),
-        Family(name="llava_next", image_grids=grids.llava_next_grids),
-        Family(name="llava_onevision", image_grids=grids.llava_onevision_grids),
-        Family(name="qwen2_vl", image_grids=grids.qwen_vl_grids),
-        Family(name="qwen2_5_vl", image_grids=grids.qwen_vl_grids),
-        Family(name="qwen3_vl", image_grids=grids.qwen_vl_grids, between_blocks=_deepstack),
+        Family(name="llava_next", image_grids=grids.llava_next_grids, several_grids=True, packs=True),
+        Family(name="llava_onevision", image_grids=grids.llava_onevision_grids, several_grids=True),
+        Family(name="qwen2_vl", image_grids=grids.qwen_vl_grids, packs=True, positions=_mrope),
+        Family(name="qwen2_5_vl", image_grids=grids.qwen_vl_grids, packs=True, positions=_mrope),
+        Family(
+            name="qwen3_vl",
+            image_grids=grids.qwen_vl_grids,
+            between_blocks=_deepstack,
+            packs=True,
+            positions=_mrope,
+        ),
         Family(
             name="chameleon",
             **_one_grid(grids.chameleon_grid),
@@ -187,7 +204,7 @@ FAMILIES: dict[str, Family] = {
             text_config=lambda model: model.config,
             decoder=lambda model: model.model,
         ),
-        Family(name="internvl", **_one_grid(grids.internvl_grid)),
+        Family(name="internvl", **_one_grid(grids.internvl_grid), several_grids=True),
         Family(
             name="qwen",
             image_grids=_qwen_grids,

@@ -81,13 +81,11 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows
         raise PrefillError(
             "a prompt without an image: the diagnostic run needs pixel_values and an image placeholder in the text"
         )
-    packed = None
+    packed, rows = None, None
     if rows_per_image > 1:
         packed = _pack(model, decoder, inputs, rows_per_image)
-        inputs = _with_shared_features(model, inputs, rows_per_image if packed is None else 1)
-    if packed is not None:
-        inputs = {**inputs, **{k: getattr(packed, k) for k in ("input_ids", "position_ids", "attention_mask")}}
-    layout = _layout(model, family, inputs, packed)
+        inputs = _packed_inputs(inputs, packed) if packed else _with_images_per_row(model, inputs, rows_per_image)
+    layout, rows = _layout(model, family, inputs, packed)
     captures: list[Capture] = []
     thread = threading.get_ident()
 
@@ -108,9 +106,9 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows
             here.captures = True
             model(**{**inputs, "use_cache": False})
         except _Captured:
-            if packed is not None:  # one image per row
-                captures = [replace(one, row=row) for row, one in enumerate(captures)]
-            return captures
+            return (
+                captures if rows is None else [replace(one, row=row) for one, row in zip(captures, rows, strict=True)]
+            )
         finally:
             here.captures = False
     raise PrefillError(
@@ -143,17 +141,20 @@ def _captures(state: StateLayerOutput) -> list[Capture]:
     return [found[image] for image in sorted(found)]
 
 
-def _layout(model: nn.Module, family: Family, inputs: Mapping[str, Any], packed: Packed | None) -> VisualLayout:
-    """Where the images of a batch are; of one that was packed, once per prompt."""
+def _layout(
+    model: nn.Module, family: Family, inputs: Mapping[str, Any], packed: Packed | None
+) -> tuple[VisualLayout, list[int] | None]:
+    """Where the images of a batch are; of one that was packed, once per prompt, with the prompt of each."""
+    rows = None
     visual = family.visual_tokens(model, inputs["input_ids"])
     grids = family.image_grids(model, inputs)
     if packed is not None:
-        layout = packed.expand(visual_layout(visual, None, grids))
+        layout, rows = packed.expand(visual_layout(visual, None, grids))
     else:
         layout = visual_layout(visual, inputs.get("attention_mask"), grids)
     if not layout.fits(layout.edge.tolist()):
         raise count_mismatch(layout)
-    return layout
+    return layout, rows
 
 
 def _pack(model: nn.Module, decoder: Decoder, inputs: Mapping[str, Any], rows_per_image: int) -> Packed | None:
@@ -165,12 +166,47 @@ def _pack(model: nn.Module, decoder: Decoder, inputs: Mapping[str, Any], rows_pe
         family.packs
         and kinds == {"full_attention"}
         and takes_mask_tensor(config)
-        and set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
+        and {"input_ids", "attention_mask", "pixel_values"} <= set(inputs) <= _KNOWN
     ):
         return None
     visual = family.visual_tokens(model, inputs["input_ids"])
     dtype = next(decoder.blocks[0].parameters()).dtype
-    return pack(inputs["input_ids"], inputs["attention_mask"], visual, rows_per_image, dtype)
+    known = None if family.positions is None else family.positions(model, _repeated(inputs, rows_per_image))
+    return pack(inputs["input_ids"], inputs["attention_mask"], visual, rows_per_image, dtype, known)
+
+
+_TABLES = ("image_sizes", "image_grid_thw")  # one entry per image
+_PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "position_ids")
+_KNOWN = {*_PER_TOKEN, *_TABLES, "pixel_values"} - {"position_ids"}
+
+
+def _packed_inputs(inputs: Mapping[str, Any], packed: Packed) -> dict[str, Any]:
+    """The inputs of a pass over packed prompts; what else came per token belongs to the unpacked ones."""
+    others = {key: value for key, value in inputs.items() if key not in _PER_TOKEN}
+    return {**others, **{key: getattr(packed, key) for key in ("input_ids", "position_ids", "attention_mask")}}
+
+
+def _tables(inputs: Mapping[str, Any]) -> list[str]:
+    return [key for key in _TABLES if inputs.get(key) is not None]
+
+
+def _repeated(inputs: Mapping[str, Any], rows_per_image: int) -> dict[str, Any]:
+    """The inputs with each image's entry in the tables once per row."""
+    tables = {key: inputs[key].repeat_interleave(rows_per_image, 0) for key in _tables(inputs)}
+    return {**inputs, **tables}
+
+
+def _with_images_per_row(model: Any, inputs: Mapping[str, Any], rows_per_image: int) -> dict[str, Any]:
+    """Inputs in which each row has its image: by its features, or where tables belong to pixels, by its pixels."""
+    if not _tables(inputs):
+        return _with_shared_features(model, inputs, rows_per_image)
+    pixels: Tensor = inputs["pixel_values"]
+    table: Tensor | None = inputs.get("image_grid_thw")
+    images = pixels if table is None else pixels.split(table.prod(-1).tolist())  # [M, T, 3, H, W], or patches in a row
+    repeated = [image for image in images for _ in range(rows_per_image)]
+    return _repeated(inputs, rows_per_image) | {
+        "pixel_values": torch.stack(repeated) if table is None else torch.cat(repeated)
+    }
 
 
 def _with_shared_features(model: Any, inputs: Mapping[str, Any], rows_per_image: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class Packed:
 
     Attributes:
         input_ids: [M, S] int64.
-        position_ids: [M, S] int64.
+        position_ids: [M, S] int64, or [A, M, S] for a model whose positions have A axes.
         attention_mask: [M, 1, S, S] additive.
         text_weights: [M * P, S] float32, equal over the text of each prompt, zero elsewhere.
     """
@@ -32,19 +32,42 @@ class Packed:
     attention_mask: Tensor
     text_weights: Tensor
 
-    def expand(self, layout: VisualLayout) -> VisualLayout:
-        """Makes a layout of M images one of M * P, where each image is asked about by each of its prompts."""
+    def expand(self, layout: VisualLayout) -> tuple[VisualLayout, list[int]]:
+        """Makes a layout of M images one of M * P, where each image is asked about by each of its prompts.
+
+        Returns:
+            The layout, whose grids are in order of appearance over the M * P prompts, and the prompt of each grid.
+        """
         prompts = len(self.text_weights) // len(self.input_ids)
         weights = self.text_weights[:, -layout.text_rows :]
+        row_of = {
+            image: row for group in layout.groups for image, row in zip(group.images, group.rows.tolist(), strict=True)
+        }
+        asked = sorted((row_of[image] * prompts + prompt, image) for image in row_of for prompt in range(prompts))
+        place = {both: number for number, both in enumerate(asked)}
         groups: list[ImageGroup] = []
         for group in layout.groups:
-            images = [image * prompts + prompt for image in group.images for prompt in range(prompts)]
-            positions, rows = (value.repeat_interleave(prompts, 0) for value in (group.positions, group.rows))
-            groups.append(replace(group, images=images, positions=positions, rows=rows, text_weights=weights[images]))
-        return replace(layout, groups=groups)
+            rows = [row_of[image] * prompts + prompt for image in group.images for prompt in range(prompts)]
+            repeated = [image for image in group.images for _ in range(prompts)]
+            expanded = replace(
+                group,
+                images=[place[both] for both in zip(rows, repeated, strict=True)],
+                positions=group.positions.repeat_interleave(prompts, 0),
+                rows=group.rows.repeat_interleave(prompts, 0),
+                text_weights=weights[rows],
+            )
+            groups.append(expanded)
+        return replace(layout, groups=groups), [row for row, _ in asked]
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor, visual: Tensor, prompts: int, dtype: torch.dtype) -> Packed | None:
+def pack(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    visual: Tensor,
+    prompts: int,
+    dtype: torch.dtype,
+    known: Tensor | None = None,
+) -> Packed | None:
     """Packs the rows of a batch whose every ``prompts`` successive rows ask about one image.
 
     Args:
@@ -53,6 +76,8 @@ def pack(input_ids: Tensor, attention_mask: Tensor, visual: Tensor, prompts: int
         visual: [M * P, S] bool, the visual tokens.
         prompts: P.
         dtype: The model's, for the mask.
+        known: [A, M * P, S] int64 positions of each row's tokens, for a model that has axes of its own; ``None`` where
+            kept tokens are counted.
 
     Returns:
         ``None`` if a row has no image or no text after it, or differs from the others of its image before its end.
@@ -69,20 +94,23 @@ def pack(input_ids: Tensor, attention_mask: Tensor, visual: Tensor, prompts: int
     if any(head != heads[row - row % prompts] for row, head in enumerate(heads)) or not all(tails):
         return None
 
+    counted = (attention_mask.long().cumsum(-1) - 1)[None] if known is None else known  # [A, M * P, S]
+    kept = [row[:, mask] for row, mask in zip(counted.cpu().unbind(1), attention_mask.bool().cpu(), strict=True)]
     starts = range(0, len(heads), prompts)
     length = max(len(heads[start]) + sum(map(len, tails[start : start + prompts])) for start in starts)
     ids = torch.zeros(len(starts), length, dtype=torch.long)
-    positions, segments = torch.zeros_like(ids), torch.full_like(ids, -1)  # segments: 0 image, 1.. texts, -1 padding
+    positions = ids.new_zeros(len(counted), *ids.shape)
+    segments = torch.full_like(ids, -1)  # 0 image, 1.. texts, -1 padding
     weights = torch.zeros(len(heads), length, dtype=torch.float32)
     for row, start in enumerate(starts):
-        place = shared = len(heads[start])
+        place = len(heads[start])
         ids[row, :place] = torch.tensor(heads[start])
-        positions[row, :place] = torch.arange(place)
+        positions[:, row, :place] = kept[start][:, :place]
         segments[row, :place] = 0
         for prompt, tail in enumerate(tails[start : start + prompts]):
             text = slice(place, place + len(tail))
             ids[row, text] = torch.tensor(tail)
-            positions[row, text] = shared + torch.arange(len(tail))
+            positions[:, row, text] = kept[start + prompt][:, -len(tail) :]
             segments[row, text] = prompt + 1
             weights[start + prompt, text] = 1 / len(tail)
             place = text.stop
@@ -92,4 +120,4 @@ def pack(input_ids: Tensor, attention_mask: Tensor, visual: Tensor, prompts: int
     seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # [M, S, S]: image, own text
     hidden = ~seen.tril() & ~torch.eye(length, dtype=torch.bool, device=device)  # padding sees itself, and is unseen
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
-    return Packed(ids, positions, mask[:, None], weights)
+    return Packed(ids, positions[0] if known is None else positions, mask[:, None], weights)

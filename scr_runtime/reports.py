@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
+from scr_runtime.layout import VisualLayout
 from scr_runtime.network import SourcePredictor
 from scr_runtime.redistribute import Grid, credit_entropy
 from scr_runtime.sources import Choice
@@ -14,7 +16,7 @@ from scr_runtime.sources import Choice
 
 @dataclass(frozen=True)
 class ImageReport:
-    """What SCR did to one image of the last prefill.
+    """What SCR did to one image of the last prefill, or to one grid of an image that has several.
 
     Attributes:
         provider: Who chose the sources: ``"one-pass"``, ``"two-pass"`` or ``"uniform"``.
@@ -27,6 +29,9 @@ class ImageReport:
         layers_edited: The decoder blocks whose output was edited.
         drift: How many times wider or narrower the predictor's features reach than those of its fit; ``None`` if it
             was not asked or has no drift guard.
+        row: Row of the batch that the model ran; with beams, of the repeated prompts.
+        image: Which image of that row's prompt, from 0.
+        place: Which grid of that image, from 0: a thumbnail and its tiles are one image.
     """
 
     provider: str
@@ -38,6 +43,66 @@ class ImageReport:
     grid: Grid
     layers_edited: tuple[int, ...]
     drift: float | None = None
+    row: int = 0
+    image: int = 0
+    place: int = 0
+
+
+class Origin(NamedTuple):
+    """Where a grid comes from, see ``ImageReport``."""
+
+    row: int
+    image: int
+    place: int
+
+
+def origins(layout: VisualLayout, tiles: bool) -> list[Origin]:
+    """Finds the row and the image of each grid of a prefill, in order of appearance. Waits for the device.
+
+    Args:
+        layout: Where the grids are.
+        tiles: Whether the family gives an image several grids. Those follow each other patch by patch; between two
+            images stands a token that is no patch, in every such family.
+    """
+    places: dict[int, tuple[int, int, int]] = {}
+    for group in layout.groups:
+        ends = zip(group.images, group.rows.tolist(), group.positions[:, [0, -1]].tolist(), strict=True)
+        places |= {image: (row, first, last) for image, row, (first, last) in ends}
+    found: list[Origin] = []
+    before = -1
+    for row, first, last in (places[image] for image in sorted(places)):
+        if not found or found[-1].row != row:
+            found.append(Origin(row, 0, 0))
+        elif tiles and first == before + 1:
+            found.append(found[-1]._replace(place=found[-1].place + 1))
+        else:
+            found.append(Origin(row, found[-1].image + 1, 0))
+        before = last
+    return found
+
+
+def report_prefill(
+    layout: VisualLayout,
+    choices: list[Choice],
+    predictor: SourcePredictor | None,
+    layers_edited: tuple[int, ...],
+    tiles: bool,
+) -> list[ImageReport]:
+    """Reports on the images of a prefill, in order of appearance. Waits for the device.
+
+    Args:
+        layout: Where they are.
+        choices: Per group, the sources of those that are no copies.
+        predictor: The one that scored them, if any did.
+        layers_edited: The decoder blocks whose output was edited.
+        tiles: Whether the family gives an image several grids.
+    """
+    found: dict[int, ImageReport] = {}
+    for group, choice in zip(layout.groups, choices, strict=True):
+        images = [group.images[place] for place in layout.firsts(group)]
+        found |= zip(images, report_images(choice, predictor, layers_edited), strict=True)
+    where = origins(layout, tiles)
+    return [replace(found[image], **where[image]._asdict()) for image in sorted(found)]
 
 
 def report_images(

@@ -24,7 +24,7 @@ from scr_runtime.network import SourcePredictor
 from scr_runtime.passes import Passes
 from scr_runtime.prefill import Prefill
 from scr_runtime.prefix import Question
-from scr_runtime.reports import ImageReport, report_images
+from scr_runtime.reports import ImageReport, report_prefill
 from scr_runtime.session import ImageSession
 from scr_runtime.shadows import Shadows
 from scr_runtime.sources import Fallback
@@ -245,12 +245,9 @@ class SCR:
         last = self._last
         if last is None or last.failed:
             return []
-        found: dict[int, ImageReport] = {}
-        for group, choice in zip(last.layout.groups, last.counted(), strict=True):
-            images = [group.images[place] for place in last.layout.firsts(group)]
-            reports = report_images(choice, self._predictor, tuple(last.fired))
-            found |= zip(images, reports, strict=True)
-        return [found[image] for image in sorted(found)]
+        return report_prefill(
+            last.layout, last.counted(), self._predictor, tuple(last.fired), self._family.several_grids
+        )
 
     @property
     def stats(self) -> SCRStats:

@@ -70,7 +70,9 @@ def test_the_chain_ends_in_a_predictor_tables_and_where_they_are(
     assert re.search(r"done in [\d.]+ minutes\n$", result.stdout)
     assert not re.search(r"warn|Traceback", result.stderr, re.IGNORECASE)
     reports = {path.name for path in (folder / "runs/reports/scene-llava").iterdir()}
-    assert reports == {"evaluation.md", "evaluation.json", "evaluation.png", "maps.png", "reliability.png"}
+    assert reports == {
+        "evaluation.html", "evaluation.md", "evaluation.json", "answers.jsonl", "maps.png", "reliability.png",
+    }  # fmt: skip
     (this,) = [path for path in (folder / "runs/fits/scene-llava").iterdir() if not path.is_symlink()]
     assert (folder / "runs/fits/scene-llava/latest").resolve() == this.resolve()
     assert (folder / "runs/predictors/scene-llava").resolve() == (this / "predictor").resolve()
@@ -95,14 +97,14 @@ def test_mlflow_has_settings_data_metrics_figures_and_the_predictor(
     assert params["harvest.samples"] == "40"
     assert params["model.scr.edit_layers"] == "[0, 2]"
     written = json.loads((folder / "runs/reports/scene-llava/evaluation.json").read_text())
-    assert latest["eval/two-pass/adversarial/hr"] == written["eval/two-pass/adversarial/hr"]
+    assert latest["eval/two-pass/adversarial/hr"] == written["metrics"]["eval/two-pass/adversarial/hr"]
     assert {"test/mass", "test/mass_low", "test/position/mass", "train/loss", "predictor/parameters"} <= set(latest)
     assert latest["val/best_mass"] > 0 and "system/cpu_utilization_percentage" in latest
     assert params["predictor"] == "default"  # the option of the group
     assert not {"runs_dir", "variant", "tracking.uri"} & set(params)  # places, which tell nothing apart
     assert (steps, datasets, status) == (2, [("scene-llava-scenes",)], [("FINISHED",)])
     names = {path.name for path in (folder / "runs/mlflow").rglob("*") if path.is_file()}
-    assert {"maps.png", "reliability.png", "evaluation.png", "config.yaml", "model.safetensors"} <= names
+    assert {"maps.png", "reliability.png", "evaluation.html", "config.yaml", "model.safetensors"} <= names
 
 
 def runs_of(folder: Path, kind: str) -> list[Run]:
@@ -417,7 +419,7 @@ def test_an_interrupted_comparison_resumes_without_another_fit(
                           stderr=subprocess.DEVNULL) as chain:  # fmt: skip
         while chain.poll() is None:
             fresh = set((folder / "runs/cache").glob("answers-*")) - logs
-            if any(len(file.read_bytes().splitlines()) > 8 for file in fresh):
+            if any(len(file.read_bytes().splitlines()) > 8 for place in fresh for file in place.glob("*.jsonl")):
                 chain.kill()
             time.sleep(0.05)
     assert chain.returncode == -signal.SIGKILL
@@ -437,4 +439,4 @@ def test_an_interrupted_comparison_resumes_without_another_fit(
     after = (folder / "runs/predictors/scene-llava").resolve()
     assert after != before and before.is_dir()
     written = json.loads((after.parent / "reports/evaluation.json").read_text())
-    assert written["eval/two-pass/adversarial/hr"] >= 0
+    assert written["metrics"]["eval/two-pass/adversarial/hr"] >= 0

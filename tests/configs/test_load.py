@@ -244,7 +244,7 @@ def test_section_takes_a_mapping():
         ("model.family=llava", "model.family", "no such key", ""),
         ("model.scr.source_fraction=0.6", "model.scr.source_fraction", "out of range", ""),
         ("model.scr.source_fraction=0", "model.scr.source_fraction", "out of range", ""),
-        ("evaluation.batch_size=1", "evaluation.batch_size", "out of range", ""),
+        ("evaluation.batch_size=0", "evaluation.batch_size", "out of range", ""),
         ("model.device=gpu", "model.device", "no such device", ""),
         ("model.name=a/b", "model.name", "can't be the name of a folder", ""),
         ("runs_dir=' '", "runs_dir", "is empty", ""),

@@ -74,7 +74,7 @@ def test_a_batch_of_two_grids_is_rejected(tmp_path: Path):
     with ShardWriter(tmp_path, "train-00000", "settings") as writer:
         first = make_sample(1)
         writer.write(first)
-        writer.write(replace(first, image_id=2, grid=(3, 2)))
+        writer.write(replace(first, image_id=2, grids=((3, 2),)))
     write_index(tmp_path, {"train": ["train-00000"]}, {}, {})
     module = ShardDataModule(tmp_path)
     assert [batch["grid"] for batch in module.loader("train")] == [(2, 3), (3, 2)]

@@ -11,6 +11,7 @@ from PIL import Image
 
 from data.chat import TokenCounter, chat_inputs, chat_template, shared_chat_inputs, unprocessed
 from tests.data import tiny
+from tests.families.models import PLAIN
 
 
 def test_rows_are_padded_on_the_left_and_hold_one_image_each(llava: tuple[Any, Any]):
@@ -42,6 +43,21 @@ def test_shared_inputs_are_those_of_each_prompt_with_pixels_once(llava: tuple[An
     assert repeats == 1 and len(alone["pixel_values"]) == 2
 
 
+@pytest.mark.parametrize("build", [tiny.build_qwen, PLAIN["llava-next"]])
+def test_images_of_other_sizes_are_shared_too(build: Any):
+    processor = build()[1]
+    processor.tokenizer.padding_side = "left"
+    pictures = [Image.new("RGB", size, colour) for size, colour in (((64, 48), "red"), ((40, 90), "blue"))]
+    texts = [["Is there a cup ?", "Describe the image ."], ["Is there a bus in the image ?", "car"]]
+    each = chat_inputs(processor, [p for p in pictures for _ in range(2)], [text for about in texts for text in about])
+    shared, repeats = shared_chat_inputs(processor, pictures, texts)
+    alone = chat_inputs(processor, pictures, [about[0] for about in texts])
+    assert repeats == 2 and shared.keys() == each.keys()
+    assert all(torch.equal(shared[key], each[key]) for key in ("input_ids", "attention_mask"))
+    for key in shared.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}:
+        assert torch.equal(shared[key], alone[key])
+
+
 def test_pixels_that_are_not_one_array_per_image_come_once_per_row(
     llava: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ):
@@ -51,7 +67,7 @@ def test_pixels_that_are_not_one_array_per_image_come_once_per_row(
 
     def with_sizes(self: Any, images: Any, *arguments: Any, **settings: Any) -> Any:
         outputs = plain(self, images, *arguments, **settings)
-        return outputs | {"image_sizes": torch.ones(len(outputs["pixel_values"]), 2)}
+        return outputs | {"num_patches": torch.ones(len(outputs["pixel_values"]), 2)}
 
     monkeypatch.setattr(kind, "__call__", with_sizes)
     inputs, repeats = shared_chat_inputs(processor, [Image.new("RGB", (40, 30))], [["a", "an"]])

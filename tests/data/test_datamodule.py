@@ -14,6 +14,7 @@ from data.errors import DamagedShardError, DataError, SettingsError, UnfinishedH
 from data.folder import HarvestSummary
 from data.images import CocoImages
 from data.index import write_index
+from data.sample import Sample
 from data.settings import Cache, ReadingSettings
 from data.shards import ShardReader, ShardWriter
 from tests.data import tiny
@@ -133,7 +134,7 @@ def test_grids_of_any_order_are_gathered_from_memory_as_from_disk(tmp_path: Path
     with ShardWriter(tmp_path, "train-00000", "settings") as writer:
         for number in range(9):
             sample = make_sample(number, prompts=1 + number % 3)
-            writer.write(replace(sample, grid=(3, 2) if number % 2 else (2, 3)))
+            writer.write(replace(sample, grids=((3, 2) if number % 2 else (2, 3),)))
     write_index(tmp_path, {"train": ["train-00000"]}, {}, {})
     caches: tuple[Cache, ...] = ("memory", "none")
     held, mapped = (ShardDataModule(tmp_path, ReadingSettings(batch_size=4, cache=cache)) for cache in caches)
@@ -142,6 +143,50 @@ def test_grids_of_any_order_are_gathered_from_memory_as_from_disk(tmp_path: Path
     for one, other in pairs:
         assert one.keys() == other.keys() and one["key"] == other["key"] and one["grid"] == other["grid"]
         assert all(torch.equal(one[name], other[name]) for name in ("states", "attention", "question"))
+
+
+def write_tiled(folder: Path) -> dict[tuple[str, int], Sample]:
+    """A harvest whose images have one to three grids; its parts by key and place."""
+    parts: dict[tuple[str, int], Sample] = {}
+    names = {"train": ["train-00000", "train-00001"]}
+    for shard, name in enumerate(names["train"]):
+        with ShardWriter(folder, name, "settings") as writer:
+            for number in range(6 * shard, 6 * shard + 6):
+                grids = [((2, 3),), ((1, 2), (2, 2)), ((1, 2), (1, 2), (2, 1))][number % 3]
+                sample = tiny.tiled(make_sample(number, prompts=1 + number % 2), *grids)
+                writer.write(sample)
+                parts |= {(sample.key, place): sample.part(place) for place in range(len(grids))}
+    write_index(folder, names, {}, {})
+    return parts
+
+
+@pytest.mark.parametrize("mean_maps", [False, True])
+@pytest.mark.parametrize("cache", ["memory", "none", "stream"])
+def test_each_grid_of_an_image_is_a_row(tmp_path: Path, cache: Cache, mean_maps: bool):
+    if cache == "stream" and mean_maps:
+        pytest.skip("a stream has no mean maps")
+    parts = write_tiled(tmp_path)
+    module = ShardDataModule(tmp_path, ReadingSettings(batch_size=4, cache=cache), mean_maps=mean_maps)
+    rows = sum(len(part.prompts) for part in parts.values())
+    assert module.count("train") == rows == sum(shard["rows"] for shard in module.index["shards"])
+    seen = []
+    for batch in module.train_dataloader():
+        for row, origin in enumerate(zip(batch["key"], batch["place"], strict=True)):
+            part = parts[origin]
+            assert batch["grid"] == part.grid and torch.equal(batch["states"][row], part.states)
+            shares = part.attention / part.attention.sum(-1, keepdim=True)
+            known = shares.mean(0, keepdim=True) if mean_maps else part.attention
+            assert torch.isclose(known, batch["attention"][row]).all(-1).any()
+            seen.append(origin)
+    assert sorted(seen) == sorted(origin for origin, part in parts.items() for _ in part.prompts)
+
+
+def test_the_first_images_bring_all_their_grids(tmp_path: Path):
+    parts = write_tiled(tmp_path)
+    module = ShardDataModule(tmp_path, ReadingSettings(batch_size=4, train_images=3))
+    seen = {origin for batch in module.train_dataloader() for origin in zip(batch["key"], batch["place"], strict=True)}
+    assert seen == {origin for origin in parts if int(origin[0]) < 3} and len(seen) == 6
+    assert module.count("train") == 1 + 2 * 2 + 3 and sorted(module.grids("train"))[0] == (1, 2)
 
 
 @pytest.mark.parametrize("cache", ["memory", "none"])

@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 
 from data.chat import chat_inputs
-from data.errors import HarvestMismatchError, SettingsError, StatesOverflowError
+from data.errors import HarvestMismatchError, SettingsError, StatesOverflowError, TooManyBadImagesError
 from data.folder import HarvestSummary
 from data.harvest import harvest
-from data.harvester import prefetch, prepare, visual_tokens
+from data.harvester import prepare, visual_tokens
 from data.images import CocoImages
 from data.index import SPLITS, damaged_shards
+from data.pictures import PictureGrids
 from data.plan import plan_shards
+from data.prefetch import prefetch
 from data.sample import sample_bytes
 from data.shards import ShardReader
 from scr_runtime import Capture, SCRConfig, capture
@@ -68,11 +70,11 @@ def test_real_captures_of_a_real_llava(tmp_path: Path, coco: CocoImages, llava: 
 
 @pytest.fixture(scope="module")
 def sizes(tmp_path_factory: pytest.TempPathFactory) -> CocoImages:
-    """22 images of five sizes, from 4 to 120 tokens of a tiny Qwen2-VL."""
+    """22 images of five sizes, from 9 to 120 tokens of a tiny Qwen2-VL."""
     root = tmp_path_factory.mktemp("sizes")
     images = tiny.write_coco(root / "coco", 22)
     for number, image_id in enumerate(images.ids):
-        size = [(32, 32), (80, 96), (16, 16), (64, 24), (24, 88)][number % 5]
+        size = [(32, 32), (80, 96), (24, 24), (64, 24), (24, 88)][number % 5]
         images.open(image_id).resize(size).save(images.path(image_id))
     return images
 
@@ -83,7 +85,7 @@ def test_batches_are_bounded_in_tokens_and_change_nothing_else(tmp_path: Path, s
     batches: list[tuple[int, int, int]] = []  # rows, columns, images
 
     def spied(model: Any, config: SCRConfig, inputs: Any, rows_per_image: int) -> Any:
-        batches.append((*inputs["input_ids"].shape, len(inputs["image_grid_thw"]) // 2))
+        batches.append((*inputs["input_ids"].shape, len(inputs["image_grid_thw"])))
         return capture(model, config, inputs, rows_per_image)
 
     def run(name: str, **settings: Any) -> list[Any]:
@@ -167,6 +169,56 @@ def test_a_truncated_image_is_skipped_counted_and_replaced(tmp_path: Path, run_h
     changed = {name for name, content in contents(undisturbed).items() if found[name] != content}
     assert changed == {"train-00001.tar", "train-00001.json", "index.json", "manifest.json"}
     assert run_harvest(tmp_path / "shards", images).skipped == 1
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 4}, {"batch_tokens": 300}])
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        ((16, 40), "a grid of 5 x 2 patches has none off its border: 16 x 40 pixels are too small or narrow"),
+        ((1, 300), "its processor rejects 1 x 300 pixels: "),
+    ],
+)
+def test_a_picture_without_inner_patches_is_skipped_listed_and_replaced(
+    tmp_path: Path, size: tuple[int, int], reason: str, settings: dict[str, Any]
+):
+    images = tiny.write_coco(tmp_path / "coco", 40)
+    plans = plan_shards(images.ids, tiny.SETTINGS)
+    bad = plans[1].image_ids[2]
+    Image.new("RGB", size).save(images.path(bad))
+    model, processor = tiny.build_qwen()
+    job, harvester = prepare(
+        tmp_path / "shards", model=model, processor=processor, scr=tiny.CONFIG, images=images,
+        settings=tiny.changed(**settings),
+    )  # fmt: skip
+    summary = harvest(job, harvester)
+    assert (summary.images, summary.skipped) == (30, 1)
+    index = json.loads((tmp_path / "shards" / "index.json").read_text())
+    assert [(entry["image_id"], entry["shard"]) for entry in index["skipped"]] == [(bad, "train-00001")]
+    assert index["skipped"][0]["reason"].startswith(reason)
+    ids = image_ids(tmp_path / "shards")
+    assert bad not in ids and plans[1].reserve[0] in ids
+
+
+def test_too_many_small_pictures_stop_the_harvest_with_the_list(tmp_path: Path):
+    images = tiny.write_coco(tmp_path / "coco", 40)
+    for image_id in planned(images)[:2]:
+        Image.new("RGB", (16, 40)).save(images.path(image_id))
+    model, processor = tiny.build_qwen()
+    job, harvester = prepare(
+        tmp_path / "shards", model=model, processor=processor, scr=tiny.CONFIG, images=images, settings=tiny.SETTINGS
+    )
+    with pytest.raises(
+        TooManyBadImagesError, match=r"2 images cannot be used, at most 1.*\n.*a grid of 5 x 2 patches"
+    ):
+        harvest(job, harvester)
+
+
+def test_one_grid_for_all_images_is_no_pictures_fault(tmp_path: Path, coco: CocoImages, llava: tuple[Any, Any]):
+    """And costs no second preprocessing: the fit reports it."""
+    pictures = PictureGrids(*llava)
+    assert pictures.problem(Image.new("RGB", (2, 300))) is None
+    assert pictures.of(Image.new("RGB", (2, 300))) == [tiny.GRID]
 
 
 def test_without_a_reserve_the_shard_is_short(tmp_path: Path, run_harvest: Run):

@@ -36,7 +36,7 @@ def test_too_many_bad_images_stop_the_harvest_with_the_list_until_they_are_repai
     for image_id in bad:
         tiny.truncate_image(images, image_id)
     for _ in range(2):
-        with pytest.raises(TooManyBadImagesError, match=r"2 images cannot be decoded, at most 1") as caught:
+        with pytest.raises(TooManyBadImagesError, match=r"2 images cannot be used, at most 1") as caught:
             run_harvest(tmp_path / "shards", images)
         assert all(f"{image_id:06d}.png" in str(caught.value) for image_id in bad)
     for image_id, content in intact.items():

@@ -155,7 +155,7 @@ def test_ranks_share_the_limit_of_bad_images(tmp_path: Path, run_harvest: Run):
         tiny.truncate_image(images, image_id)
     target = tmp_path / "shards"
     run_harvest(target, images, rank=Rank(0, 2))
-    with pytest.raises(TooManyBadImagesError, match="2 images cannot be decoded, at most 1"):
+    with pytest.raises(TooManyBadImagesError, match="2 images cannot be used, at most 1"):
         run_harvest(target, images, rank=Rank(1, 2))
     for image_id, content in intact.items():
         images.path(image_id).write_bytes(content)

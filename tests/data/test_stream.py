@@ -35,7 +35,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for _ in range(EACH):
                 number += 1
                 sample = make_sample(number, prompts=1 + number % 3)
-                writer.write(replace(sample, grid=(3, 2) if number % 4 else (2, 3)))
+                writer.write(replace(sample, grids=((3, 2) if number % 4 else (2, 3),)))
     write_index(folder, names, {}, {})
     return folder
 

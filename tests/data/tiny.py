@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -158,7 +159,7 @@ def make_sample(image_id: int, prompts: int = 2, dtype: torch.dtype = torch.floa
         scales=scales,
         attention=torch.rand(prompts, 6, generator=generator),
         question=torch.randn(prompts, 5, generator=generator).to(question_dtype(dtype)),
-        grid=(2, 3),
+        grids=((2, 3),),
         prompts=[
             {"text": f"A caf\u00e9 {p}?", "label": "no", "category": "c", "strategy": "x"} for p in range(prompts)
         ],
@@ -178,12 +179,18 @@ def write_shards(directory: Path, dtype: torch.dtype = torch.float16) -> Path:
     return directory
 
 
+def tiled(sample: Sample, *grids: tuple[int, int]) -> Sample:
+    """The same patches as an image of several grids."""
+    entropy = [float(value) for value in range(len(sample.prompts) * len(grids))]
+    return dataclasses.replace(sample, grids=grids, entropy=entropy)
+
+
 def assert_same(left: Sample, right: Sample) -> None:
     assert (left.scales is None) == (right.scales is None)
     for name in ("states", "attention", "question", *(["scales"] if left.scales is not None else [])):
         one, other = getattr(left, name), getattr(right, name)
         assert one.dtype == other.dtype and torch.equal(one, other)
-    for name in ("image_id", "file", "grid", "prompts", "entropy", "key"):
+    for name in ("image_id", "file", "grids", "prompts", "entropy", "key", "place"):
         assert getattr(left, name) == getattr(right, name)
 
 

@@ -1,102 +1,244 @@
+"""A whole comparison on a few scenes: every part, the report and its files, and what is said of few questions."""
+
 from __future__ import annotations
 
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from data.chat import chat_inputs
-from data.images import CocoImages
-from data.questions import STRATEGIES, count_objects, pope_questions
-from data.settings import VLMSettings
-from data.vlm import load_vlm
-from evaluation.compare import compare, measure_reference
+from evaluation import report
+from evaluation.compare import Comparison, compare, measure_reference
 from evaluation.errors import EvaluationError
-from evaluation.methods import AUTO, ONE_PASS, SHIFT, SWAPPED, TWO_PASS, UNIFORM, VANILLA, Methods
-from evaluation.pope import ask
+from evaluation.page import page
+from evaluation.reference import prepare_reference
 from evaluation.settings import EvaluationSettings
-from scenes import CHECKPOINT, ensure_world
-from scr_runtime import SCR, PredictorConfig, SCRConfig, SourcePredictor
+from evaluation.tables import table
+from evaluation.verdict import verdict
+from predictor.metrics import Interval
+from scr_runtime import SCRConfig
+from tests.evaluation.conftest import make_predictor
 
 CONFIG = SCRConfig(num_sources=8, edit_layers=(0, 2), attention_layers=(2, 4))
-SETTINGS = EvaluationSettings(images=6, questions_per_image=2, batch_size=4, bootstrap=10, latency_repeats=1)
+SETTINGS = EvaluationSettings(
+    benchmarks=["pope", "chair", "fidelity", "latency"], images=4, questions_per_image=2, chair_images=3,
+    chair_tokens=[4, 12], fidelity_images=3, latency_repeats=1, bootstrap=20, prompts=["plain", "one-word"],
+    thresholds=[0.5], decoding="greedy", max_new_tokens=3,
+)  # fmt: skip
+NAMES = ["vanilla", "two-pass", "one-pass", "one-pass:b", "auto", "auto@0.50", "auto:b", "auto@0.50:b", "uniform",
+         "swapped", "shift", "position"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, CocoImages]:
-    root = ensure_world(tmp_path_factory.mktemp("world"), train=2, val=6, seed=3)
-    model, processor = load_vlm(VLMSettings(hub_id=str(CHECKPOINT)))
-    return model, processor, CocoImages(root / "val", root / "annotations/instances_val.json")
+def comparison(scene: Any, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    cache = tmp_path_factory.mktemp("cache")
+    reference = measure_reference(scene[0], scene[1], CONFIG, scene[2], SETTINGS, cache)
+    return compare(reference, {"": make_predictor(), "b": make_predictor("concat")}, SETTINGS)
 
 
-def make_predictor() -> SourcePredictor:
-    torch.manual_seed(0)
-    return SourcePredictor(PredictorConfig(128, rank=8, width=16, context="both")).eval().requires_grad_(False)
+def test_everything_is_measured(comparison: Comparison) -> None:
+    assert comparison.names == NAMES
+    assert [prompt.name for prompt in comparison.prompts] == ["plain", "one-word"]
+    assert set(comparison.captions) == {(name, limit) for name in NAMES if name != "shift" for limit in (4, 12)}
+    assert set(comparison.fidelity) == set(NAMES) - {"two-pass"}
+    assert set(comparison.costs) == set(NAMES) - {"swapped", "shift", "position"}
+    assert [one.strength for one in comparison.sensitivity] == [1.1, 2.0]
+    assert set(comparison.fallback) == {"auto", "auto@0.50", "auto:b", "auto@0.50:b"}
+    kept = comparison.fidelity["one-pass"].edit_kept
+    assert kept is not None and kept.low <= kept.mean <= kept.high < 1
+    assert comparison.analysis is not None and 0.9 < comparison.analysis.entropy_normalised <= 1
+    assert len(comparison.analysis.norms["two-pass", "sources"]) == 8
 
 
-def test_every_method_is_the_runtime_one_question_at_a_time(scene: tuple[Any, Any, CocoImages]) -> None:
-    model, processor, images = scene
-    predictor = make_predictor()
-    reference = measure_reference(model, processor, CONFIG, images, SETTINGS)
-    answers = compare(reference, predictor, SETTINGS).answers
-    assert set(answers.margins) == {VANILLA, TWO_PASS, ONE_PASS, AUTO, UNIFORM, SWAPPED, SHIFT}
-    assert set(answers.splits) == set(STRATEGIES)
-    assert (np.diff(answers.image) != 0).all()  # neighbours are about different images
-    for rows in answers.splits.values():
-        assert answers.truth[rows].mean() == 0.5
-
-    yes, no = processor.tokenizer.convert_tokens_to_ids(["yes", "no"])
-    first = reference.quiz.questions[0]
-    listed = [pope_questions(images, images.ids, s, 2, 0, count_objects(images)) for s in STRATEGIES]
-    assert any(first in questions for questions in listed)
-    place = 0
-    inputs = chat_inputs(processor, [images.open(first.image_id)], [first.text])
-    with torch.no_grad():
-        for name, scr in (
-            (VANILLA, SCR(model, mode="off")),
-            (TWO_PASS, SCR(model, config=CONFIG, mode="two-pass")),
-            (ONE_PASS, SCR(model, config=CONFIG, mode="one-pass", predictor=predictor)),
-        ):
-            with scr:
-                logits = model(**inputs).logits[0, -1]
-            assert answers.margins[name][place] == pytest.approx(float(logits[yes] - logits[no]), abs=1e-3)
-    shift = answers.margins[SHIFT] - answers.margins[VANILLA]
+def test_the_shift_is_constant(comparison: Comparison) -> None:
+    margins = comparison.prompts[0].answered.margins
+    shift = margins["shift"] - margins["vanilla"]
     assert np.ptp(shift) < 1e-9
-    assert shift.mean() == pytest.approx((answers.margins[TWO_PASS] - answers.margins[VANILLA]).mean())
+    assert shift.mean() == pytest.approx((margins["two-pass"] - margins["vanilla"]).mean())
 
 
-def test_swapped_edits_with_the_sources_of_the_row_before(scene: tuple[Any, Any, CocoImages]) -> None:
+def test_the_tables_have_a_row_per_method(comparison: Comparison) -> None:
+    rows = report.answer_rows(comparison)
+    assert [row[0] for row in rows[1:]] == NAMES and len({len(row) for row in rows}) == 1
+    assert len(table(rows).splitlines()) == len(rows) + 1
+    captions = report.caption_rows(comparison)
+    assert captions[0].index("recall") < captions[0].index("length") and len(captions) == 1 + 2 * (len(NAMES) - 1)
+
+
+def test_metrics_are_finite_and_named_stably(comparison: Comparison) -> None:
+    values = report.metrics(comparison)
+    assert {
+        "eval/two-pass/adversarial/hr", "eval/two-pass/adversarial/hr_low", "eval/two-pass/adversarial/hr_change",
+        "eval/one-pass/edit_kept", "eval/one-pass/effect_kept", "eval/auto/fallback", "eval/auto_30/error",
+        "eval/two-pass/prefill_ratio", "eval/two-pass/prefill_ms", "eval/sensitivity/shift", "eval/entropy_normalised",
+        "eval/prompt-one-word/vanilla/popular/accuracy", "eval/vanilla/chair_12/chair_s", "eval/one-pass-b/edit_kept",
+        "eval/two-pass/adversarial/hr_minus_swapped", "eval/one-pass/shift_correlation",
+    } <= set(values)  # fmt: skip
+    assert all(np.isfinite(value) for value in values.values())
+    assert all(re.fullmatch(r"[\w./ -]+", name) for name in values)  # what MLflow takes
+
+
+def test_files_are_written_and_the_same_seed_gives_the_same_bytes(
+    scene: Any, comparison: Comparison, tmp_path: Path
+) -> None:
+    paths = report.write(tmp_path / "one", comparison, embedded=True, command="python -m evaluation seed=1")
+    content = json.loads(paths["json"].read_text())
+    assert content["metrics"] == pytest.approx(report.metrics(comparison)) == report.read_metrics(paths["json"])
+    assert content["facts"]["prompts"]["one-word"].endswith("single word or phrase.")
+    assert len(content["facts"]["caption_ids"]) == 3 and len(content["facts"]["caption_ids_sha256"]) == 64
+    lines = [json.loads(line) for line in paths["answers"].read_text().splitlines()]
+    asked = [line for line in lines if line["benchmark"] == "pope"]
+    quiz = comparison.quiz
+    assert quiz is not None and len(asked) == 2 * (len(NAMES) - 1) * len(quiz.items)
+    assert asked[0]["text"].startswith("Is there") and asked[0]["label"] in ("yes", "no")
+    assert {split for line in asked for split in line["question_ids"]} == set(quiz.splits)
+    assert "milliseconds" not in paths["answers"].read_text()
+    few = SETTINGS.model_copy(
+        update={"methods": ["vanilla", "two-pass"], "benchmarks": ["pope"], "prompts": ["plain"]}
+    )
+    again = compare(measure_reference(scene[0], scene[1], CONFIG, scene[2], few), {}, few)
+    assert set(report.answer_lines(again)) < set(paths["answers"].read_text().splitlines())
+    text = paths["md"].read_text()
+    assert text.index(content["verdict"]["sentence"]) < text.index("| vanilla |") and "seed=1" in text
+
+
+class Strict(html.parser.HTMLParser):
+    """Notes unclosed tags and whatever is loaded from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.external: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.external += [value for key, value in attrs if key in ("src", "href") and not value.startswith("data:")]
+        if tag not in ("meta", "br", "circle", "path", "rect", "image", "polygon"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+
+def test_the_page_is_self_contained_and_well_formed(comparison: Comparison) -> None:
+    text = page(comparison, embedded=True, command="python -m evaluation 'a<b'")
+    strict = Strict()
+    strict.feed(text)
+    assert strict.open == [] and strict.external == []
+    assert not re.search(r"https?://|@import|url\(|<script", text)
+    assert "prefers-color-scheme: dark" in text or "prefers-color-scheme:dark" in text
+    assert text.index('class="verdict') < text.index("<table")
+    assert "a&lt;b" in text and text.count("<svg") >= 7 and "data:image/jpeg;base64," in text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_shows_the_page_without_scrolling_sideways(
+    comparison: Comparison, tmp_path: Path, width: int
+) -> None:
+    file = tmp_path / "page.html"
+    measure = "<script>document.title=`wide ${document.documentElement.scrollWidth}`</script></body>"
+    file.write_text(page(comparison, embedded=True).replace("</body>", measure))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+               "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}",
+               f"--window-size={width},900", "--dump-dom", file.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    found = re.search(r"<title>wide (\d+)</title>", done.stdout)
+    assert found is not None, done.stderr[-500:]
+    assert int(found[1]) <= max(width, 500)  # headless Chromium's own least width
+
+
+def test_the_reading_says_what_is_not_shown(comparison: Comparison) -> None:
+    text = " ".join(report.reading(comparison, embedded=True))
+    assert "questions are few" in text and "does not show that SCR lowers hallucination in real models" in text
+    assert "real models" not in " ".join(report.reading(comparison, embedded=False))
+    assert not re.search(r"100 ?% (kept|of its)", text)
+
+
+def judged(comparison: Comparison, change: Interval, difference: Interval, accuracy: Interval) -> Any:
+    """The verdict if one-pass had these figures."""
+    headline = comparison.prompts[0]
+    score = headline.scores["one-pass", "adversarial"]
+    scores = {
+        **headline.scores,
+        ("one-pass", "adversarial"): replace(score, hr_change=change, accuracy_change=accuracy),
+    }
+    differences = {key: difference if key[0] == "one-pass" else value for key, value in headline.differences.items()}
+    changed = replace(headline, scores=scores, differences=differences)
+    felt = [replace(one, changed=one.questions) for one in comparison.sensitivity]
+    return verdict(replace(comparison, prompts=[changed], sensitivity=felt))
+
+
+LOWER, SAME, HIGHER = Interval(-0.05, -0.08, -0.02), Interval(0.0, -0.002, 0.002), Interval(0.05, 0.02, 0.08)
+
+
+@pytest.mark.parametrize(
+    ("change", "difference", "accuracy", "kind", "words"),
+    [
+        (LOWER, LOWER, HIGHER, "gain", r"HR -5.0 \[-8.0, -2.0\] points with one-pass, beyond all 4 controls, at"),
+        (LOWER, SAME, SAME, "none", "No effect beyond controls: don't deploy."),
+        (LOWER, LOWER, LOWER, "harm", "makes answers worse"),
+        (HIGHER, HIGHER, SAME, "harm", "makes answers worse"),
+        (SAME, SAME, SAME, "none", "No effect shown: don't deploy."),
+        (Interval(0.0, -0.1, 0.1), SAME, SAME, "unclear", "No effect shown"),
+    ],
+)
+def test_the_verdict_follows_from_intervals(
+    comparison: Comparison, change: Interval, difference: Interval, accuracy: Interval, kind: str, words: str
+) -> None:
+    found = judged(comparison, change, difference, accuracy)
+    assert found.kind == kind and re.search(words, found.sentence)
+
+
+def test_a_model_that_does_not_feel_the_edit_is_said_to(comparison: Comparison) -> None:
+    headline = comparison.prompts[0]
+    score = headline.scores["one-pass", "adversarial"]
+    flat = replace(score, hr_change=SAME, accuracy_change=SAME)
+    scores = {**headline.scores, ("one-pass", "adversarial"): flat}
+    dull = [replace(one, changed=0, questions=500) for one in comparison.sensitivity]
+    found = verdict(replace(comparison, prompts=[replace(headline, scores=scores)], sensitivity=dull))
+    assert found.kind == "insensitive" and "no choice of sources can show an effect" in found.sentence
+
+
+def test_without_a_predictor_or_questions(scene: Any) -> None:
+    settings = SETTINGS.model_copy(
+        update={"benchmarks": ["chair"], "methods": ["vanilla", "two-pass"], "chair_drop_unfinished": True}
+    )
+    found = compare(prepare_reference(scene[0], scene[1], CONFIG, scene[2], settings), {}, settings)
+    assert found.names == ["vanilla", "two-pass"] and found.prompts == [] and verdict(found).kind == "open"
+    assert "<h2>Captions" in page(found, embedded=False) and report.answer_rows(found) == []
+
+
+def test_bad_inputs_are_named_before_any_forward(scene: Any, tmp_path: Path, monkeypatch: Any) -> None:
     model, processor, images = scene
-    inputs = chat_inputs(processor, [images.open(i) for i in images.ids[:3]], ["Is there a dog in the image?"] * 3)
-    methods = Methods(model, CONFIG)
-    logits, reports = methods.logits(model, inputs, (VANILLA, TWO_PASS, SWAPPED))
-    own = [report.sources for report in reports[TWO_PASS]]
-    assert [report.sources for report in reports[SWAPPED]] == [own[2], own[0], own[1]]
-    assert not torch.allclose(logits[SWAPPED], logits[TWO_PASS])
 
+    def prepare(**changes: Any) -> None:
+        prepare_reference(model, processor, CONFIG, images, SETTINGS.model_copy(update=changes))
 
-@pytest.mark.parametrize("guarded", [False, True])
-def test_auto_is_put_together_as_the_runtime_would(scene: tuple[Any, Any, CocoImages], guarded: bool) -> None:
-    model, processor, images = scene
-    predictor = make_predictor()
-    reference = measure_reference(model, processor, CONFIG, images, SETTINGS)
-    raw = torch.tensor([0.5, 1.0])
-    predictor.set_calibration(raw, raw, 0.0)
-    confidence = np.sort(compare(reference, predictor, SETTINGS).answers.confidence)
-    predictor.set_calibration(raw, raw, float(confidence[len(confidence) // 3 : len(confidence) // 3 + 2].mean()))
-    if guarded:
-        predictor.set_drift(1e-3, 1.0)  # no image is like those of such a fit
-    found = compare(reference, predictor, SETTINGS)
-    methods = Methods(model, CONFIG, predictor)
-    margins, reports = ask(model, processor, methods, (AUTO,), images, reference.quiz, 4)
-    np.testing.assert_allclose(found.answers.margins[AUTO], margins[AUTO], atol=1e-4)
-    share = np.mean([report.fallback_reason is not None for report in reports[AUTO]])
-    assert found.answers.fallback == share == (1 if guarded else pytest.approx(1 / 3, abs=0.08))
-    assert found.curve[0].shift_correlation == pytest.approx(found.fidelity[ONE_PASS].shift_correlation)
-    assert found.curve[-1].shift_correlation == pytest.approx(1)
-
-
-def test_too_few_images_are_named(scene: tuple[Any, Any, CocoImages]) -> None:
-    with pytest.raises(EvaluationError, match=r"evaluation\.images=7, but there are 6 in .*val: lower it"):
-        measure_reference(*scene[:2], CONFIG, scene[2], SETTINGS.model_copy(update={"images": 7}))
+    monkeypatch.setattr(type(model), "forward", None)
+    with pytest.raises(EvaluationError, match=r"evaluation\.images=11, but there are 10 in .*val: lower it"):
+        prepare(images=11)
+    with pytest.raises(EvaluationError, match=r"at least 2 images, and there are 1: raise"):
+        prepare(images=1)
+    file = tmp_path / "coco_pope_random.json"
+    lines = [{"question_id": n, "image": f"gone{n}.png", "text": "Is there a cat?", "label": "no"} for n in range(3)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(EvaluationError, match=r"3 of 3 images that the questions name are not in"):
+        prepare(pope_files=[str(file)])
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps({"annotations": [{"image_id": -1, "caption": "x"}]}))
+    with pytest.raises(EvaluationError, match=r"3 of 3 images have no reference caption.*about other images"):
+        prepare(captions=str(captions))
+    captions.write_text("{}")
+    with pytest.raises(EvaluationError, match="has no list of annotations"):
+        prepare(captions=str(captions))
+    with pytest.raises(EvaluationError, match="chair needs annotations"):
+        prepare_reference(model, processor, CONFIG, None, SETTINGS.model_copy(
+            update={"benchmarks": ["chair"], "images_dir": str(images.images_dir)}))  # fmt: skip

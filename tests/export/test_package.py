@@ -14,7 +14,10 @@ from predictor.settings import PredictorSettings
 from scr_runtime import PredictorConfig, SCRConfig, load_predictor
 
 SCR_CONFIG = SCRConfig(num_sources=4, edit_layers=(0, 1), attention_layers=(1, 2))
-MODEL = {"name": "tiny", "revision": None, "family": "llava", "hidden_size": 16, "num_blocks": 4}
+MODEL = {
+    "name": "tiny", "revision": None, "family": "llava", "hidden_size": 16, "num_blocks": 4,
+    "embedding_probe": [0.5] * 32,
+}  # fmt: skip
 
 
 @pytest.fixture

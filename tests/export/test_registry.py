@@ -39,7 +39,7 @@ def predictor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "predictor"
     torch.manual_seed(0)
     network = SourcePredictor(PredictorConfig(hidden_size=16, rank=4, width=8))
-    model = {"model_type": "llava", "hidden_size": 16, "layers": 4}
+    model = {"family": "llava", "hidden_size": 16, "num_blocks": 4, "embedding_probe": [0.5] * 32}
     scr = SCRConfig(num_sources=2, edit_layers=(0, 1), attention_layers=(1, 2))
     save_predictor(folder, network, scr=scr, model=model)
     return folder

@@ -25,7 +25,9 @@ WIDTH, EPOCHS, BATCH = 8, 4, 16
 SPLITS = {"train": 30, "validation": 11, "test": 7}  # images, two prompts each: 4 steps an epoch, of uneven sizes
 
 
-def write_harvest(folder: Path, splits: dict[str, int] = SPLITS) -> Path:
+def write_harvest(
+    folder: Path, splits: dict[str, int] = SPLITS, grids: tuple[tuple[int, int], tuple[int, int]] = GRIDS
+) -> Path:
     """Maps that follow from the states, on two grids; the last batches of both have fewer rows."""
     law = torch.randn(WIDTH, generator=torch.Generator().manual_seed(9))
     image_id, shards = 0, {}
@@ -36,12 +38,12 @@ def write_harvest(folder: Path, splits: dict[str, int] = SPLITS) -> Path:
                 for _ in range(number * 8, min((number + 1) * 8, count)):
                     image_id += 1
                     generator = torch.Generator().manual_seed(image_id)
-                    grid = GRIDS[image_id % 3 == 0]
+                    grid = grids[image_id % 3 == 0]
                     states = torch.randn(grid[0] * grid[1], WIDTH, generator=generator)
                     question = torch.randn(2, WIDTH, generator=generator)
                     attention = (states @ law + question @ (states * law).T).exp()
                     writer.write(
-                        Sample(image_id, "", states.half(), attention, question.half(), grid, [{}, {}], [0.0, 0.0])
+                        Sample(image_id, "", states.half(), attention, question.half(), (grid,), [{}, {}], [0.0, 0.0])
                     )
     write_index(folder, shards, {}, {})
     return folder

@@ -153,3 +153,11 @@ def test_a_calibration_that_maps_confidence_to_itself(tmp_path: Any) -> None:
     line.fill_(0.0)
     loaded = load_predictor(save_predictor(tmp_path / "p", predictor, scr=CONFIG, model={"family": "llava"}))
     assert loaded.calibration_raw.tolist() == loaded.calibration_expected.tolist() == [0.0, 0.5, 1.0]
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path: Path) -> None:
+    predictor = SourcePredictor(PredictorConfig(32, rank=4, width=8))
+    model = {"family": "llava", "hidden_size": 32, "num_blocks": 6}
+    with pytest.raises(errors.ConfigurationError, match=r"could not be loaded again.*embedding_probe is missing"):
+        save_predictor(tmp_path / "p", predictor, scr=CONFIG, model=model)
+    assert not (tmp_path / "p").exists()

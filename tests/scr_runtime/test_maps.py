@@ -8,6 +8,7 @@ import torch
 
 from scr_runtime import SCRConfig, capture
 from scr_runtime.packing import pack
+from tests.scr_runtime.tiny_families import TINY, Tiny
 
 CONFIG = SCRConfig(num_sources=4, edit_layers=(0, 2), attention_layers=(2, 4))
 PROMPTS = 3
@@ -50,7 +51,7 @@ def test_prompts_that_share_an_image_give_what_each_gives_alone(
     each = capture(model, CONFIG, inputs)
     shared = dict(inputs, pixel_values=inputs["pixel_values"][::PROMPTS])
     if not packed:
-        shared["image_sizes"] = None  # an input that is not understood: no packing
+        shared["vision_feature_select_strategy"] = strategy  # an input that is not understood: no packing
     together = capture(model, CONFIG, shared, PROMPTS)
     assert encoded == [6, 2]
     assert lengths[1][0] == (2 if packed else 6)
@@ -61,6 +62,49 @@ def test_prompts_that_share_an_image_give_what_each_gives_alone(
         torch.testing.assert_close(one.states, other.states, atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(one.question, other.question, atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(one.attention, other.attention, atol=1e-7, rtol=1e-5)
+
+
+def prompts_of(tiny: Tiny, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Three prompts of differing length about each of two images: images once per row, and once in all."""
+    prompt = tiny.prompt(model, [1, 1])
+    rows = []
+    for image in range(2):
+        single = prompt.row(image)
+        end = int(prompt.visual[image].nonzero().max()) - int(prompt.inputs["attention_mask"][image].argmax()) + 1
+        head = single["input_ids"][0, :end].tolist()
+        rows += [head + list(range(10 + 7 * ask, 13 + 9 * ask + image)) for ask in range(PROMPTS)]
+    length = max(map(len, rows))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+    texts = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    if tiny.token_types:
+        texts["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
+    tensors = [pictures[0].tensors for pictures in prompt.pictures]
+    once = {name: torch.cat([of_one[name] for of_one in tensors]) for name in tensors[0]}
+    each = {name: torch.cat([of_one[name] for of_one in tensors for _ in range(PROMPTS)]) for name in tensors[0]}
+    return texts | each, texts | once
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llava-next", "qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
+def test_each_packed_prompt_gives_what_it_gives_alone(name: str, attn: str, packed: bool):
+    """Also where images have other grids, several of them, or positions of three axes."""
+    model = TINY[name].model(attn=attn)
+    inputs, shared = prompts_of(TINY[name], model)
+    lengths: list[torch.Size] = []
+    model.model.language_model.layers[0].register_forward_hook(lambda _, args, __: lengths.append(args[0].shape))
+    each = capture(model, CONFIG, inputs)
+    if not packed:
+        shared["output_attentions"] = False  # an input that is not understood: no packing
+    together = capture(model, CONFIG, shared, PROMPTS)
+    assert [shape[0] for shape in lengths] == [6, 2 if packed else 6]
+    assert [(one.row, one.grid) for one in together] == [(one.row, one.grid) for one in each]
+    assert len(each) == 6 * (2 if name == "llava-next" else 1) and len({one.grid for one in each}) > 1
+    for one, other in zip(together, each, strict=True):
+        assert one.entropy == pytest.approx(other.entropy, abs=1e-5)
+        torch.testing.assert_close(one.states, other.states, atol=5e-6, rtol=1e-5)
+        torch.testing.assert_close(one.question, other.question, atol=5e-6, rtol=1e-5)
+        torch.testing.assert_close(one.attention, other.attention, atol=2e-7, rtol=1e-4)
 
 
 def test_prompts_that_differ_before_the_image_are_not_packed(

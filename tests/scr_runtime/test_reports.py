@@ -9,6 +9,7 @@ import torch
 
 from scr_runtime import SCR, SCRConfig
 from tests.scr_runtime.reference import make_predictor, reference_images
+from tests.scr_runtime.tiny_families import TINY
 
 CONFIG = SCRConfig(num_sources=5, strength=1.3, edit_layers=(0, 2), attention_layers=(2, 4))
 
@@ -45,3 +46,32 @@ def test_a_predictors_judgement_is_reported(tiny_llava: Any, llava_inputs: Any) 
         assert [report.confidence for report in scr.reports] == judged.confidence.tolist()
         assert [report.drift for report in scr.reports] == (judged.drift.tolist() if limit else [None] * 3)
         assert [report.fallback_reason for report in scr.reports] == [None] * 3
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-full", "llava-next", "qwen2-vl", "internvl"])
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_a_report_names_its_row_image_and_grid(name: str, pad: str) -> None:
+    tiny = TINY[name]
+    model = tiny.model()
+    prompt = tiny.prompt(model, [1, 2, 3], pad=pad)
+    with torch.no_grad(), SCR(model, config=CONFIG, mode="two-pass") as scr:
+        model(**prompt.inputs)
+    wanted = [
+        (row, image, place, grid)
+        for row, pictures in enumerate(prompt.pictures)
+        for image, picture in enumerate(pictures)
+        for place, (grid, _) in enumerate(picture.grids)
+    ]
+    assert [(one.row, one.image, one.place, one.grid) for one in scr.reports] == wanted
+
+
+def test_images_without_a_token_between_them_are_two(tiny_llava: Any, llava_inputs: Any) -> None:
+    model = tiny_llava(24)
+    inputs = llava_inputs(model, [2], seed=24)
+    keep = torch.ones_like(inputs["input_ids"][0], dtype=torch.bool)
+    visual = (inputs["input_ids"][0] == model.config.image_token_id).nonzero().flatten()
+    keep[visual[35] + 1 : visual[36]] = False  # the words between the images
+    inputs |= {name: inputs[name][:, keep] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad(), SCR(model, config=CONFIG, mode="two-pass") as scr:
+        model(**inputs)
+    assert [(one.row, one.image, one.place) for one in scr.reports] == [(0, 0, 0), (0, 1, 0)]

@@ -1,0 +1,210 @@
+"""Charts as SVG text, coloured by the page's own style: one row per method, a marker for each besides its colour."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from predictor.metrics import Interval
+
+_MARKS = ("circle", "square", "diamond", "up", "down", "cross", "plus", "ring", "frame", "bar")
+_ORDER = (
+    "vanilla", "two-pass", "one-pass", "auto", "uniform", "swapped", "shift", "position", "dose-matched", "norm",
+    "least", "noise", "4-connected", "radius-2", "vanilla-sampled",
+)  # fmt: skip
+_ROW = 26
+_WIDTH = 760
+
+Points = Sequence[tuple[float, float]] | NDArray[np.float64]
+
+
+def mark(name: str) -> tuple[str, str]:
+    """Colour class and shape of a method, the same in every chart of every report."""
+    base = name.split(":")[0].split("@")[0]
+    place = _ORDER.index(base) if base in _ORDER else len(_ORDER)
+    further = len(name) - len(base) and 1 + len(name) % 2
+    return f"c{min(place, 7)}", _MARKS[(place + 3 * further) % len(_MARKS)]
+
+
+def symbol(name: str, x: float, y: float, size: float = 5.0) -> str:
+    """A method's marker."""
+    colour, shape = mark(name)
+    if shape in ("circle", "ring"):
+        kind = "hollow" if shape == "ring" else "full"
+        return f'<circle class="{colour} {kind}" cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}"/>'
+    if shape in ("cross", "plus", "bar"):
+        d, e = size, size * 0.9
+        path = {"cross": f"M{x - e:.1f} {y - e:.1f}l{2 * e:.1f} {2 * e:.1f}m0 {-2 * e:.1f}l{-2 * e:.1f} {2 * e:.1f}",
+                "plus": f"M{x - d:.1f} {y:.1f}H{x + d:.1f}M{x:.1f} {y - d:.1f}V{y + d:.1f}",
+                "bar": f"M{x:.1f} {y - 1.3 * d:.1f}V{y + 1.3 * d:.1f}"}[shape]  # fmt: skip
+        return f'<path class="{colour} line" d="{path}"/>'
+    corners = {
+        "square": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
+        "frame": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
+        "diamond": ((0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)),
+        "up": ((0, -1.2), (1.15, 0.9), (-1.15, 0.9)),
+        "down": ((0, 1.2), (1.15, -0.9), (-1.15, -0.9)),
+    }[shape]
+    points = " ".join(f"{x + size * dx:.1f},{y + size * dy:.1f}" for dx, dy in corners)
+    return f'<polygon class="{colour} {"hollow" if shape == "frame" else "full"}" points="{points}"/>'
+
+
+def forest(rows: Mapping[str, Interval], label: str, *, zero: bool, absolute: Mapping[str, str] | None = None) -> str:
+    """A row per method: marker, interval, and its figures in words.
+
+    Args:
+        rows: Method -> value with interval, in percent points times 1/100.
+        label: Of the axis.
+        zero: Whether 0 is on the axis and drawn.
+        absolute: Method -> a figure beside its label.
+    """
+    values = [100 * end for interval in rows.values() for end in interval if math.isfinite(end)] + [0.0] * zero
+    ticks = nice_ticks(min(values, default=0.0), max(values, default=1.0))
+    left, right, height = 178, 158, _ROW * len(rows) + 46
+    span = _WIDTH - left - right
+
+    def at(value: float) -> float:
+        return left + span * (value - ticks[0]) / (ticks[-1] - ticks[0])
+
+    parts = [_grid_x(ticks, at, 8, height - 36)]
+    if zero:
+        parts.append(f'<path class="zero" d="M{at(0):.1f} 4V{height - 36}"/>')
+    for place, (name, interval) in enumerate(rows.items()):
+        y = 8 + _ROW * (place + 0.5)
+        shown = html.escape(name) + (f" ({absolute[name]})" if absolute and name in absolute else "")
+        parts.append(f'<text class="name" x="{left - 14}" y="{y + 4:.1f}">{shown}</text>')
+        if not math.isfinite(interval.mean):
+            continue
+        low, high, mean = (at(100 * end) for end in (interval.low, interval.high, interval.mean))
+        parts.append(f'<path class="{mark(name)[0]} line" d="M{low:.1f} {y:.1f}H{high:.1f}"/>')
+        parts.append(symbol(name, mean, y))
+        sign = "+" if zero else ""
+        figures = f"{100 * interval.mean:{sign}.1f} [{100 * interval.low:{sign}.1f}, {100 * interval.high:{sign}.1f}]"
+        parts.append(f'<text class="figure" x="{_WIDTH - right + 12}" y="{y + 4:.1f}">{figures}</text>')
+    parts.append(f'<text class="axis" x="{left + span / 2:.0f}" y="{height - 4}">{html.escape(label)}</text>')
+    return _svg(_WIDTH, height, parts, label)
+
+
+def scatter(points: Mapping[str, tuple[float, float]], x_label: str, y_label: str) -> str:
+    """One marker per method, named beside it."""
+    finite = {name: xy for name, xy in points.items() if all(map(math.isfinite, xy))}
+    if not finite:
+        return ""
+    width, height, left, top = 560, 340, 64, 14
+    xs, ys = ([xy[place] for xy in finite.values()] for place in (0, 1))
+    x_ticks, y_ticks = nice_ticks(min(xs), max(xs)), nice_ticks(min(ys), max(ys))
+
+    def across(value: float) -> float:
+        return left + (width - left - 96) * (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+
+    def up(value: float) -> float:
+        return top + (height - top - 50) * (1 - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
+
+    parts = [_grid_x(x_ticks, across, top, height - 50), _grid_y(y_ticks, up, left, width - 96)]
+    taken: list[tuple[float, float]] = []
+    for name, (x, y) in sorted(finite.items(), key=lambda entry: entry[1][1]):
+        place, mark_y = across(x), up(y)
+        label_y = mark_y + 4
+        while any(abs(label_y - other) < 14 and abs(place - beside) < 110 for beside, other in taken):
+            label_y -= 14
+        taken.append((place, label_y))
+        parts.append(symbol(name, place, mark_y, 6))
+        parts.append(f'<text class="note" x="{place + 11:.1f}" y="{label_y:.1f}">{html.escape(name)}</text>')
+    return _svg(
+        width, height, [*parts, *_axes(x_label, y_label, left, width - 96, height)], f"{y_label} against {x_label}"
+    )
+
+
+def curves(lines: Mapping[str, Points], x_label: str, y_label: str, *, unit: bool) -> str:
+    """Lines with a legend; each carries its method's marker at a few places.
+
+    Args:
+        lines: Name -> points (x, y).
+        x_label: Of the axis.
+        y_label: Of the axis.
+        unit: Whether both axes run from 0 to 1, with the diagonal.
+    """
+    width, height, left, top, right = 560, 400 if unit else 320, 64, 14, 150
+    listed = {name: [(float(x), float(y)) for x, y in points] for name, points in lines.items()}
+    every = [point for points in listed.values() for point in points if all(map(math.isfinite, point))]
+    if not every:
+        return ""
+    x_ticks = nice_ticks(0, 1) if unit else nice_ticks(min(x for x, _ in every), max(x for x, _ in every))
+    y_ticks = nice_ticks(0, 1) if unit else nice_ticks(min(0.0, *(y for _, y in every)), max(y for _, y in every))
+
+    def across(value: float) -> float:
+        return left + (width - left - right) * (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+
+    def up(value: float) -> float:
+        return top + (height - top - 50) * (1 - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
+
+    parts = [_grid_x(x_ticks, across, top, height - 50), _grid_y(y_ticks, up, left, width - right)]
+    if unit:
+        parts.append(f'<path class="zero dashed" d="M{across(0):.1f} {up(0):.1f}L{across(1):.1f} {up(1):.1f}"/>')
+    for place, (name, points) in enumerate(listed.items()):
+        kept = _thinned([point for point in points if all(map(math.isfinite, point))])
+        path = "L".join(f"{across(x):.1f} {up(y):.1f}" for x, y in kept)
+        parts.append(f'<path class="{mark(name)[0]} line thin" d="M{path}"/>')
+        step = max(len(kept) // 5, 1)
+        parts += [symbol(name, across(x), up(y), 3.5) for x, y in kept[place % step :: step]]
+        y = top + 12 + 20 * place
+        parts.append(symbol(name, width - right + 18, y - 4, 4.5))
+        parts.append(f'<text class="note" x="{width - right + 30}" y="{y}">{html.escape(name)}</text>')
+    return _svg(
+        width, height, [*parts, *_axes(x_label, y_label, left, width - right, height)], f"{y_label} against {x_label}"
+    )
+
+
+def _thinned(points: list[tuple[float, float]], most: int = 160) -> list[tuple[float, float]]:
+    step = max(len(points) // most, 1)
+    return points[::step] + (points[-1:] if (len(points) - 1) % step else [])
+
+
+def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers from at most `low` to at least `high`."""
+    if not high > low:
+        low, high = low - 0.5, high + 0.5
+    raw = (high - low) / (most - 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(size * power for size in (1, 2, 2.5, 5, 10) if size * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(number * step, 10) for number in range(first, max(last, first + 1) + 1)]
+
+
+def _grid_x(ticks: Sequence[float], at: object, top: float, bottom: float) -> str:
+    places = [at(tick) for tick in ticks]  # type: ignore[operator]
+    lines = "".join(f"M{place:.1f} {top}V{bottom}" for place in places)
+    texts = "".join(
+        f'<text class="tick" x="{place:.1f}" y="{bottom + 16}">{tick:g}</text>'
+        for tick, place in zip(ticks, places, strict=True)
+    )
+    return f'<path class="grid" d="{lines}"/>{texts}'
+
+
+def _grid_y(ticks: Sequence[float], at: object, left: float, right: float) -> str:
+    places = [at(tick) for tick in ticks]  # type: ignore[operator]
+    lines = "".join(f"M{left} {place:.1f}H{right}" for place in places)
+    texts = "".join(
+        f'<text class="tick end" x="{left - 8}" y="{place + 4:.1f}">{tick:g}</text>'
+        for tick, place in zip(ticks, places, strict=True)
+    )
+    return f'<path class="grid" d="{lines}"/>{texts}'
+
+
+def _axes(x_label: str, y_label: str, left: float, right: float, height: float) -> list[str]:
+    middle = (height - 50) / 2
+    return [
+        f'<text class="axis" x="{(left + right) / 2:.0f}" y="{height - 8}">{html.escape(x_label)}</text>',
+        f'<text class="axis" transform="translate(14 {middle:.0f}) rotate(-90)">{html.escape(y_label)}</text>',
+    ]
+
+
+def _svg(width: int, height: int, parts: Sequence[str], title: str) -> str:
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}" '
+        f'style="max-width:{width}px">{"".join(parts)}</svg>'
+    )

@@ -1,0 +1,191 @@
+"""`python -m evaluation` as a user types it: short forms, bad inputs, a whole run, ranks, compare and tune."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs import load_config
+from evaluation.errors import EvaluationError
+from evaluation.settings import EvaluationSettings
+from pipeline.compare_runs import compare_runs, read_run
+from pipeline.evaluate import evaluation_images, long_forms, main, predictor_folders, run
+from pipeline.tune import tune
+from scr_runtime.errors import PredictorError
+
+# MLflow's own: its use of SQLAlchemy, and connections that its pool leaves to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning"),
+]
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "data.world.train=20", "data.world.val=6", "harvest.samples=10", "harvest.validation=4", "harvest.test=4",
+    "evaluation.images=4", "evaluation.questions_per_image=2", "evaluation.bootstrap=20",
+    "evaluation.latency_repeats=1", "evaluation.decoding=margin", "evaluation.prompts=[plain]",
+]  # fmt: skip
+
+
+def test_short_forms_are_written_out() -> None:
+    assert long_forms(["benchmarks=pope,chair", "methods=all", "model=scene-llava"]) == [
+        "evaluation.benchmarks=[pope, chair]", "evaluation.methods=[all]", "model=scene-llava",
+    ]  # fmt: skip
+    assert long_forms(["predictor=paper"]) == ["predictor=paper"]  # an option of the group
+    assert long_forms(["predictor=/a,runs/b"]) == ["evaluation.predictors=[/a, runs/b]"]
+    assert long_forms(["evaluation.pope_files=a.json,b.json", "evaluation.chair_tokens=[8,16]"]) == [
+        "evaluation.pope_files=[a.json, b.json]", "evaluation.chair_tokens=[8,16]",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argument", "problem"),
+    [
+        ("benchmarks=pope,chir", "has 'chir', which there is not"),
+        ("methods=two-pass", "lacks vanilla"),
+        ("evaluation.prompts=plain,[x]", "evaluation.prompts"),
+        ("evaluation.prompts='Is it?'", "texts with {question} in them"),
+        ("evaluation.thresholds=1.5", "a confidence lies between 0 and 1"),
+        ("evaluation.chair_tokens=0", "a caption has 1 token at least"),
+    ],
+)
+def test_wrong_settings_are_reported(argument: str, problem: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([argument])
+    assert stop.value.code == 2 and problem in capsys.readouterr().err
+
+
+def test_command_and_training_have_their_own_defaults() -> None:
+    settings = EvaluationSettings()
+    assert (settings.for_command.prompts, settings.for_command.decoding) == (["plain", "one-word"], "greedy")
+    assert (settings.for_training.prompts, settings.for_training.decoding) == (["plain"], "margin")
+    chosen = EvaluationSettings(prompts=["Q: {question}"], decoding="sampled").for_training
+    assert (chosen.prompts, chosen.decoding, chosen.templates) == (
+        ["Q: {question}"], "sampled", {"template": "Q: {question}"},
+    )  # fmt: skip
+
+
+def test_training_images_are_refused(tmp_path: Path) -> None:
+    config = load_config([*SMALL, f"runs_dir={tmp_path}"])
+    for changes in (
+        {"images_dir": str(config.paths.train_images)},
+        {"annotations": str(config.paths.train_annotations)},
+    ):
+        with pytest.raises(EvaluationError, match="is what the predictor was fitted to"):
+            evaluation_images(config, config.evaluation.model_copy(update=changes))
+
+
+def test_question_files_with_a_folder_need_no_annotations(tmp_path: Path) -> None:
+    config = load_config([*SMALL, f"runs_dir={tmp_path}"])
+    settings = config.evaluation.model_copy(update={"pope_files": ["a.json"], "images_dir": str(tmp_path)})
+    assert evaluation_images(config, settings) is None
+    assert list(tmp_path.iterdir()) == []  # no world is rendered
+
+
+def test_predictor_folders_are_named(tmp_path: Path) -> None:
+    config = load_config(SMALL)
+    for name in ("one", "two/predictor"):
+        (tmp_path / name).mkdir(parents=True)
+    places = [str(tmp_path / "one"), str(tmp_path / "two/predictor")]
+    found = predictor_folders(config, EvaluationSettings(predictors=places))
+    assert list(found) == ["", "two"]
+    with pytest.raises(PredictorError, match="is no folder"):
+        predictor_folders(config, EvaluationSettings(predictors=["/nowhere"]))
+    assert predictor_folders(config, EvaluationSettings(methods=["vanilla", "two-pass"])) == {}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the command has run, without a predictor."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    arguments = [
+        *SMALL,
+        f"runs_dir={folder}",
+        "evaluation.methods=[vanilla,two-pass,swapped]",
+        "evaluation.benchmarks=[pope]",
+    ]
+    assert run(load_config(arguments), "python -m evaluation ...") == 0
+    return folder
+
+
+def test_a_run_writes_its_report_and_the_worlds_questions(evaluated: Path) -> None:
+    (report,) = (evaluated / "fits/scene-llava/evaluations").iterdir()
+    assert {path.name for path in report.iterdir()} == {
+        "evaluation.html", "evaluation.md", "evaluation.json", "answers.jsonl",
+    }  # fmt: skip
+    (questions,) = (evaluated / "cache").glob("pope-*")
+    assert {path.name for path in questions.iterdir()} == {
+        "pope_random.json", "pope_popular.json", "pope_adversarial.json",
+    }  # fmt: skip
+    facts = json.loads((report / "evaluation.json").read_text())["facts"]
+    assert facts["model_name"] == "scene-llava" and facts["questions"]["random"][1] == 8
+
+
+def test_official_files_of_the_world_give_the_same_figures(evaluated: Path) -> None:
+    (questions,) = (evaluated / "cache").glob("pope-*")
+    files = ",".join(str(questions / f"pope_{name}.json") for name in ("random", "popular", "adversarial"))
+    images = next((evaluated / "data").glob("scenes*")) / "val"
+    arguments = [*SMALL, f"runs_dir={evaluated}", f"evaluation.pope_files=[{files}]",
+                 f"evaluation.images_dir={images}",
+                 "evaluation.methods=[vanilla,two-pass,swapped]", "evaluation.benchmarks=[pope]"]  # fmt: skip
+    assert run(load_config(arguments)) == 0
+    made, read = (
+        read_run(str(path), "")[1] for path in sorted((evaluated / "fits/scene-llava/evaluations").iterdir())
+    )
+    for name in ("hr", "accuracy", "auc", "hr_change"):
+        assert read.get(f"eval/two-pass/pope_adversarial/{name}") == made.get(f"eval/two-pass/adversarial/{name}")
+
+
+def test_evaluations_are_put_beside_the_papers(evaluated: Path, capsys: Any, tmp_path: Path) -> None:
+    assert compare_runs([str(evaluated), f"output={tmp_path / 'table.md'}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"scene-llava +measured, (pope_)?adversarial", lines[2])
+    assert any("LLaVA-1.5-7B" in line and "paper" in line and "13.1 / 86.5 / +44" in line for line in lines)
+    assert "| LLaVA-1.5-7B | paper |" in (tmp_path / "table.md").read_text()
+    with pytest.raises(EvaluationError, match=r"no evaluation\.json below it"):
+        compare_runs([str(_empty(tmp_path))])
+    with pytest.raises(EvaluationError, match="usage: python -m evaluation compare"):
+        compare_runs([])
+    with pytest.raises(EvaluationError, match=r"is no folder, and .* has no run of that id"):
+        compare_runs(["deadbeef", f"runs_dir={tmp_path}"])
+
+
+def _empty(folder: Path) -> Path:
+    (folder / "empty").mkdir()
+    return folder / "empty"
+
+
+def test_tuning_takes_the_tuning_images_and_writes_a_model(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    with pytest.raises(EvaluationError, match=r"harvest\.tuning=0 keeps no images"):
+        tune(load_config([*SMALL, f"runs_dir={tmp_path}"]))
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr("pipeline.tune.CONFIGS", tmp_path)
+    arguments = [*SMALL, f"runs_dir={tmp_path}", "harvest.tuning=2", "evaluation.tune_strengths=[1.1,2.0]"]
+    assert tune(load_config(arguments)) == 0
+    printed = capsys.readouterr().out
+    assert "2 settings tried on 2 tuning images" in printed and "too few to choose by" in printed
+    text = (tmp_path / "model/scene-llava-tuned.yaml").read_text()
+    assert "the best of 2 settings" in text and "name: scene-llava-tuned" in text
+    (record,) = (tmp_path / "fits/scene-llava/tuning").rglob("tuning.json")
+    assert json.loads(record.read_text())["number"] == 2
+    with pytest.raises(EvaluationError, match="add overwrite=true"):
+        tune(load_config(arguments))
+
+
+@pytest.mark.slow
+def test_two_ranks_make_one_report(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "evaluation", *SMALL, f"runs_dir={tmp_path}", "benchmarks=pope",
+               "methods=vanilla,two-pass"]  # fmt: skip
+    base = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    outputs = [
+        subprocess.run(command, cwd=ROOT, env={**base, "RANK": str(rank)}, capture_output=True, text=True, check=True)
+        for rank in range(2)
+    ]
+    reports = list((tmp_path / "fits/scene-llava/evaluations").iterdir())
+    assert len(reports) == 1, [one.stdout[-500:] for one in outputs]
