@@ -141,7 +141,7 @@ def ask(
 ) -> Comparison:
     """Asks POPE's questions about the first images (arXiv 2305.10355), by the margin of the first token."""
     asked = EvaluationSettings(
-        images=count, batch_size=_BATCH, seed=seed, benchmarks=["pope"], methods=methods, prompts=["plain"],
+        images=count, batch_size=_BATCH, seed=seed, benchmarks=["pope"], methods=list(methods), prompts=["plain"],
         decoding="margin",
     )  # fmt: skip
     return compare(prepare_reference(model, processor, scr, images, asked), {}, asked)
