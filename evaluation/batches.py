@@ -171,7 +171,8 @@ def make_batch(model: Any, processor: Any, pictures: Pictures, rows: list[Row]) 
     texts = [[row.text for row in own] + [own[-1].text] * (most - len(own)) for own in by_image]
     kept = [image * most + n for image, own in enumerate(by_image) for n in range(len(own))]
     inputs, repeats = shared_chat_inputs(processor, images, texts) if most > 1 else (None, 1)
-    if inputs is None or repeats == 1:  # pixels come row by row, as many per row as the image's size asks for
+    tables = {"image_grid_thw", "image_sizes"}  # beside pixels that follow an image's size
+    if inputs is None or repeats == 1 or tables & inputs.keys():  # these come row by row
         inputs = chat_inputs(processor, [images[names.index(row.image)] for row in rows], [row.text for row in rows])
         kept, repeats = list(range(len(rows))), 1
     inputs = dict(inputs.to(model.device, dtype=model.dtype))

@@ -1,8 +1,9 @@
 """What runs in this thread: the state of a call, kept where the call is and not where the model is.
 
 Forward passes are synchronous and nest within a thread, so that what runs in a thread is a stack: whoever enters
-writes down what was there, and puts it back when it leaves. Other threads see nothing of it. No lock is held while a
-model runs: a call that starts another one, in this thread or in one that it waits for, can't block itself.
+writes down what was there, and puts it back when it leaves. An interrupt in that very line leaves it behind; so what
+stands here is bound to a frame, and counts while that is on the stack. Other threads see nothing of it. No lock is
+held while a model runs: a call that starts another one, in this thread or in one that it waits for, can't block itself.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import threading
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from scr_runtime.attention import AttentionRows
@@ -30,8 +31,8 @@ class Here(threading.local):
         prefill: The edited prefill whose decoder runs; ``None`` in any other pass, the nested diagnostic run included.
         rows: Where the diagnostic run of this thread reads its attention to.
         outer: The call of the whole model around the pass.
-        base: The base model whose forward runs.
-        captures: Whether the next pass is a capture's, and so never edited.
+        base: The pass of a base model that runs.
+        captures: The capture whose pass comes next, and so is never edited.
         generate: The innermost ``generate`` of a model with an SCR.
         question: The innermost question of an image session.
     """
@@ -39,8 +40,8 @@ class Here(threading.local):
     prefill: Prefill | None = None
     rows: AttentionRows | None = None
     outer: OuterCall | None = None
-    base: Any = None
-    captures: bool = False
+    base: Running | None = None
+    captures: Running | None = None
     generate: GenerateCall | None = None
     question: Question | None = None
 
@@ -64,6 +65,13 @@ class Running:
         """Binds it to a frame of this thread."""
         self.thread = threading.get_ident()
         self.frame = frame
+
+    @classmethod
+    def of(cls, frame: FrameType) -> Running:
+        """What runs in a frame of this thread."""
+        running = cls()
+        running.begin(frame)
+        return running
 
     @property
     def alive(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from scr_runtime.config import SCRConfig
 from scr_runtime.diagnostic import Decoder, StateLayerOutput, block_arguments, residual_stream
 from scr_runtime.errors import PrefillError
 from scr_runtime.families import Family, blocks_of, family_of, generative_model
-from scr_runtime.here import here
+from scr_runtime.here import Running, here
 from scr_runtime.layout import VisualLayout, count_mismatch, visual_layout
 from scr_runtime.packing import Packed, pack
 from scr_runtime.redistribute import Grid, credit_entropy, state_norms
@@ -103,14 +104,14 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows
         hook = decoder.blocks[config.state_layer].register_forward_hook(after_state_layer, with_kwargs=True)
         stack.callback(hook.remove)
         try:
-            here.captures = True
+            here.captures = Running.of(sys._getframe())
             model(**{**inputs, "use_cache": False})
         except _Captured:
             return (
                 captures if rows is None else [replace(one, row=row) for one, row in zip(captures, rows, strict=True)]
             )
         finally:
-            here.captures = False
+            here.captures = None
     raise PrefillError(
         f"the model ran to its end without passing block {config.state_layer}'s hook; is it compiled as a whole?"
     )

@@ -28,7 +28,7 @@ from scr_runtime.diagnostic import Decoder, StateLayerOutput, block_arguments, r
 from scr_runtime.errors import EditNotFiredError, NonFiniteScoresError, PrefillError, UnsupportedModelError
 from scr_runtime.families import Family, uncompiled
 from scr_runtime.generate import GenerateCall, GenerateShadow
-from scr_runtime.here import here
+from scr_runtime.here import Running, here
 from scr_runtime.layout import count_mismatch, visual_layout
 from scr_runtime.prefill import BlockHooks, Prefill
 from scr_runtime.prefix import Question
@@ -40,8 +40,8 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-@dataclass(eq=False)
-class OuterCall:
+@dataclass(eq=False, kw_only=True)
+class OuterCall(Running):
     """One call of the whole model.
 
     Attributes:
@@ -117,8 +117,9 @@ class Passes:
         """The whole model's forward: an image that went around the base model is an error."""
         if torch.compiler.is_compiling() or not self.hooks.active:
             return inner(*args, **kwargs)
-        call, outer = OuterCall(self), here.outer
+        call, outer = OuterCall(passes=self), here.outer
         try:
+            call.begin(sys._getframe())
             here.outer = call
             output = inner(*args, **kwargs)
         finally:
@@ -140,7 +141,7 @@ class Passes:
         if prefill is not None and (prefill.owner is not self.hooks or not prefill.entered):
             prefill.entered |= prefill.owner is self.hooks  # of another SCR's prefill, its own shadow takes care
             return inner(*args, **kwargs)
-        if here.base is None:
+        if here.base is None or not here.base.alive:
             self._refuse_embeddings(_named(self._decoder_names, args, kwargs), direct=True)
         try:
             here.prefill, here.rows = None, None
@@ -163,11 +164,13 @@ class Passes:
     def _around_base(self, inner: Inner, args: Args, kwargs: Kwargs) -> Any:
         if not self.hooks.active:
             return inner(*args, **kwargs)
-        saved, captures = (here.prefill, here.rows, here.outer, here.base), here.captures
-        outer = here.outer if here.outer is not None and here.outer.passes is self else None
+        saved, capture = (here.prefill, here.rows, here.outer, here.base), here.captures
+        outer = here.outer if here.outer is not None and here.outer.passes is self and here.outer.alive else None
+        captures = capture is not None and capture.alive
         prefill: Prefill | None = None
         try:
-            here.prefill, here.rows, here.outer, here.base, here.captures = None, None, None, self.base, False
+            here.prefill, here.rows, here.outer, here.captures = None, None, None, None
+            here.base = Running.of(sys._getframe())
             if outer is not None:
                 outer.reached = True
             if captures:
@@ -184,7 +187,7 @@ class Passes:
                 self.checks.drop(prefill)
             raise
         finally:
-            (here.prefill, here.rows, here.outer, here.base), here.captures = saved, captures
+            (here.prefill, here.rows, here.outer, here.base), here.captures = saved, capture
         if prefill is not None and prefill.fired and outer is not None:
             outer.finished.append(prefill)
         elif prefill is not None and prefill.fired:

@@ -335,30 +335,6 @@ def test_parts_alone(finished: tuple[Path, subprocess.CompletedProcess[str]]) ->
     assert "two-pass" in compared.stdout
 
 
-@pytest.mark.slow
-def test_the_readmes_python_runs(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    """Each Python block of the README, with the scene model as `model` and `inputs`."""
-    folder, _ = finished
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    prelude = (
-        "from data.chat import chat_inputs\nfrom data.settings import VLMSettings\nfrom data.vlm import load_vlm\n"
-        "from PIL import Image\nfrom scenes import CHECKPOINT\n"
-        "model, processor = load_vlm(VLMSettings(hub_id=str(CHECKPOINT), device='cpu'))\n"
-        "inputs = chat_inputs(processor, [Image.new('RGB', (96, 96))], ['Is there a dog in the image?'])\n"
-    )
-    for block in blocks:
-        block = block.replace("(0, 11)", "(0, 2)").replace("(8, 16)", "(2, 4)")  # the scene model has 8 blocks
-        script = folder / "readme.py"
-        script.write_text(prelude + block)
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        result = subprocess.run(
-            [sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
-        script.unlink()
-        assert result.returncode == 0, result.stderr[-2000:]
-
-
 def test_the_readmes_file_tree_is_current() -> None:
     readme = (ROOT / "README.md").read_text()
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()

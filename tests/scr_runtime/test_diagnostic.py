@@ -115,4 +115,5 @@ def test_the_decoders_call_is_kept_only_where_the_family_needs_it() -> None:
         with torch.no_grad():
             model(**prompt.inputs)
         assert not decoder.call
-    assert {family.name for family in FAMILIES.values() if family.packs} == {"llava"}  # as test_maps.py has compared
+    packing = {"llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}  # as test_maps.py has compared
+    assert {family.name for family in FAMILIES.values() if family.packs} == packing

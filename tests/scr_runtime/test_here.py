@@ -4,22 +4,46 @@ from __future__ import annotations
 
 import sys
 import threading
+from typing import Any
 
 import pytest
+import torch
 
+from scr_runtime import SCR, SCRConfig
+from scr_runtime.errors import PrefillError
 from scr_runtime.here import Running, Turns, here
 
 
 def test_each_thread_has_its_own_state() -> None:
     found: list[object] = []
-    here.captures = True
+    here.captures = Running()
     try:
         thread = threading.Thread(target=lambda: found.append((here.captures, here.prefill, here.question)))
         thread.start()
         thread.join()
     finally:
-        here.captures = False
-    assert found == [(False, None, None)]
+        here.captures = None
+    assert found == [(None, None, None)]
+
+
+def test_what_an_interrupt_left_behind_does_not_count(tiny_llava: Any, llava_inputs: Any) -> None:
+    """As if an exception had come in the very lines that put the state back."""
+
+    def ended() -> Running:
+        return Running.of(sys._getframe())
+
+    model = tiny_llava()
+    inputs = llava_inputs(model, [1])
+    config = SCRConfig(num_sources=4, edit_layers=(0, 2), attention_layers=(2, 4))
+    with torch.no_grad(), SCR(model, config=config, mode="two-pass") as scr:
+        expected = model(**inputs).logits
+        try:
+            here.base, here.captures = ended(), ended()
+            assert torch.equal(model(**inputs).logits, expected) and scr.stats.prefills == 2
+            with pytest.raises(PrefillError):
+                model.model.language_model(inputs_embeds=torch.randn(1, 5, 32))
+        finally:
+            here.base, here.captures = None, None
 
 
 def test_something_runs_as_long_as_its_frame_is_on_the_stack() -> None:
