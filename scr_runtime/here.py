@@ -3,7 +3,8 @@
 Forward passes are synchronous and nest within a thread, so that what runs in a thread is a stack: whoever enters
 writes down what was there, and puts it back when it leaves. An interrupt in that very line leaves it behind; so what
 stands here is bound to a frame, and counts while that is on the stack. Other threads see nothing of it. No lock is
-held while a model runs: a call that starts another one, in this thread or in one that it waits for, can't block itself.
+held while a model runs: a call that starts another one, in this thread or in one that it waits for, can't block
+itself.
 """
 
 from __future__ import annotations
