@@ -107,7 +107,7 @@ class Folder:
         if self._checksum(run / "predictor" / "model.safetensors") != self._predictor:
             self.problems.append(f"{run.name}: another predictor than that of an undisturbed run")
         load_predictor(run / "predictor")
-        for name in ("evaluation.json", "evaluation.md", "evaluation.png", "reliability.png", "maps.png"):
+        for name in ("evaluation.json", "evaluation.md", "evaluation.html", "reliability.png", "maps.png"):
             if not (run / "reports" / name).stat().st_size:
                 self.problems.append(f"{run.name}: {name} is empty")
 
