@@ -194,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kills = ended = 0
         with tqdm(total=options.kills, desc="kills", unit="kill") as progress:
             while kills < options.kills:
+                known = len(folder.problems)
                 status = wait(start(folder.root), rng.uniform(0, seconds))
                 if status is None:
                     kills += 1
@@ -203,7 +204,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                     folder.finished += 1
                 else:
                     folder.problems.append(f"the command ended with {status}: {folder.last_lines()}")
-                known = len(folder.problems) - (status not in (None, 0))
                 folder.check()
                 for problem in folder.problems[known:]:
                     tqdm.write(problem)

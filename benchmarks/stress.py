@@ -77,7 +77,9 @@ class CallsPart:
         self.tally = Tally("calls")
         self._rng = rng
         self._calls = Calls()
-        self._vanilla = self._without_scr()
+        self._calls.scr.detach()
+        self._vanilla = self._logits()
+        self._calls.scr.attach()
 
     def round(self) -> None:
         """Two to four threads make one to three calls each; then the model is looked at."""
@@ -128,20 +130,14 @@ class CallsPart:
         scr.detach()
         if snapshot(self._calls.model) != self._calls.before:
             self.tally.add("left over", "the model is not what it was before it was attached")
-        answers = self._without_scr()
+        answers = self._logits()
         if not all(torch.equal(one, other) for one, other in zip(answers, self._vanilla, strict=True)):
             self.tally.add("left over", "the logits are not those of the model alone")
         scr.attach()
 
-    def _without_scr(self) -> list[torch.Tensor]:
-        attached = self._calls.scr._is_attached()
-        if attached:
-            self._calls.scr.detach()
+    def _logits(self) -> list[torch.Tensor]:
         with torch.no_grad():
-            found = [self._calls.model(**prompt).logits for prompt in self._calls.prompts]
-        if attached:
-            self._calls.scr.attach()
-        return found
+            return [self._calls.model(**prompt).logits for prompt in self._calls.prompts]
 
 
 def throw_into(thread: threading.Thread, error: type[BaseException]) -> None:

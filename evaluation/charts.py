@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,8 +175,8 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [round(number * step, 10) for number in range(first, max(last, first + 1) + 1)]
 
 
-def _grid_x(ticks: Sequence[float], at: object, top: float, bottom: float) -> str:
-    places = [at(tick) for tick in ticks]  # type: ignore[operator]
+def _grid_x(ticks: Sequence[float], at: Callable[[float], float], top: float, bottom: float) -> str:
+    places = [at(tick) for tick in ticks]
     lines = "".join(f"M{place:.1f} {top}V{bottom}" for place in places)
     texts = "".join(
         f'<text class="tick" x="{place:.1f}" y="{bottom + 16}">{tick:g}</text>'
@@ -185,8 +185,8 @@ def _grid_x(ticks: Sequence[float], at: object, top: float, bottom: float) -> st
     return f'<path class="grid" d="{lines}"/>{texts}'
 
 
-def _grid_y(ticks: Sequence[float], at: object, left: float, right: float) -> str:
-    places = [at(tick) for tick in ticks]  # type: ignore[operator]
+def _grid_y(ticks: Sequence[float], at: Callable[[float], float], left: float, right: float) -> str:
+    places = [at(tick) for tick in ticks]
     lines = "".join(f"M{left} {place:.1f}H{right}" for place in places)
     texts = "".join(
         f'<text class="tick end" x="{left - 8}" y="{place + 4:.1f}">{tick:g}</text>'

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from evaluation.answers import AnswerStore
 from evaluation.decoding import parse_margin
-from evaluation.methods import AUTO, SHIFT, TWO_PASS, VANILLA, Method
+from evaluation.methods import SHIFT, TWO_PASS, VANILLA, Method
 from evaluation.parsers import NEITHER, PARSERS, YES
 from evaluation.questions import Quiz, Split
 from evaluation.settings import ParserName
@@ -281,8 +281,3 @@ def changed_answers(answered: Answered, method: str, split: Split) -> list[Chang
         if before != after and label in (before, after):
             found.append(Changed(item, method, after == label, label, before, after))
     return found
-
-
-def is_reference(method: Method) -> bool:
-    """Whether a method needs no predictor."""
-    return method.predictor is None and method.base != AUTO

@@ -289,35 +289,9 @@ def unregister_unused() -> None:
         _NAMES.discard(name)
 
 
-def select_wrapper(config: Any) -> Callable[[], None]:
-    """``hold`` for an owner that is the returned function: it releases the config."""
-    owner = object()
-
-    def restore() -> None:
-        release(owner)
-        unregister_unused()
-
-    try:
-        hold(config, owner)
-    except BaseException:
-        restore()
-        raise
-    return restore
-
-
-def is_selected(config: Any) -> bool:
-    """Whether a config names a wrapper."""
-    return isinstance(getattr(config, "_attn_implementation", None), Selected)
-
-
 def takes_mask_tensor(config: Any) -> bool:
     """Whether a decoder's attention implementation, wrapped or not, takes any mask [B, 1, Q, K]."""
     return _unwrapped(config) in _MASKED_BY_TENSOR
-
-
-def takes_mask_function(config: Any) -> bool:
-    """Whether it takes a mask that is no tensor, so that its attention can't be read."""
-    return _unwrapped(config) in _MASKED_BY_FUNCTION
 
 
 def check_selectable(config: Any) -> None:

@@ -266,16 +266,6 @@ class SCR:
         mine: Prefill | None = getattr(self._last_here, "prefill", None)
         return self._last_anywhere if mine is None else mine
 
-    @property
-    def _run(self) -> Prefill | None:
-        """The prefill that runs in this thread."""
-        prefill = here.prefill
-        return prefill if prefill is not None and prefill.owner is self._passes.hooks else None
-
-    @property
-    def _generate(self) -> Any:
-        return self._passes.generate
-
     def _finished(self, prefill: Prefill) -> None:
         """Statistics and log of a prefill that is over. Nothing here waits for the device, but for beams."""
         self._last_here.prefill = self._last_anywhere = prefill

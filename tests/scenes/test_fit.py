@@ -3,18 +3,9 @@
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForImageTextToText
 
 from scenes.fit import Recipe, fit
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_recipe_scales_its_steps_and_nothing_else():

@@ -17,14 +17,6 @@ from scenes.fit import Recipe
 from scenes.model import CAPTION_QUESTIONS, build_processor, build_tokenizer, vocabulary
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def chat(question: str, answer: str = "") -> str:
     """The text of a lesson: what the template makes of one image and one question, then the answer, if any."""
     return f"USER: <image>\n{question} ASSISTANT:" + (f" {answer}</s>" if answer else "")

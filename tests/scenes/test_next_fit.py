@@ -15,14 +15,6 @@ from scenes.next_fit import NextRecipe, fit_next
 SHORT = NextRecipe(patch_steps=8, patch_batch=4, name_steps=3, name_batch=2, answer_steps=4, answer_batch=2)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_a_short_fit_learns_saves_and_is_deterministic(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     losses = fit_next(tmp_path / "first", seed=1, recipe=SHORT, workers=0)
     said = capsys.readouterr().out

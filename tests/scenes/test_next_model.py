@@ -26,14 +26,6 @@ PHOTOS = {(640, 480): (10, 12), (427, 640): (12, 8), (500, 500): (12, 12), (640,
 SCENES = {(192, 144): (10, 12), (144, 192): (12, 10), (128, 192): (12, 8), (150, 150): (12, 12), (288, 96): (6, 18)}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def shipped() -> tuple[Any, Any]:
     model = AutoModelForImageTextToText.from_pretrained(NEXT_CHECKPOINT, dtype=torch.float32).eval()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scr_runtime import SCR, SCRConfig, capture, errors
-from scr_runtime.attention import AttentionRows, MapComplete, select_wrapper, takes_mask_tensor
+from scr_runtime.attention import AttentionRows, MapComplete, hold, release, takes_mask_tensor
 from tests.scr_runtime.tiny_families import TINY
 
 CONFIG = SCRConfig(num_sources=5, strength=1.3, edit_layers=(0, 2), attention_layers=(2, 4))
@@ -42,10 +42,11 @@ def test_which_implementations_take_a_mask_tensor(name: str, takes: bool) -> Non
 
 def test_the_wrapper_is_selected_and_put_back() -> None:
     config = TINY["llava"].model(1, "eager").model.language_model.config
-    restore = select_wrapper(config)
+    owner = object()
+    hold(config, owner)
     assert config._attn_implementation == "scr_eager"
     assert takes_mask_tensor(config)
-    restore()
+    release(owner)
     assert config._attn_implementation == "eager"
 
 

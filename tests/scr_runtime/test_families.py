@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scr_runtime import SCR, PredictorConfig, SCRConfig, SourcePredictor, capture, errors
+from scr_runtime.here import here
 from scr_runtime.rule import effective_num_sources
 from tests.scr_runtime.reference import (
     IMAGE_TOKEN,
@@ -210,7 +211,7 @@ def test_hooks_return_after_an_exception(tiny: Tiny) -> None:
             model.generate(**prompt.inputs, max_new_tokens=5, do_sample=False, stopping_criteria=[stop])
         assert len(calls) == 2
     assert hook_count(model) == hooks
-    assert scr._generate.running is None and scr._run is None
+    assert scr._passes.generate.running is None and here.prefill is None
     with torch.no_grad():
         assert torch.equal(model(**prompt.inputs).logits, vanilla)
 

@@ -179,5 +179,5 @@ def test_a_chunk_size_in_the_generation_config_is_refused(tiny_llava: Any, llava
         model.generation_config.prefill_chunk_size = 16
         with pytest.raises(errors.PrefillError, match=words):
             model.generate(**inputs, max_new_tokens=2)
-        assert scr._generate.running is None
+        assert scr._passes.generate.running is None
         model.generate(**text, max_new_tokens=2, do_sample=False)  # without an image there is nothing to take apart

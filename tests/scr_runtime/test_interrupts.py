@@ -169,7 +169,7 @@ def test_an_end_in_generate(case: Case, options: dict[str, Any], end: type[BaseE
                 with pytest.raises(end) as caught:
                     model.generate(**given, **call, **bomb)  # type: ignore[arg-type]
                 assert caught.value is error
-                assert case.scr._generate.running is None
+                assert case.scr._passes.generate.running is None
         assert torch.equal(model.generate(**case.inputs, **call), expected)
         case.works()
     case.is_vanilla()
