@@ -85,7 +85,7 @@ def tracked(
         client.log_metric(run.info.run_id, SELECTED_BY, 0.0, step=0)  # MLflow's comparison shows the first metric
     folder.note(mlflow_run_id=run.info.run_id)
     with recorded(client, run.info.run_id, config.tracking_uri, STOPS):
-        tracker = MLFlowLogger(config.experiment, tracking_uri=config.tracking_uri, run_id=run.info.run_id)
+        tracker = ResumedLogger(client, run, config)
         settings = {key: value for key, value in _flat(config.model_dump()).items() if not key.startswith(_PLACES)}
         logged = run.data.params  # of a reopened run; MLflow rejects other values, such as another cache
         tracker.log_hyperparams(
@@ -93,6 +93,33 @@ def tracked(
         )
         client.log_artifact(run.info.run_id, str(folder.config))
         yield tracker
+
+
+class ResumedLogger(MLFlowLogger):
+    """Lightning's logger, for a run that may hold some of the coming steps already.
+
+    An epoch's metrics are logged before its checkpoint is written. A fit that was killed in between takes the epoch's
+    steps again, with the same values: what the run has is not logged a second time.
+
+    Args:
+        client: Of the tracking store.
+        run: The run, as it was found.
+        config: Names the experiment and the store.
+    """
+
+    def __init__(self, client: MlflowClient, run: Run, config: TrainConfig) -> None:
+        super().__init__(config.experiment, tracking_uri=config.tracking_uri, run_id=run.info.run_id)
+        self._last = {
+            key: max(metric.step for metric in client.get_metric_history(run.info.run_id, key))
+            for key in run.data.metrics
+            if not key.startswith("system/")
+        }
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Logs the metrics whose step lies behind those that the run had when it was opened."""
+        super().log_metrics(
+            {key: value for key, value in metrics.items() if (step or 0) > self._last.get(key, -1)}, step
+        )
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
