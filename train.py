@@ -43,7 +43,8 @@ def run(sweep: Sweep) -> int:
     if failed:
         print(f"error: {failed} of {len(sweep.children)} children have no result", file=sys.stderr)
         return 1
-    print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
+    if sweep.keys:
+        print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
     return 0
 
 

@@ -10,7 +10,7 @@ import itertools
 import re
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from configs.load import CONFIGS, KEYS, compose, digest, parse_cli, split_values
@@ -36,6 +36,8 @@ class Child:
     """Swept key -> its value here, as it was typed; empty for a plain run."""
     groups: Mapping[str, str]
     """Group -> the option that was taken."""
+    given: Mapping[str, str] = field(default_factory=dict)
+    """Key -> value, of what has one value on the command line."""
 
     @property
     def label(self) -> str:
@@ -105,7 +107,8 @@ def load_sweep(overrides: Sequence[str] = (), folder: Path = CONFIGS) -> Sweep:
             for problem in error.problems:
                 problems.setdefault((problem.key, str(problem.value), problem.reason), problem)
         else:
-            children.append(Child(_named(config, choices) if swept else config, choices, groups))
+            given = dict(text.split("=", 1) for text in fixed if "=" in text)
+            children.append(Child(_named(config, choices) if swept else config, choices, groups, given))
     if not problems and swept:
         problems |= {(p.key, str(p.value), p.reason): p for p in _equal_children(children)}
     if problems:

@@ -144,20 +144,6 @@ def _shown(mean: Mean | None, digits: int) -> str:
     return f"{mean.value:.{digits}f} ± {mean.half:.{digits}f}"
 
 
-def summary_metrics(trials: Sequence[Trial], names: Mapping[str, str]) -> dict[str, float]:
-    """Means over seeds under ``mean/<metric>/<key-value ...>``, with ``_low`` and ``_high`` if there are several."""
-    values = {}
-    for cell in cells(trials):
-        place = " ".join(f"{names[key]}-{value}" for key, value in cell.choices.items())
-        suffix = "/" + "".join(c if c.isalnum() or c in "-_. " else "-" for c in place) if place else ""
-        for name, mean in cell.means.items():
-            values[f"mean/{name}{suffix}"] = mean.value
-            if not math.isnan(mean.half) and HEADLINES[name][1]:  # counts have no interval
-                values[f"mean/{name}_low{suffix}"] = mean.value - mean.half
-                values[f"mean/{name}_high{suffix}"] = mean.value + mean.half
-    return values
-
-
 def figure(trials: Sequence[Trial], names: Mapping[str, str]) -> Figure | None:
     """Metric against swept value: a small point per seed, the mean with its interval beside it.
 
@@ -212,7 +198,7 @@ def write(folder: Path, trials: Sequence[Trial], names: Mapping[str, str], title
     """Writes summary.md, summary.csv (means), children.csv (every number of every child) and, if any, summary.png."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("summary.md", "summary.csv", "children.csv", "summary.png")]
-    write_file(paths[0], _summary_text(trials, names, title).encode())
+    write_file(paths[0], markdown_text(trials, names, title).encode())
     write_file(paths[1], _csv(_mean_records(trials)))
     write_file(paths[2], _csv(_child_records(trials)))
     picture = figure(trials, names)
@@ -223,7 +209,8 @@ def write(folder: Path, trials: Sequence[Trial], names: Mapping[str, str], title
     return paths
 
 
-def _summary_text(trials: Sequence[Trial], names: Mapping[str, str], title: str) -> str:
+def markdown_text(trials: Sequence[Trial], names: Mapping[str, str], title: str) -> str:
+    """Title, table of means, and the children that have no result."""
     lines = [f"# {title}", "", markdown(summary_rows(trials, names))]
     if SEED in trials[0].choices:
         lines += ["", NOTE]
