@@ -132,7 +132,9 @@ def fit_predictor(config: TrainConfig, work: Work, folder: RunFolder, tracker: M
     fitted = fit(module, data, folder.checkpoints, config.trainer, logger=tracker)
     tracker.experiment.update_run(tracker.run_id, status="RUNNING")  # Lightning's logger has marked it as finished
     tracker.log_metrics({SELECTED_BY: round(fitted.score, 4)}, step=fitted.epochs)
-    print(f"best epoch: val/mass {fitted.score:.4f} after {fitted.epochs} epochs")
+    limit, patience = config.trainer.max_epochs, config.trainer.patience
+    early = f" of at most {limit}: none of the last {patience} was better" if fitted.epochs < limit else ""
+    print(f"best epoch: val/mass {fitted.score:.4f}; fitted for {fitted.epochs} epochs{early}")
     sources = SourceCount.of(data.grids("test"), config.scr)
     return Fit(fitted.module, sources, measure(config, data, fitted.module.score), work.floors(config))
 
