@@ -208,11 +208,29 @@ def figure(trials: Sequence[Trial], names: Mapping[str, str]) -> Figure | None:
     return result
 
 
-def write(folder: Path, trials: Sequence[Trial], names: Mapping[str, str], title: str) -> list[Path]:
-    """Writes summary.md, summary.csv (means), children.csv (every number of every child) and, if any, summary.png."""
+def write(
+    folder: Path,
+    trials: Sequence[Trial],
+    names: Mapping[str, str],
+    title: str,
+    answers: Sequence[Sequence[str]] = (),
+) -> list[Path]:
+    """Writes summary.md, summary.csv (means), children.csv (every number of every child) and, if any, summary.png.
+
+    Args:
+        folder: Where to; made as needed.
+        trials: All children.
+        names: Swept key -> how the column is called.
+        title: Headline of the text.
+        answers: Rows of a second table for the text.
+
+    Returns:
+        The files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("summary.md", "summary.csv", "children.csv", "summary.png")]
-    write_file(paths[0], _summary_text(trials, names, title).encode())
+    second = f"\nAnswers of each model's best child:\n\n{markdown(answers)}\n" if answers else ""
+    write_file(paths[0], (_summary_text(trials, names, title) + second).encode())
     write_file(paths[1], _csv(_mean_records(trials)))
     write_file(paths[2], _csv(_child_records(trials)))
     picture = figure(trials, names)
