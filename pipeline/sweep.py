@@ -173,7 +173,7 @@ def compare_models(
     best = {name: max(own, key=_selected_by) for name, own in models.items() if any(map(_finished, own))}
     answers = table_rows([row_of(name, trial.metrics) for name, trial in best.items()])
     title = f"{len(models)} models: {', '.join(models)}"
-    folder = config.paths.sweeps / f"models-{digest(sorted(parents))[:8]}"
+    folder = config.paths.sweeps.parent / f"models-{digest(sorted(parents))[:8]}"
     for file in sweep_report.write(folder, trials, names, title, answers):
         for parent in parents:
             client.log_artifact(parent, str(file), "models")
@@ -194,10 +194,11 @@ def _selected_by(trial: Trial) -> float:
 
 
 def _comparison_page(run_ids: Sequence[str], client: MlflowClient) -> str:
-    """The address of MLflow's page that compares runs, behind the server's own."""
+    """The address of MLflow's page that compares runs, on the server that `make ui` starts."""
     experiments = dict.fromkeys(client.get_run(run_id).info.experiment_id for run_id in run_ids)
-    chosen = {"runs": json.dumps(list(run_ids)), "experiments": json.dumps(list(experiments))}
-    return f"/#/compare-runs?{urllib.parse.urlencode(chosen)}"
+    chosen = {"runs": run_ids, "experiments": list(experiments)}
+    query = {key: json.dumps(list(values), separators=(",", ":")) for key, values in chosen.items()}
+    return f"http://127.0.0.1:5000/#/compare-runs?{urllib.parse.urlencode(query)}"
 
 
 def _grouped(children: Sequence[Child], key: Callable[[TrainConfig], Any]) -> list[list[Child]]:
