@@ -3,8 +3,9 @@
 ``configs/<defaults>.yaml`` names one file for each group (``model: scene-llava`` means
 configs/model/scene-llava.yaml) and sets further keys. The command line comes last: ``model=llava-1.5-7b``
 chooses a file, ``trainer.max_epochs=3`` sets a key. A group's file may set keys of other sections under
-``elsewhere`` (a data set knows how many images its harvest takes). All mistakes are collected and reported at
-once, in one `ConfigError`. Several values for a key (``seed=0,1,2``) are a sweep: configs/grid.py.
+``elsewhere`` (a data set knows how many images its harvest takes), and a model's file may choose other groups' options
+under ``groups`` (``model=scene-next`` takes ``data=scenes-next`` unless another is given). All mistakes are collected
+and reported at once, in one `ConfigError`. Several values for a key (``seed=0,1,2``) are a sweep: configs/grid.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,17 @@ def compose(
         else:
             single.append(text)
     known = top.pop("groups", {})
-    groups = build.choose(known, single, folder)
+    groups, given = build.choose(known, single, folder)
     saved = saved_config(overrides)
     if saved is not None:
         top, file = build.read(saved), saved
-        groups = {key: option for key, option in groups.items() if any(text == f"{key}={option}" for text in single)}
+        groups = {group: option for group, option in groups.items() if group in given}
         build.assign({key: value for key, value in top.items() if key not in groups}, _name_file(file))
-    for group, option in groups.items():
-        path = folder / group / f"{option}.yaml"
+    for group in groups:  # the model comes first
+        path = folder / group / f"{groups[group]}.yaml"
         content = build.read(path, group)
+        if group == "model":
+            groups |= build.choices_of(content.pop("groups", {}), groups.keys() - given, folder, _name_file(path))
         elsewhere = content.pop("elsewhere", {})
         build.assign({group: content, **elsewhere}, _name_file(path))
     if saved is None:
@@ -176,8 +179,10 @@ class _Build:
         self.unread.append(section)
         return {}
 
-    def choose(self, defaults: Mapping[str, str], overrides: Sequence[str], folder: Path) -> dict[str, str]:
-        """Take the option of each group from the overrides, or else from the defaults file."""
+    def choose(
+        self, defaults: Mapping[str, str], overrides: Sequence[str], folder: Path
+    ) -> tuple[dict[str, str], set[str]]:
+        """Take the option of each group from the overrides, or else from the defaults; tell which were given."""
         chosen = dict(defaults)
         given: set[str] = set()
         for text in overrides:
@@ -191,12 +196,29 @@ class _Build:
             if option in options:
                 chosen[group] = option
                 continue
-            near = closest(option, options) or closest(option, _by_part(options))
-            close = [name for name in options if name == near] or [name for name in options if near and near in name]
-            hint = f"Did you mean {' or '.join(f'{group}={name}' for name in close)}?" if close else ""
-            reason = f"no file configs/{group}/{option}.yaml"
-            self.fail(group, option, reason, " | ".join(options), hint, COMMAND_LINE)
+            self._no_option(group, option, options, COMMAND_LINE)
+        return chosen, given
+
+    def choices_of(self, content: Any, free: Set[str], folder: Path, where: str) -> dict[str, str]:
+        """Options that a model's file chooses for the groups that nobody has chosen for."""
+        if not isinstance(content, dict):
+            self.fail("groups", content, f"is a {type(content).__name__}", "lines of group: option", "", where)
+            return {}
+        chosen = {}
+        for group, option in content.items():
+            if group == "model" or not (folder / str(group)).is_dir():
+                self.fail(f"groups.{group}", option, "is not a group that a model can choose for", "data", "", where)
+            elif option not in (options := options_of(folder, group)):
+                self._no_option(group, option, options, where)
+            elif group in free:
+                chosen[group] = option
         return chosen
+
+    def _no_option(self, group: str, option: Any, options: Sequence[str], where: str) -> None:
+        near = closest(str(option), options) or closest(str(option), _by_part(options))
+        close = [name for name in options if name == near] or [name for name in options if near and near in name]
+        hint = f"Did you mean {' or '.join(f'{group}={name}' for name in close)}?" if close else ""
+        self.fail(group, option, f"no file configs/{group}/{option}.yaml", " | ".join(options), hint, where)
 
     def override(self, overrides: Sequence[str]) -> None:
         """Assign ``key=value`` texts of the command line."""

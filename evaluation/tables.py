@@ -17,25 +17,28 @@ def terminal_columns() -> int:
     return max(shutil.get_terminal_size((_UNKNOWN, 24)).columns, 40)
 
 
-def table(rows: Sequence[Sequence[str]], width: int | None = None, marked: Collection[str | None] = ()) -> str:
+def table(
+    rows: Sequence[Sequence[str]], width: int | None = None, marked: Collection[str | None] = (), lead: int = 1
+) -> str:
     """Aligns rows of text under their header: the first column left, the others right.
 
-    Columns that do not fit follow in a second table below, which begins with the first column again.
+    Columns that do not fit follow in a second table below, which begins with the leading columns again.
 
     Args:
         rows: Header, and rows of the same length.
         width: Columns of text at most; None takes the terminal's.
         marked: First cells of the rows to print bold, where that can be seen.
+        lead: Columns that name a row.
     """
     width = width or terminal_columns()
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    parts, used = [[0]], widths[0]
-    for column in range(1, len(widths)):
-        if used + 2 + widths[column] > width and len(parts[-1]) > 1:
-            parts.append([0])
-            used = widths[0]
-        parts[-1].append(column)
-        used += 2 + widths[column]
+    named = list(range(min(lead, len(widths))))
+    parts = [named]
+    for column in range(len(named), len(widths)):
+        needed = sum(widths[place] + 2 for place in [*parts[-1], column]) - 2
+        if needed > width and parts[-1] != named:
+            parts.append(named)
+        parts[-1] = [*parts[-1], column]
     return "\n\n".join(_aligned(rows, part, widths, marked) for part in parts)
 
 

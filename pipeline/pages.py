@@ -19,6 +19,7 @@ _COLUMNS = (
     "params.`predictor.loss`", "params.`seed`", "attributes.`Duration`",
 )  # fmt: skip
 _WIDTH = 98  # pixels of a column
+_OWN = "sqlite:///runs/mlflow.db"
 _LONGEST_NOTE = 5000  # letters; MLflow takes no longer tag of an experiment
 _LEGEND = """
 Columns: **recall**, **mass** of the test split at K; **hr_...** hallucination
@@ -83,12 +84,21 @@ def describe_sweep(client: MlflowClient, parent: Run, text: str) -> None:
     describe_experiment(client, info.experiment_id, f"Newest sweep: {run_link(info)}.")
 
 
+def describe_models(client: MlflowClient, parent: Run, title: str) -> None:
+    """Adds the comparison of models to the page of a sweep's parent."""
+    info, text = parent.info, parent.data.tags.get(NOTE, "")
+    link = artifact_link(info, "models/summary.md", title)
+    describe_run(client, info.run_id, f"{text}\n\n{link}\n\n{picture(info, 'models/summary.png')}")
+
+
+def server(config: TrainConfig) -> str:
+    """What to type, or to open, for MLflow's pages."""
+    uri = config.tracking_uri
+    if "sql" not in uri:
+        return uri.rstrip("/")
+    return f"{'make ui' if uri == _OWN else f'make ui URI={uri}'}, then http://127.0.0.1:5000"
+
+
 def where_runs_are(config: TrainConfig, experiment_id: str) -> str:
     """What to type, or to open, for the table of runs."""
-    uri = config.tracking_uri
-    if uri.startswith(("http://", "https://")):
-        return uri.rstrip("/") + runs_page(experiment_id)
-    if "sql" not in uri:
-        return uri
-    command = "make ui" if uri == "sqlite:///runs/mlflow.db" else f"make ui URI={uri}"
-    return f"{command}, then http://127.0.0.1:5000{runs_page(experiment_id)}"
+    return server(config) + runs_page(experiment_id) * (not config.tracking_uri.startswith("databricks"))

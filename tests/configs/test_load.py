@@ -325,6 +325,12 @@ def test_contradiction_is_left_out_while_it_rests_on_a_wrong_value():
     assert only_problem("data.world.train=0").key == "data.world.train"
 
 
+def test_a_model_chooses_its_data_set_unless_another_is_given():
+    assert load_config(["model=scene-next"]).data.name == "scenes-next"
+    assert load_config(["data=scenes", "model=scene-next"]).data.name == "scenes"
+    assert load_config(["model=scene-llava"]).data.name == "scenes"
+
+
 # ---- mistakes in YAML files ----
 
 
@@ -344,6 +350,9 @@ def folder(tmp_path: Path) -> Path:
         ("trainer/default.yaml", "max_epoch: 3", {"trainer.max_epoch"}),
         ("model/scene-llava.yaml", "scr: {strength: 9}", {"model.scr.strength"}),
         ("data/scenes.yaml", "world: 3", {"data.world"}),
+        ("model/scene-llava.yaml", "groups: {data: scenes-nex}", {"data"}),
+        ("model/scene-llava.yaml", "groups: {model: scene-next}", {"groups.model"}),
+        ("model/scene-llava.yaml", "groups: scenes-next", {"groups"}),
         ("train.yaml", "seed: x", {"seed"}),
         ("train.yaml", "sed: 3", {"sed"}),
     ],

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -231,6 +232,24 @@ def test_one_model_is_one_model_in_all_wrappers(known: Known) -> None:
             with pytest.raises(errors.AttachError, match=r"attached .* already"):
                 SCR(again, config=CONFIG, mode="uniform").attach()
     assert snapshot(known.model) == known.before
+
+
+def test_offloaded_weights(known: Known) -> None:
+    """accelerate replaces each module's ``forward``: weights come when it is called, and go behind it."""
+    model = copy.deepcopy(known.model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    before, predictor = snapshot(model), make_predictor(model)
+    for mode in ("two-pass", "one-pass"):
+        with torch.no_grad():
+            with SCR(known.model, predictor=predictor, config=CONFIG, mode=mode):
+                logits, tokens = known.model(**known.inputs).logits, known.model.generate(**known.inputs, **GREEDY)
+            with SCR(model, predictor=predictor, config=CONFIG, mode=mode):
+                assert torch.equal(model(**known.inputs).logits, logits)
+                assert torch.equal(model.generate(**known.inputs, **GREEDY), tokens)
+    assert snapshot(model) == before
+    with torch.no_grad():
+        assert torch.equal(model(**known.inputs).logits, known.vanilla)
 
 
 # -- compiled as a whole ---------------------------------------------------------------------------------------------
