@@ -19,10 +19,10 @@ from pipeline.commands import start
 PROGRAM = "python train.py"
 ABOUT = [
     "Harvest, fit, export and compare a one-pass predictor.",
-    f"{PROGRAM}                                  the embedded world, in minutes",
-    f"{PROGRAM} trainer=quick                    a trial of the chain in about a minute",
+    f"{PROGRAM}                                 the embedded world, in minutes",
+    f"{PROGRAM} trainer=quick                   a trial in about a minute",
     f"{PROGRAM} model=llava-1.5-7b data=coco2014 data.root=/path/to/coco2014",
-    f"{PROGRAM} predictor.loss=kl,bce seed=0,1   values with commas: a sweep",
+    f"{PROGRAM} predictor.loss=kl,bce seed=0,1  values with commas: a sweep",
 ]
 
 

@@ -84,7 +84,7 @@ def overview(prog: str, about: Sequence[str], folder: Path = CONFIGS) -> str:
     general = ", ".join(path for path in KEYS if path not in tops and "." not in path)
     for name, doc in [("general", general), *((name, KEYS[name].doc) for name in KEYS if name in tops)]:
         lines.append(wrap(f"{name:<12}{doc.partition('. ')[0].rstrip('.')}", 2, 14))
-    lines.append(f"{SAVED} FILE starts from the settings of a run: runs/fits/<model>/<time>/config.yaml")
+    lines.append(f"{SAVED} FILE starts from a run's settings: runs/fits/<model>/<time>")
     return "\n".join(lines)
 
 
