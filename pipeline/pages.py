@@ -52,7 +52,8 @@ def cut(text: str) -> str:
     """A text that MLflow takes: without its last lines if it is too long."""
     if len(text) <= _LONGEST_NOTE:
         return text
-    return text[: text.rindex("\n", 0, _LONGEST_NOTE - 4)] + "\n..."
+    shorter = text[: _LONGEST_NOTE - 4]
+    return (shorter.rpartition("\n")[0] or shorter) + "\n..."
 
 
 def runs_page(experiment_id: str) -> str:

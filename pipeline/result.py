@@ -78,12 +78,11 @@ def describe(config: TrainConfig, result: Result, tracker: MLFlowLogger, model_i
     client, comparison, sentence = tracker.experiment, result.comparison, verdict_line(result)
     info = client.get_run(tracker.run_id).info
     files = {"figures/maps.png": "maps", "figures/reliability.png": "reliability", "config.yaml": "settings"}
-    parts = [f"**{sentence}**"]
     if comparison is not None:
         files = {"reports/evaluation.html": "report", "reports/answers.jsonl": "answers", **files}
+    parts = [f"**{sentence}**", " · ".join(pages.artifact_link(info, file, name) for file, name in files.items())]
+    if comparison is not None:
         parts += [report.verdict(comparison).reason, markdown(report.answer_rows(comparison))]
-    links = (pages.artifact_link(info, file, name) for file, name in files.items())
-    parts.append(" · ".join(links))
     parts.append(f"The predictor on {config.harvest.test} test images, K = {result.fit.sources}:")
     parts += [markdown(source_rows(result.fit)), pages.picture(info, "figures/maps.png")]
     pages.describe_run(client, info.run_id, "\n\n".join(parts), model_id)
