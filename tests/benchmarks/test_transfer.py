@@ -16,7 +16,9 @@ class Data:
     """Four rows of three grids, in batches of one grid each."""
 
     directory = "runs/harvest/x"
-    identity = {"seed": 0}
+
+    def __init__(self) -> None:
+        self.identity = {"seed": 0}
 
     def grids(self, split: str) -> list[Any]:
         return [LARGE, SMALL, MIDDLE, SMALL]
