@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,11 +19,11 @@ from configs.grid import short_names
 from evaluation import sweep_report
 from evaluation.paper import row_of, table_rows
 from evaluation.sweep_report import Trial
-from evaluation.tables import table
-from pipeline import runs
+from evaluation.tables import paragraph, table
+from pipeline import pages, runs
 from pipeline.exits import STOPS, print_error
 from pipeline.folders import RunFolder, finish_run, open_run
-from pipeline.result import log_comparison, log_fit, pages, print_result, register
+from pipeline.result import describe, log_comparison, log_fit, print_result, register, verdict_line
 from pipeline.stages import SELECTED_BY, Result, Work, compare_answers, export, fit_predictor, shared_settings
 
 RESULT_TAG = "config.fingerprint"
@@ -31,16 +32,20 @@ GRID_TAG = "sweep.fingerprint"
 
 
 def run_once(child: Child, client: MlflowClient) -> int:
-    """Runs one configuration; returns 0, the number of failed runs."""
-    config = child.config
+    """Runs one configuration, and ends with its verdict; returns 0, the number of failed runs."""
+    config, started = child.config, time.perf_counter()
+    work = Work(config)  # first: a slip that it finds leaves no run
     with open_run(config) as folder:
         with runs.tracked(child, client, folder) as tracker:
-            result = chain(config, Work(config), folder, tracker)
+            result = chain(config, work, folder, tracker)
         notes = finish_run(folder, config)
-        print_result(config, folder, result, str(tracker.run_id))
+        print_result(config, folder, result, str(tracker.experiment_id))
     for note in notes:
         print(f"note: {note}")
     register(client, config, str(tracker.run_id))
+    print(
+        f"done in {(time.perf_counter() - started) / 60:.1f} minutes\n\n{paragraph(verdict_line(result), strong=True)}"
+    )
     return 0
 
 
@@ -54,8 +59,10 @@ def chain(config: TrainConfig, work: Work, folder: RunFolder, tracker: MLFlowLog
     comparison = compare_answers(config, work, packed.exported)
     if comparison is not None:
         log_comparison(config, folder, comparison, tracker, model_id)
+    result = Result(fitted, packed, comparison)
+    describe(config, result, tracker, model_id)
     client.set_tag(run, RESULT_TAG, work.result_id(config))
-    return Result(fitted, packed, comparison)
+    return result
 
 
 def run_sweep(sweep: Sweep, client: MlflowClient) -> int:
@@ -111,7 +118,7 @@ def run_children(
                 yield child, Trial(child.choices, "FAILED", {}, run_id)
                 continue
             run = client.get_run(run_id)
-        metrics = {name: value for name, value in run.data.metrics.items() if not name.startswith("system/")}
+        metrics = runs.every_number(client, run)
         print(sweep_report.headline(metrics))
         yield child, Trial(child.choices, "FINISHED", metrics, run.info.run_id)
 
@@ -141,8 +148,8 @@ def close_parent(children: Sequence[Child], trials: Sequence[Trial], parent: Run
     title = f"{config.model.name}: {parent.info.run_name}"
     for file in sweep_report.write(folder, trials, names, title):
         client.log_artifact(run, str(file), "sweep")
-    runs.log_metrics(client, run, sweep_report.summary_metrics(trials, names))
-    print(f"\n{title}\n\n{table(sweep_report.summary_rows(trials, names))}")
+    pages.describe_sweep(client, parent, sweep_report.markdown_text(trials, names, title))
+    print(f"\n{title}\n\n{sweep_report.summary_table(trials, names)}")
     if any(len(cell.means) and cell.finished > 1 for cell in sweep_report.cells(trials)):
         print(sweep_report.NOTE)
     for trial in trials:
@@ -152,7 +159,7 @@ def close_parent(children: Sequence[Child], trials: Sequence[Trial], parent: Run
     if not missing:
         register(client, config, max(trials, key=_selected_by).run_id)
     print(f"\nsummary: {folder}\nchildren: {config.paths.sweeps}")
-    print(f"compare runs: {pages(config)}  (experiment {config.experiment!r}, run {run})")
+    print(f"compare runs: {pages.where_runs_are(config, parent.info.experiment_id)}")
     client.set_terminated(run, "FAILED" if missing else "FINISHED")
     return missing
 
@@ -177,11 +184,13 @@ def compare_models(
     for file in sweep_report.write(folder, trials, names, title, answers):
         for parent in parents:
             client.log_artifact(parent, str(file), "models")
-    print(f"\n{title}\n\n{table(sweep_report.summary_rows(trials, names))}")
+    print(f"\n{title}\n\n{sweep_report.summary_table(trials, names)}")
     print(f"\nAnswers of each model's best child\n\n{table(answers)}")
     print(f"\ntables and figure: {folder}")
+    for parent in parents:
+        pages.describe_models(client, client.get_run(parent), title)
     print(
-        f"compare models: {pages(config)}, then {_comparison_page([trial.run_id for trial in best.values()], client)}"
+        f"compare models: {pages.server(config)}{_comparison_page([trial.run_id for trial in best.values()], client)}"
     )
 
 
