@@ -118,6 +118,12 @@ def compiled(model: Any) -> Any:
     return torch.compile(model, backend="eager")
 
 
+def forget_compilation(model: Any) -> None:
+    """Removes what transformers, and Lightning where it was imported, write on a model that was compiled."""
+    for name in ("_is_torch_compile", "_compile_kwargs"):
+        vars(model).pop(name, None)
+
+
 WRAPPERS: dict[str, Any] = {
     "peft": PeftLike,
     "tuner": Tuner,
@@ -159,7 +165,7 @@ def test_a_wrapped_model_is_edited_whatever_is_called(known: Known, kind: str, m
             assert torch.equal(wrapper.generate(**known.inputs, **GREEDY), known.tokens)
         assert torch.equal(known.model.generate(**known.inputs, **GREEDY), known.tokens)
     torch._dynamo.reset()
-    vars(known.model).pop("_is_torch_compile", None)  # transformers', of a model that was compiled
+    forget_compilation(known.model)
     assert snapshot(known.model) == known.before
     with torch.no_grad():
         assert torch.equal(known.model(**known.inputs).logits, known.vanilla)
@@ -193,7 +199,7 @@ def test_a_session_of_a_wrapped_model(known: Known) -> None:
             assert known.same(image(**known.inputs).logits)
             assert torch.equal(image.generate(**known.inputs, **GREEDY), known.tokens)
         torch._dynamo.reset()
-    vars(known.model).pop("_is_torch_compile", None)
+    forget_compilation(known.model)
 
 
 def test_what_holds_no_model_or_several_is_refused(known: Known) -> None:
