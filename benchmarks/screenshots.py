@@ -48,10 +48,12 @@ def main() -> None:
             "mlflow-metrics": (f"{page}/{single}/model-metrics?workflowType=machine_learning", 1080),
             "mlflow-sweep": (f"{page}/{sweep}?workflowType=machine_learning", 1000),
         }
-        for name, (url, height) in shots.items():
-            file = options.output / f"{name}.png"
-            shoot(options.browser, url, file, height)
-            print(file)
+        with tempfile.TemporaryDirectory() as profile:
+            for name, (url, height) in shots.items():
+                file = options.output / f"{name}.png"
+                for _ in range(2):  # the first time, parts of the page are not in the browser's cache
+                    shoot([options.browser, f"--user-data-dir={profile}"], url, file, height)
+                print(file)
     finally:
         server.terminate()
         server.wait()
@@ -80,19 +82,11 @@ def newest(address: str, experiment: str, kind: str) -> str:
         return json.load(answer)["runs"][0]["info"]["run_id"]
 
 
-def shoot(browser: str, url: str, file: Path, height: int) -> None:
+def shoot(browser: list[str], url: str, file: Path, height: int) -> None:
     """Takes a picture of a page, once it has loaded."""
-    with tempfile.TemporaryDirectory() as profile:
-        options = [
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            f"--user-data-dir={profile}",
-        ]
-        options += [f"--window-size=1720,{height}", "--timeout=30000", "--virtual-time-budget=60000"]
-        command = [browser, *options, f"--screenshot={file.absolute()}", url]
-        subprocess.run(command, check=True, capture_output=True, timeout=180)
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size=1720,{height}"]
+    options += ["--timeout=60000", "--virtual-time-budget=60000", f"--screenshot={file.absolute()}"]
+    subprocess.run([*browser, *options, url], check=True, capture_output=True, timeout=180)
 
 
 if __name__ == "__main__":

@@ -239,10 +239,10 @@ def write(
 
 
 def markdown_text(
-    trials: Sequence[Trial], names: Mapping[str, str], title: str, answers: Sequence[Sequence[str]] = ()
+    trials: Sequence[Trial], names: Mapping[str, str], title: str = "", answers: Sequence[Sequence[str]] = ()
 ) -> str:
-    """Title, table of means, the children that have no result, and a second table of answers."""
-    lines = [f"# {title}", "", markdown(summary_rows(trials, names))]
+    """Title if any, table of means, the children that have no result, and a second table of answers."""
+    lines = [*([f"# {title}", ""] if title else []), markdown(summary_rows(trials, names))]
     if SEED in trials[0].choices:
         lines += ["", NOTE]
     lost = [[*trial.choices.values(), trial.status, trial.run_id] for trial in trials if trial.status != "FINISHED"]

@@ -81,7 +81,7 @@ def describe_sweep(client: MlflowClient, parent: Run, text: str) -> None:
     info = parent.info
     files = {"sweep/summary.md": "table", "sweep/children.csv": "every number of every child"}
     links = " · ".join(artifact_link(info, file, name) for file, name in files.items())
-    describe_run(client, info.run_id, f"{text}\n{links}\n\n{picture(info, 'sweep/summary.png')}")
+    describe_run(client, info.run_id, f"{links}\n\n{text}\n{picture(info, 'sweep/summary.png')}")
     describe_experiment(client, info.experiment_id, f"Newest sweep: {run_link(info)}.")
 
 

@@ -148,7 +148,7 @@ def close_parent(children: Sequence[Child], trials: Sequence[Trial], parent: Run
     title = f"{config.model.name}: {parent.info.run_name}"
     for file in sweep_report.write(folder, trials, names, title):
         client.log_artifact(run, str(file), "sweep")
-    pages.describe_sweep(client, parent, sweep_report.markdown_text(trials, names, title))
+    pages.describe_sweep(client, parent, sweep_report.markdown_text(trials, names))
     print(f"\n{title}\n\n{sweep_report.summary_table(trials, names)}")
     if any(len(cell.means) and cell.finished > 1 for cell in sweep_report.cells(trials)):
         print(sweep_report.NOTE)
