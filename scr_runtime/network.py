@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scr_runtime.confidence import Judgement, check_calibration, check_drift, drift_ratio, interpolate
-from scr_runtime.config import FREQUENCIES, PositionFeatures, PredictorConfig
+from scr_runtime.config import FREQUENCIES, PositionFeatures, PredictorConfig, SCRConfig
 from scr_runtime.redistribute import Grid
 from scr_runtime.rule import SourceRule
 
@@ -79,6 +79,16 @@ class SourcePredictor(nn.Module):
         self.register_buffer("calibration_raw", torch.tensor([0.0, 1.0], **wide))
         self.register_buffer("calibration_expected", torch.tensor([0.0, 1.0], **wide))
         self._kept_fold: tuple[tuple[object, ...], _Fold] | None = None
+
+    def __repr__(self) -> str:
+        """Names what it was fitted for, instead of its layers."""
+        parts = [f"{self.count_parameters():,} parameters", f"hidden size {self.config.hidden_size}"]
+        if self.info:
+            scr, recall = SCRConfig.from_dict(self.info["scr"]), self.info.get("metrics", {}).get("test/recall")
+            parts += [f"block {scr.state_layer}", scr.sources_in_words, f"threshold {self.threshold:.3f}"]
+            parts += [f"recall {recall:.3f}"] if isinstance(recall, int | float) else []
+        name = self.info.get("model", {}).get("name")
+        return f"<SourcePredictor{f' for {name}' if name else ''}: {', '.join(parts)}>"
 
     def forward(self, states: Tensor, grid: Grid, question: Tensor | None = None) -> Tensor:
         """Scores patches.
