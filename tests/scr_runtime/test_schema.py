@@ -58,7 +58,7 @@ def test_what_is_written_fits_and_has_no_key_that_it_does_not_name(written: Writ
 @FUZZ
 @given(data=st.data())
 def test_what_the_schema_refuses_is_refused_by_the_loader(written: Written, data: Any) -> None:
-    place = data.draw(st.sampled_from(list(places(written.record))))
+    place = data.draw(st.sampled_from([one for one in places(written.record) if one != ("checksum",)]))
     record = replaced(written.record, place, data.draw(values))
     if json.loads(json.dumps(record)) != record or VALIDATOR.is_valid(record):
         return
