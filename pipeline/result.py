@@ -19,6 +19,7 @@ from evaluation.compare import Comparison
 from evaluation.figures import map_example, reliability_figure, source_maps_figure
 from evaluation.tables import bullets, table
 from export import registry
+from export.package import write_card
 from pipeline import runs
 from pipeline.folders import RunFolder
 from pipeline.harvest import training_images
@@ -62,6 +63,7 @@ def log_comparison(
     runs.log_metrics(client, run, report.metrics(comparison), model_id)
     for file in files.values():
         client.log_artifact(run, str(file), "reports")
+    registry.log_card(client, model_id, write_card(folder.predictor, vars(report.verdict(comparison))))
 
 
 def print_result(config: TrainConfig, folder: RunFolder, result: Result, run: str) -> None:

@@ -178,10 +178,14 @@ class SourcePredictor(nn.Module):
             around = functional.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
             features.append(around.permute(0, 2, 3, 1).flatten(1, 2))
         if self.config.position != "none":
-            places = _position_features(grid, self.config.position, states.device)
+            places = self._places(grid, states.device)
             features.append(places.expand(batch, -1, -1))
         features = torch.cat(features, dim=-1) if len(features) > 1 else patch
         return features, weights if self.weights is not None else None
+
+    def _places(self, grid: Grid, device: torch.device) -> Tensor:
+        """[N, P] features of the patches' places."""
+        return _kept_places(grid, self.config.position, device)
 
     def _score(self, features: Tensor, weights: Tensor | None) -> Tensor:
         """[B, N] float32 scores, also where autocast made the layers' outputs narrower."""
@@ -299,11 +303,15 @@ class SourcePredictor(nn.Module):
 
 @functools.lru_cache(maxsize=_KEPT_GRIDS)
 @torch.inference_mode(False)
-def _position_features(grid: Grid, kind: PositionFeatures, device: torch.device) -> Tensor:
-    """[N, P] features of the patches' places, each within [-1, 1]. Kept per grid; do not write to them."""
-    rows, columns = grid
-    row = torch.linspace(-1, 1, rows, dtype=torch.float32)[:, None].expand(rows, columns)
-    column = torch.linspace(-1, 1, columns, dtype=torch.float32)[None, :].expand(rows, columns)
+def _kept_places(grid: Grid, kind: PositionFeatures, device: torch.device) -> Tensor:
+    """``position_features``, kept per grid; do not write to them."""
+    axes = [torch.linspace(-1, 1, side, dtype=torch.float32) for side in grid]
+    return position_features(axes[0], axes[1], kind).to(device)
+
+
+def position_features(rows: Tensor, columns: Tensor, kind: PositionFeatures) -> Tensor:
+    """[N, P] features of the patches' places, each within [-1, 1], from the rows' and the columns' places there."""
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
     features = [row, column, 1 - torch.maximum(row.abs(), column.abs())]
     if kind == "fourier":
         features += [
@@ -312,4 +320,4 @@ def _position_features(grid: Grid, kind: PositionFeatures, device: torch.device)
             for axis in (row, column)
             for wave in (torch.sin, torch.cos)
         ]
-    return torch.stack(features, dim=-1).flatten(0, 1).to(device)
+    return torch.stack(features, dim=-1).flatten(0, 1)
