@@ -111,10 +111,10 @@ def _card_text(address: str) -> str:
     """The card of a model without its metadata, as far as a description can hold it."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            file = download_artifacts(artifact_uri=f"{address}/{CARD_NAME}", dst_path=folder)
+            text = (Path(download_artifacts(artifact_uri=address, dst_path=folder)) / CARD_NAME).read_text("utf-8")
         except (MlflowException, OSError):
             return "a predictor folder without a card"
-        return Path(file).read_text(encoding="utf-8").split("\n---\n", 1)[-1].strip()[:4000]
+        return text.split("\n---\n", 1)[-1].strip()[:4000]
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def test_its_dependencies_are_the_wheel_s() -> None:
     assert tuple(one.split(">")[0] for one in project["dependencies"]) == fresh_child.DEPENDENCIES
     names = fresh_child.importable()
     assert {"torch", "transformers", "safetensors", "numpy", "huggingface_hub"} <= names
-    assert not {"mlflow", "omegaconf", "pydantic", "pytorch_lightning", "datasets", "onnx", "scr_runtime"} & names
+    assert not {"mlflow", "omegaconf", "pytorch_lightning", "datasets", "onnx", "scr_runtime"} & names
 
 
 def test_equal_answers_pass_and_others_are_told(folder: Path, answers: dict[str, Any]) -> None:
