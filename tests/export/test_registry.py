@@ -201,7 +201,7 @@ def test_descriptions_are_filled_and_the_card_can_be_replaced(store: tuple[Mlflo
     found = client.get_model_version("described", version)
     assert found.description == "# A card"
     (tmp_path / "README.md").write_text("# Another\n")
-    registry.log_card(client, str(found.model_id), tmp_path / "README.md")
+    registry.log_card(client, str(registry.logged_model(client, str(found.run_id))), tmp_path / "README.md")
     folder = registry.download(f"models:/described/{version}", tmp_path / "fetched", uri)
     assert (folder / "README.md").read_text() == "# Another\n"
 
