@@ -2,7 +2,7 @@
 
 python -m benchmarks.requests --requests 10000
 
-Each request is an image with a question and three new tokens, in mode auto with about half of the images falling back;
+Each request is an image with a question and two new tokens, in mode auto with about half of the images falling back;
 every 500th loads the predictor anew (`scr.load`). The model is a random LLaVA of the real class, with a grid of 6 x 6.
 """
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         start = time.monotonic()
         with SCR(model, predictor=folder, mode="auto", threshold=middle(model, folder, asked)) as scr:
             for number in range(1, options.requests + 1):
-                model.generate(**asked[number % _KINDS], max_new_tokens=3, do_sample=False)
+                model.generate(**asked[number % _KINDS], max_new_tokens=2, do_sample=False)
                 if number % 500 == 0:
                     scr.load(folder)
                 if number % max(options.requests // 10, 1) == 0:

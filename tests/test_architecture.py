@@ -29,7 +29,7 @@ RESTRICTED = {
     "lightning": r"(?!)",  # one name for one thing: pytorch_lightning
     "train": r"benchmarks/kills\.py",
     "benchmarks": r"benchmarks/.*",
-    "tests": r"benchmarks/(stress|requests)\.py",  # the tiny models and the reference of the tests, under random stress
+    "tests": r"benchmarks/(stress|requests)\.py",  # the tiny models and the reference of the tests, for long
 }
 MOST_LINES, LONGEST_BODY, MOST_PARAMETERS = 450, 60, 8
 
