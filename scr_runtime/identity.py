@@ -81,9 +81,9 @@ def _without(value: Any) -> Any:
     return value
 
 
-def _rounded(probe: list[float] | None) -> list[str] | None:
-    """A probe with the two digits that every dtype has."""
-    return None if probe is None else [f"{value:.1e}" for value in probe]
+def _rounded(probe: list[float] | None) -> list[float] | None:
+    """A probe in bfloat16, so that a model has one name in float32 and in that."""
+    return None if probe is None else torch.tensor(probe).bfloat16().tolist()
 
 
 def _facts(model: Any, processor: Any) -> dict[str, Any]:
