@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,8 +26,6 @@ from export.errors import PublishError
 from scr_runtime import SourcePredictor, load_predictor
 from scr_runtime.artifact import CARD_NAME
 
-NAME = "predictor"
-"""Name of the LoggedModel of every run."""
 MODEL_TYPE = "scr-predictor"
 ALIAS = "latest-fit"
 """Alias that `register` moves to the version it makes; ``latest`` itself is a reserved word of MLflow."""
@@ -39,7 +38,9 @@ _DESCRIPTION = (
 )
 
 
-def log_predictor(client: MlflowClient, run_id: str, folder: Path, params: Mapping[str, Any]) -> str:
+def log_predictor(
+    client: MlflowClient, run_id: str, folder: Path, params: Mapping[str, Any], name: str = "predictor"
+) -> str:
     """Uploads a predictor folder as the LoggedModel of a run.
 
     Args:
@@ -47,13 +48,14 @@ def log_predictor(client: MlflowClient, run_id: str, folder: Path, params: Mappi
         run_id: The run that made it.
         folder: A finished predictor folder.
         params: What the models page shows beside it; values are cut at 250 characters.
+        name: Of the LoggedModel; letters that MLflow does not take become hyphens.
 
     Returns:
         The model's id; ``models:/<id>`` is its address.
     """
     model = client.create_logged_model(
         client.get_run(run_id).info.experiment_id,
-        name=NAME,
+        name=re.sub(r"[/:.%\"']+", "-", name),
         source_run_id=run_id,
         params={key: str(value)[:250] for key, value in params.items()},
         model_type=MODEL_TYPE,

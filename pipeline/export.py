@@ -1,41 +1,27 @@
-"""The command `python -m export`: exports the best checkpoint of a finished fit again, and what a folder is good for.
+"""The command `python -m export`: exports the best checkpoint of a finished fit again.
 
-python -m export model=scene-llava predictor.target_fallback=0.1
-python -m export verify FOLDER                     see pipeline/predictors.py for this and the other commands
+pipeline/predictors.py has the commands for a folder that was exported.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 
-from configs import TrainConfig, parse_cli
+from configs import TrainConfig
 from data.datamodule import ShardDataModule
 from export.errors import ExportError
 from export.package import Facts, export_predictor
-from pipeline.exits import exit_code
 from pipeline.folders import RunFolder, latest_run
-from pipeline.predictors import COMMANDS, USAGE, run_command
 from predictor.checkpoints import BEST
 from scr_runtime import SCRConfig
 from scr_runtime.artifact import CONFIG_NAME
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Packs ``best.ckpt`` into the predictor folder, or runs one of the other commands; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in COMMANDS:
-        return exit_code(lambda: run_command(arguments[0], arguments[1:]))
-    about = "Exports the best checkpoint of a finished fit again, for example with another fallback target."
-    example = "python -m export model=scene-llava predictor.target_fallback=0.1"
-    config = parse_cli(arguments, "python -m export", [about, example, "", "Other commands:", *USAGE])
-    return exit_code(lambda: run(config))
-
-
-def run(config: TrainConfig) -> int:
-    """Exports, and prints where to. The former predictor is kept beside the new one."""
-    folder = latest_run(config)
+def run(config: TrainConfig, run_folder: Path | None = None) -> int:
+    """Exports the fit of a run, by default the newest, and prints where to. The former predictor is kept beside it."""
+    folder = RunFolder(run_folder.resolve()) if run_folder else latest_run(config)
     record = folder.predictor / CONFIG_NAME
     if not record.is_file():
         raise ExportError(f"no predictor at {folder.predictor}: run train.py first")

@@ -133,7 +133,6 @@ COMMANDS = {
     "promote": Command(promote, f"name=MODEL version=N [force=true] {_REGISTRY}"),
     "rollback": Command(rollback, f"name=MODEL {_REGISTRY}"),
 }
-USAGE = [f"python -m export {name} {command.usage}" for name, command in COMMANDS.items()]
 
 
 def run_command(name: str, arguments: Sequence[str]) -> int:

@@ -57,12 +57,12 @@ def test_a_local_model_has_a_name_and_no_path(folder: Path) -> None:
 
 
 def test_the_hub_can_read_the_metadata(folder: Path) -> None:
-    data = ModelCard(model_card(record_of(folder, name="llava-hf/llava-1.5-7b-hf", revision="a" * 40))).data
+    data: Any = ModelCard(model_card(record_of(folder, name="llava-hf/llava-1.5-7b-hf", revision="a" * 40))).data
     assert (data.license, data.base_model, data.datasets) == ("apache-2.0", "llava-hf/llava-1.5-7b-hf", ["scenes"])
     assert data.library_name == "scr-runtime" and "hallucination" in (data.tags or []) and "llava" in (data.tags or [])
     results = {result.metric_name: result.metric_value for result in data.eval_results or []}
     assert results == {"test/recall": 0.83, "test/mass": 0.97}
-    local = ModelCard((folder / "README.md").read_text()).data
+    local: Any = ModelCard((folder / "README.md").read_text()).data
     assert local.base_model is None  # it is not on the Hub
 
 

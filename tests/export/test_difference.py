@@ -18,7 +18,8 @@ def saved(folder: Path, seed: int = 0, size: int = 16, **kwargs: Any) -> Path:
     torch.manual_seed(seed)
     predictor = SourcePredictor(PredictorConfig(size, rank=4, width=8))
     scr = SCRConfig(num_sources=4, edit_layers=(0, 1), attention_layers=(1, 2))
-    return save_predictor(folder, predictor, scr=scr, **({"model": {**MODEL, "hidden_size": size}} | kwargs))
+    settings: dict[str, Any] = {"model": {**MODEL, "hidden_size": size}} | kwargs
+    return save_predictor(folder, predictor, scr=scr, **settings)
 
 
 def test_equal_folders(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.export import main
+from pipeline import commands, predictors
+from pipeline.commands import export as main
 from scr_runtime import PredictorConfig, SCRConfig, SourcePredictor, save_predictor
 
 MODEL = {"family": "llava", "hidden_size": 16, "num_blocks": 4, "embedding_probe": [0.5] * 32}
@@ -26,6 +27,10 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
     code = main([str(one) for one in arguments])
     printed = capsys.readouterr()
     return code, printed.out + printed.err
+
+
+def test_they_are_found() -> None:
+    assert tuple(predictors.COMMANDS) == commands._OF_A_FOLDER
 
 
 @pytest.mark.parametrize(
