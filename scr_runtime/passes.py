@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,18 @@ class OuterCall(Running):
     finished: list[Prefill] = field(default_factory=list[Prefill])
 
 
+class Asked(NamedTuple):
+    """Who chooses the sources of a prefill. Replaced as one, between the choices of two prefills.
+
+    Attributes:
+        provide: State layer output -> scores.
+        wide: Whether a predictor reads the question's states too.
+    """
+
+    provide: Provider
+    wide: bool
+
+
 class Passes:
     """The forward passes of one model under one SCR.
 
@@ -62,8 +74,7 @@ class Passes:
         model: The model.
         family: Its family.
         config: The settings in force.
-        provide: Chooses the sources.
-        wide: Whether a predictor will read the states.
+        asked: Chooses the sources.
         diagnoses: Whether the nested diagnostic run may be needed.
         finished: What to do with a prefill that is over.
     """
@@ -73,8 +84,7 @@ class Passes:
         model: Any,
         family: Family,
         config: SCRConfig,
-        provide: Provider,
-        wide: bool,
+        asked: Asked,
         diagnoses: bool,
         finished: Callable[[Prefill], None],
     ) -> None:
@@ -83,8 +93,7 @@ class Passes:
         self._model = model
         self._family = family
         self._config = config
-        self._provide = provide
-        self._wide = wide
+        self.asked = asked
         self._diagnoses = diagnoses
         self._finished = finished
         self._blocks = family.blocks(model)
@@ -272,8 +281,9 @@ class Passes:
             else:
                 call = block_arguments(module, args, kwargs)
                 layout, question = prefill.layout, prefill.question
-                state = StateLayerOutput(hidden, layout, self._config, prefill.decoder, call, question, self._wide)
-                prefill.choice = self._choose(state, prefill)
+                asked = self.asked
+                state = StateLayerOutput(hidden, layout, self._config, prefill.decoder, call, question, asked.wide)
+                prefill.choice = self._choose(state, prefill, asked.provide)
                 if prefill.generate is not None:
                     prefill.generate.freeze(prefill.call, prefill.length, layout, prefill.choice)
             plans = [
@@ -285,7 +295,7 @@ class Passes:
         if self._config.edit_layers[0] == layer:
             prefill.edit(layer, output)
 
-    def _choose(self, state: StateLayerOutput, prefill: Prefill) -> list[Choice]:
+    def _choose(self, state: StateLayerOutput, prefill: Prefill, provide: Provider) -> list[Choice]:
         if prefill.continued and self._diagnoses:
             raise PrefillError(
                 "an image in a prompt that continues a filled cache: the diagnostic run would not see the "
@@ -294,7 +304,7 @@ class Passes:
         groups = state.layout.groups
         norms = [state_norms(state.states(group)) for group in groups]
         chosen: list[Choice] = []
-        for scores, norm in zip(self._provide(state), norms, strict=True):
+        for scores, norm in zip(provide(state), norms, strict=True):
             k = scores.rule.k
             values, patches = scores.rule.rank(scores.scores)
             top = values[:, :k]  # NaN ranks first, so the best K show it
