@@ -6,7 +6,7 @@ python -m benchmarks.prefill --repeats 0             # the counts alone
 
 Times: a random LLaVA of about 220 M parameters with 576 visual tokens of 616; the layer ranges are the paper's
 fractions of depth. CPU time of one thread, variants interleaved round by round; the ratio is the median over rounds,
-with quartiles.
+with quartiles. Online edits as many blocks as the others, behind its map.
 
 Counts: operators and host syncs more than vanilla, of a narrow model of 32 blocks in bfloat16 with the paper's layers
 (0-11 edited, attention of 8-16). benchmarks/counting.py says what counts as a kernel and what as a sync. Branches are
@@ -33,11 +33,13 @@ CONFIG = SCRConfig(num_sources=32, edit_layers=(0, 5), attention_layers=(4, 8)) 
 def runtimes(model: Any, config: SCRConfig) -> dict[str, SCR]:
     """Every mode on one model, with a random predictor."""
     predictor = build_predictor(model)
+    behind = config.behind_map(model.config.get_text_config().num_hidden_layers)
     return {
         "two-pass": SCR(model, config=config, mode="two-pass"),
         "one-pass": SCR(model, config=config, mode="one-pass", predictor=predictor),
         "auto, no fallback": SCR(model, config=config, mode="auto", predictor=predictor, threshold=0.0),
         "auto, all fall back": SCR(model, config=config, mode="auto", predictor=predictor, threshold=2.0),
+        "online": SCR(model, config=behind, mode="online"),
         "uniform": SCR(model, config=config, mode="uniform"),
     }
 
