@@ -144,7 +144,7 @@ class SCRConfig:
         if behind > num_blocks - 2:
             raise ConfigurationError(
                 f"SCRConfig.attention_layers={self.attention_layers} of {num_blocks} blocks: none is left behind them "
-                "whose edit an answer could see. Let attention_layers end earlier for mode='online'."
+                "whose edit an answer could see. Let attention_layers end earlier, or leave online out."
             )
         return dataclasses.replace(self, edit_layers=(behind, min(behind + last - first, num_blocks - 2)))
 

@@ -31,7 +31,7 @@ from scr_runtime.families import Family, uncompiled
 from scr_runtime.generate import GenerateCall, GenerateShadow
 from scr_runtime.here import Running, here
 from scr_runtime.layout import count_mismatch, visual_layout
-from scr_runtime.prefill import BlockHooks, Prefill
+from scr_runtime.prefill import Act, BlockHooks, Prefill
 from scr_runtime.prefix import Question
 from scr_runtime.redistribute import merge_plans, plan_edit, state_norms
 from scr_runtime.shadows import Inner, Shadows
@@ -98,10 +98,11 @@ class Passes:
         self._outer_names = tuple(inspect.signature(model.forward).parameters)
         self._eager_base: Any = torch.compiler.disable(self._around_base, reason="SCR edits prefills with images")
         (first, last), state = config.edit_layers, config.state_layer
-        acts = {layer: functools.partial(_edit, layer) for layer in range(max(first, state + 1), last + 1)}
+        edits = {layer: functools.partial(_edit, layer) for layer in range(max(first, state + 1), last + 1)}
+        acts: dict[int, Act] = {state: self._after_state_layer, **edits}
         if self._online:
             acts[config.attention_layers[1]] = self._after_map
-        self.hooks = BlockHooks(self._blocks, {state: self._after_state_layer, **acts})
+        self.hooks = BlockHooks(self._blocks, acts)
         if family.between_blocks is not None:
             self.hooks.keep_calls_of(self._decoder)
 

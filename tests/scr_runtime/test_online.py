@@ -252,7 +252,7 @@ def test_a_call_within_a_call(case: Case, layer: int, thread: bool) -> None:
 def test_a_model_of_the_same_config_object_is_not_read(case: Case) -> None:
     """Its attention passes through the same wrapper, in the middle of a pass that is read."""
     text = case.model.model.language_model
-    plain = LlamaForCausalLM(LlamaConfig(**text.config.to_dict())).eval()
+    plain: Any = LlamaForCausalLM(LlamaConfig(**text.config.to_dict())).eval()
     plain.config = plain.model.config = text.config
     for block in plain.model.layers:
         block.self_attn.config = text.config
