@@ -12,6 +12,8 @@ from configs import TrainConfig
 from data.errors import DataError
 from data.vlm import model_config
 from pipeline.errors import RunError
+from pipeline.folders import named_folders
+from scr_runtime import load_predictor
 from scr_runtime.errors import SCRError
 
 
@@ -28,7 +30,7 @@ def check_all(configs: Iterable[TrainConfig]) -> None:
 
 
 def _problems(config: TrainConfig) -> Iterator[str]:
-    for check in (_runs_dir, _data, _accelerator, _model):
+    for check in (_runs_dir, _data, _accelerator, _model, _predictors):
         yield from _of(check, config)
 
 
@@ -73,6 +75,23 @@ def _accelerator(config: TrainConfig) -> Iterator[str]:
 def _model(config: TrainConfig) -> Iterator[str]:
     text = model_config(config.model).get_text_config()
     config.scr.check_depth(int(text.num_hidden_layers))
+    if "online" in config.evaluation.methods and config.evaluation.images:
+        config.scr.behind_map(int(text.num_hidden_layers))
     rank = config.predictor.rank
     if rank is not None and rank > text.hidden_size:
         yield f"predictor.rank={rank}: at most the model's hidden size, {text.hidden_size}"
+
+
+def _predictors(config: TrainConfig) -> Iterator[str]:
+    """Those of evaluation.predictors, which are compared hours later; then their embeddings are looked at, too."""
+    if not (config.evaluation.predictors and config.evaluation.images):
+        return
+    model = model_config(config.model)
+    text = model.get_text_config()
+    found = {"family": model.model_type, "hidden_size": text.hidden_size, "num_blocks": text.num_hidden_layers}
+    for folder in named_folders(config.evaluation.predictors, []).values():
+        expected = load_predictor(folder).info["model"]
+        other = [f"{key} {expected[key]!r}, not {value!r}" for key, value in found.items()
+                 if expected.get(key, value) != value]  # fmt: skip
+        if other:
+            yield f"evaluation.predictors: {folder} is for a model of {', '.join(other)}: leave it out"
