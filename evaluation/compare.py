@@ -165,7 +165,8 @@ def compare(
         follow, felt, curves, fallback = _following(reference, headline, asked[headline.name], methods, loaded, states)
     analysis = None
     if headline is not None and quiz is not None and TWO_PASS in headline.answered.margins:
-        analysis = analyse(quiz, headline, asked[headline.name][TWO_PASS], reference.images, states)
+        store, crops = asked[headline.name][TWO_PASS], _crops(reference)
+        analysis = analyse(quiz, headline, store, reference.images, states, crops)
     return Comparison(
         settings=settings,
         methods=methods,
@@ -322,7 +323,7 @@ def _facts(reference: Reference, predictors: Predictors, settings: EvaluationSet
         "seed": settings.seed,
         "settings": settings.model_dump(),
         "libraries": library_versions(),
-        "grid_crops": bool(getattr(asker.processor.image_processor, "do_center_crop", False)),
+        "grid_crops": _crops(reference),
         **reference.origin,
     }
     if reference.quiz is not None:
@@ -332,6 +333,11 @@ def _facts(reference: Reference, predictors: Predictors, settings: EvaluationSet
         facts["question_image_ids"] = [image_id(name) for name in names]
         facts["notes"] = reference.quiz.notes
     return facts
+
+
+def _crops(reference: Reference) -> bool:
+    """Whether the model sees the middle square of an image."""
+    return bool(getattr(reference.asker.processor.image_processor, "do_center_crop", False))
 
 
 def _about(predictor: SourcePredictor) -> dict[str, Any]:

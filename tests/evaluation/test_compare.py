@@ -56,6 +56,12 @@ def test_everything_is_measured(comparison: Comparison) -> None:
     assert kept is not None and kept.low <= kept.mean <= kept.high < 1
     assert comparison.analysis is not None and 0.9 < comparison.analysis.entropy_normalised <= 1
     assert len(comparison.analysis.norms["two-pass", "sources"]) == 8
+    parts = {part.name: part.questions for part in comparison.analysis.objects}
+    by_size, by_relevance = (
+        sum(count for name, count in parts.items() if any(word in name for word in words))
+        for words in (("2 %", "10 %"), ("none of two-pass", "quarter"))
+    )
+    assert by_size == by_relevance > 3
 
 
 def test_the_shift_is_constant(comparison: Comparison) -> None:
