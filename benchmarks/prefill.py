@@ -2,6 +2,7 @@
 
 python -m benchmarks.prefill
 python -m benchmarks.prefill --repeats 30 --batch 2
+python -m benchmarks.prefill --repeats 12 --only online,uniform
 python -m benchmarks.prefill --repeats 0             # the counts alone
 
 Times: a random LLaVA of about 220 M parameters with 576 visual tokens of 616; the layer ranges are the paper's
@@ -49,16 +50,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20, help="timed rounds (default 20; 0: counts alone)")
     parser.add_argument("--batch", type=int, default=1, help="images per prefill (default 1)")
+    parser.add_argument("--only", help="modes whose time is taken, separated by commas (default: all)")
     options = parser.parse_args()
     if options.repeats:
-        print_times(options.repeats, options.batch)
+        print_times(options.repeats, options.batch, options.only)
     print_counts(options.batch)
 
 
-def print_times(repeats: int, batch: int) -> None:
-    """Thread time of a prefill under each mode."""
+def print_times(repeats: int, batch: int, only: str | None = None) -> None:
+    """Thread time of a prefill under each mode, or under those that are named."""
     model, inputs = build_llava(), llava_inputs(batch=batch)
     modes = runtimes(model, CONFIG)
+    modes = {name: scr for name, scr in modes.items() if only is None or name in only.split(",")}
 
     def applied(name: str) -> AbstractContextManager[Any]:
         return modes.get(name) or nullcontext()
