@@ -192,6 +192,12 @@ class TrackingConfig(BaseModel):
         return name
 
 
+def _uses(info: ValidationInfo, section: str) -> bool:
+    """Whether the command that is checked for uses a section."""
+    uses = (info.context or {}).get("uses")
+    return uses is None or section in uses
+
+
 def _is_databricks(uri: str | None) -> bool:
     return uri is not None and (uri == "databricks" or uri.startswith("databricks://"))
 
@@ -231,7 +237,7 @@ class TrainConfig(BaseModel):
     def _fits_the_world(cls, harvest: HarvestSettings, info: ValidationInfo) -> HarvestSettings:
         world = info.data["data"].world if "data" in info.data else None
         needed = harvest.images + harvest.tuning
-        if world is None or needed <= world.train:
+        if world is None or needed <= world.train or not _uses(info, "harvest"):
             return harvest
         parts = [*harvest.splits.values()] + [harvest.tuning] * (harvest.tuning > 0)
         others = "validation, test and tuning" if harvest.tuning else "validation and test"
@@ -249,7 +255,7 @@ class TrainConfig(BaseModel):
     @classmethod
     def _has_the_images(cls, evaluation: EvaluationSettings, info: ValidationInfo) -> EvaluationSettings:
         world = info.data["data"].world if "data" in info.data else None
-        if world is None or evaluation.images <= world.val:
+        if world is None or evaluation.images <= world.val or not _uses(info, "evaluation"):
             return evaluation
         details = {
             "key": "images",
@@ -263,6 +269,8 @@ class TrainConfig(BaseModel):
     @field_validator("trainer")
     @classmethod
     def _streams_what_it_can(cls, trainer: TrainerConfig, info: ValidationInfo) -> TrainerConfig:
+        if not _uses(info, "trainer"):
+            return trainer
         if "predictor" in info.data and info.data["predictor"].target == "mean" and trainer.cache == "stream":
             details = {
                 "key": "cache",

@@ -22,8 +22,9 @@ from data.vlm import load_vlm
 from evaluation.errors import EvaluationError
 from evaluation.settings import EvaluationSettings
 from pipeline import runs
+from pipeline.commands import evaluation, long_forms
 from pipeline.compare_runs import compare_runs, read_run
-from pipeline.evaluate import evaluation_images, long_forms, main, predictor_folders, run
+from pipeline.evaluate import evaluation_images, predictor_folders, run
 from pipeline.folders import named_folders
 from pipeline.tune import tune
 from scenes import CHECKPOINT
@@ -67,7 +68,7 @@ def test_short_forms_are_written_out() -> None:
 )
 def test_wrong_settings_are_reported(argument: str, problem: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as stop:
-        main([argument])
+        evaluation([argument])
     assert stop.value.code == 2 and problem in capsys.readouterr().err
 
 
