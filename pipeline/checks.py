@@ -10,6 +10,7 @@ import torch
 
 from configs import TrainConfig
 from data.errors import DataError
+from data.questions import CATEGORY_KINDS
 from data.vlm import model_config
 from pipeline.errors import RunError
 from scr_runtime.errors import SCRError
@@ -53,11 +54,17 @@ def _data(config: TrainConfig) -> Iterator[str]:
     if config.data.world is not None:
         return  # it will be rendered
     paths = config.paths
+    about = [kind for kind in config.harvest.prompts if kind in CATEGORY_KINDS]
+    if about and paths.train_annotations is None:
+        yield (
+            f"harvest.prompts: {', '.join(dict.fromkeys(about))} ask about annotated objects, and data="
+            f"{config.data.name} has no annotations; use caption, or texts of several words"
+        )
     wanted = [("data.train_images", paths.train_images), ("data.train_annotations", paths.train_annotations)]
     if config.evaluation.images:
         wanted += [("data.eval_images", paths.eval_images), ("data.eval_annotations", paths.eval_annotations)]
     for key, place in wanted:
-        if not place.exists():
+        if place is not None and not place.exists():
             yield f"{key}: {place} does not exist; set data.root to the folder that holds it"
 
 
