@@ -89,7 +89,7 @@ def prepare(
         settings=_recorded_settings(model, processor, scr, images, settings),
         provenance={
             "images_dir": str(images.images_dir),
-            "annotations_file": images.annotations_file and str(images.annotations_file),
+            "annotations_file": str(images.annotations_file),
             "scr": dataclasses.asdict(scr),
         },
         bytes_per_image=sample_bytes(tokens[-1], width, settings.prompts_per_image, dtype),

@@ -65,6 +65,7 @@ class CocoImages:
         cache: folder for the index of the annotations; None parses them every time.
 
     Attributes:
+        annotated: whether there are annotations; without them, `annotations_file` is the folder.
         ids: image ids, ascending.
         categories: all category names of the annotations, by category id.
         annotations_sha256: checksum of the annotations file, as the data's identity; without one, of the names and
@@ -78,9 +79,10 @@ class CocoImages:
         self, images_dir: str | Path, annotations_file: str | Path | None, cache: str | Path | None = None
     ) -> None:
         self.images_dir = Path(images_dir)
-        self.annotations_file = None if annotations_file is None else Path(annotations_file)
+        self.annotated = annotations_file is not None
+        self.annotations_file = Path(images_dir if annotations_file is None else annotations_file)
         names = _files_in(self.images_dir)
-        if self.annotations_file is None:
+        if not self.annotated:
             index, self.annotations_sha256 = list_pictures(self.images_dir)
         elif _exists(self.annotations_file):
             index, self.annotations_sha256 = read_annotations(self.annotations_file, Path(cache) if cache else None)

@@ -193,7 +193,7 @@ def check_prompts(index: CocoImages, prompts: int, mix: Sequence[str]) -> None:
         known = f"{', '.join(PROMPT_KINDS)}, or texts of several words"
         raise SettingsError(f"harvest.prompts has unknown kinds {unknown or mix}: use {known}")
     fixed, about = set(mix) - CATEGORY_KINDS, set(mix) & CATEGORY_KINDS
-    if about and index.annotations_file is None:
+    if about and not index.annotated:
         raise SettingsError(
             f"harvest.prompts has {', '.join(sorted(about))}, which ask about annotated objects, and "
             f"{index.images_dir} has no annotations: use caption, or texts of several words"

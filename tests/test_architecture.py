@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("configs", "data", "predictor", "export", "evaluation", "scenes", "pipeline", "benchmarks", "train")
+ROOMS = (
+    "configs", "data", "predictor", "export", "evaluation", "scenes", "playground", "pipeline", "benchmarks", "train",
+)  # fmt: skip
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Top-level packages that only some files may import: name -> patterns of those files.
@@ -26,6 +28,8 @@ RESTRICTED = {
     "pipeline": r"pipeline/.*|train\.py|benchmarks/(states_dtype|kills)\.py",
     "matplotlib": r"evaluation/.*|benchmarks/learning_curve\.py",
     "ray": r"data/cluster\.py",
+    "starlette": r"playground/server\.py",
+    "uvicorn": r"pipeline/playground\.py",
     "lightning": r"(?!)",  # one name for one thing: pytorch_lightning
     "train": r"benchmarks/kills\.py",
     "benchmarks": r"benchmarks/.*",
@@ -110,7 +114,8 @@ def test_files_functions_and_signatures_stay_small():
 
 def test_doors_name_the_pipeline_without_importing_it():
     for door, command in (("data/harvest.py", "pipeline.harvest"), ("export/__main__.py", "pipeline.export"),
-                          ("evaluation/__main__.py", "pipeline.evaluate")):  # fmt: skip
+                          ("evaluation/__main__.py", "pipeline.evaluate"),
+                          ("playground/__main__.py", "pipeline.playground")):  # fmt: skip
         assert f'import_module("{command}")' in (ROOT / door).read_text(encoding="utf-8"), door
         assert (ROOT / f"{command.replace('.', '/')}.py").is_file()
 
