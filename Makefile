@@ -31,11 +31,10 @@ test: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 ui: $(VENV)/train.stamp
-	@echo "http://127.0.0.1:5000 in some seconds: choose Model training, then an experiment (docs/mlflow.md)"
-	$(BIN)/mlflow ui --backend-store-uri $(URI) $(ARGS)
+	@$(BIN)/python -m pipeline.ui --backend-store-uri $(URI) $(ARGS)
 
 playground: $(VENV)/playground.stamp
 	$(BIN)/python -m playground $(ARGS)

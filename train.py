@@ -14,22 +14,28 @@ import time
 from collections.abc import Sequence
 
 from configs import Sweep, parse_sweep
+from pipeline.commands import start
 
 PROGRAM = "python train.py"
-ABOUT = "Harvest, fit, export and compare a one-pass predictor."
+ABOUT = [
+    "Harvest, fit, export and compare a one-pass predictor.",
+    f"{PROGRAM}                                 the embedded world, in minutes",
+    f"{PROGRAM} trainer=quick                   a trial in about a minute",
+    f"{PROGRAM} model=llava-1.5-7b data=coco2014 data.root=/path/to/coco2014",
+    f"{PROGRAM} predictor.loss=kl,bce seed=0,1  values with commas: a sweep",
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the chain, or a sweep of chains; returns the exit code."""
-    sweep = parse_sweep(argv, PROGRAM, ABOUT)  # before torch, Lightning and MLflow: a typo costs no time
-    from pipeline.exits import exit_code, quieten_libraries
-
-    quieten_libraries()
-    return exit_code(lambda: run(sweep))
+    sweep = parse_sweep(argv, PROGRAM, ABOUT)
+    several = f" and others ({len(sweep.children)} runs)" if sweep.keys else ""
+    return start(PROGRAM, sweep.children[0].config, lambda: run(sweep), several)
 
 
 def run(sweep: Sweep) -> int:
     """Opens the tracking store, then runs one configuration or all; returns the exit code."""
+    # here, because they import torch, Lightning and MLflow: help and a typo cost no time
     from pipeline.checks import check_all
     from pipeline.runs import connect
     from pipeline.sweep import run_once, run_sweep
@@ -43,7 +49,8 @@ def run(sweep: Sweep) -> int:
     if failed:
         print(f"error: {failed} of {len(sweep.children)} children have no result", file=sys.stderr)
         return 1
-    print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
+    if sweep.keys:
+        print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
     return 0
 
 

@@ -14,7 +14,8 @@ checked:
                complete are as many as the commands that ended well
     harvest    no byte of it has changed
 
-A driver imports everything once and forks a process for each command: importing takes longer than the chain does.
+A server process imports everything once and forks a process for each command: importing takes longer than the chain
+does. It computes nothing itself: a process that is forked behind torch's first product has no thread pool.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -32,13 +34,13 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import train
-from pipeline import checks, runs, sweep
 from scr_runtime import load_predictor
 
 CHAIN = (
@@ -55,7 +57,7 @@ CHAIN = (
     "evaluation.latency_repeats=1",
 )
 EPOCHS = 4
-_IMPORTED = (checks, runs, sweep)  # before the first fork
+_IMPORTED = ["train", "pipeline.checks", "pipeline.runs", "pipeline.sweep"]
 
 
 class Folder:
@@ -139,34 +141,30 @@ class Folder:
         return {str(path.relative_to(folder)): self._checksum(path) for path in files}
 
 
-def start(root: Path) -> int:
-    """Forks a process that runs the chain; returns its number."""
-    child = os.fork()
-    if child:
-        return child
-    status = 70
-    try:
-        os.chdir(root)
-        log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        status = train.main(CHAIN)
-    finally:
-        os._exit(status)
+def start(root: Path) -> BaseProcess:
+    """Starts a process that runs the chain."""
+    process = multiprocessing.get_context("forkserver").Process(target=_run_chain, args=(root,))
+    process.start()
+    return process
 
 
-def wait(child: int, seconds: float) -> int | None:
+def _run_chain(root: Path) -> None:
+    tqdm.set_lock(threading.RLock())  # its own lock is shared by forked processes, and stays locked if one is killed
+    torch.set_num_threads(1)
+    os.chdir(root)
+    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.exit(train.main(CHAIN))
+
+
+def wait(process: BaseProcess, seconds: float) -> int | None:
     """Waits for a process and returns its status; kills it when the time is over, and returns None then."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return None if code == -signal.SIGKILL else code
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    return None if process.exitcode == -signal.SIGKILL else process.exitcode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,9 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     options = parser.parse_args(argv)
     rng = random.Random(options.seed)
-    tqdm.set_lock(threading.RLock())  # its own lock is shared by forked processes, and stays locked if one is killed
     os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+    multiprocessing.set_forkserver_preload(_IMPORTED)
     with tempfile.TemporaryDirectory() as name:
         folder = Folder(Path(name))
         print("one undisturbed run that makes the harvest, one that has it ...", flush=True)

@@ -3,8 +3,9 @@
 The sections are the settings objects of the rooms; nothing here imports torch.
 """
 
+from configs.cli import help_text, parse_cli
 from configs.grid import Child, Sweep, load_sweep, parse_sweep
-from configs.load import digest, help_text, load_config, parse_cli, read_config, save_config
+from configs.load import digest, load_config, read_config, save_config
 from configs.paths import Paths
 from configs.problems import ConfigError, Problem
 from configs.schema import DataConfig, ModelConfig, SCRSection, TrackingConfig, TrainConfig, TrainerConfig, WorldConfig

@@ -10,10 +10,11 @@ import itertools
 import re
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from configs.load import CONFIGS, KEYS, compose, digest, parse_cli, split_values
+from configs.cli import parse_cli
+from configs.load import CONFIGS, KEYS, SAVED, compose, digest, split_values
 from configs.problems import COMMAND_LINE, ConfigError, Problem
 from configs.schema import TrainConfig
 
@@ -36,6 +37,8 @@ class Child:
     """Swept key -> its value here, as it was typed; empty for a plain run."""
     groups: Mapping[str, str]
     """Group -> the option that was taken."""
+    given: Mapping[str, str] = field(default_factory=dict)
+    """Key -> value, of what has one value on the command line."""
 
     @property
     def label(self) -> str:
@@ -65,17 +68,20 @@ def short_names(keys: typing.Iterable[str]) -> dict[str, str]:
     return {key: key if name in shared else name for key, name in last.items()}
 
 
-def parse_sweep(argv: Sequence[str] | None, prog: str, description: str) -> Sweep:
-    """Turn the command line into a sweep; help and problems end the process as `configs.load.parse_cli` does."""
-    return parse_cli(argv, prog, [description, HELP], load_sweep)
+def parse_sweep(argv: Sequence[str] | None, prog: str, about: Sequence[str]) -> Sweep:
+    """Turn the command line into a sweep; help and problems end the process as `configs.cli.parse_cli` does."""
+    return parse_cli(argv, prog, about, load_sweep, more=HELP)
 
 
-def load_sweep(overrides: Sequence[str] = (), folder: Path = CONFIGS) -> Sweep:
+def load_sweep(
+    overrides: Sequence[str] = (), folder: Path = CONFIGS, uses: typing.Collection[str] | None = None
+) -> Sweep:
     """Compose the configuration of every combination.
 
     Args:
         overrides: ``group=option`` and ``section.key=value``, each with one value or several.
         folder: Where the YAML files are.
+        uses: Sections that the command uses; None means all.
 
     Returns:
         Children in the order of the grid, the last key running fastest. Those of a sweep have names (`variant`), and
@@ -89,7 +95,7 @@ def load_sweep(overrides: Sequence[str] = (), folder: Path = CONFIGS) -> Sweep:
     for text in overrides:
         key, _, value = text.partition("=")
         values = split_values(value)
-        if len(values) == 1 or key in swept:  # composing reports what is given twice
+        if len(values) == 1 or key in swept or key == SAVED:  # composing reports what is given twice
             fixed.append(text)
             continue
         wrong = list(_bad_values(key, values))
@@ -100,12 +106,13 @@ def load_sweep(overrides: Sequence[str] = (), folder: Path = CONFIGS) -> Sweep:
     for point in itertools.product(*swept.values()):
         choices = dict(zip(swept, point, strict=True))
         try:
-            config, groups = compose([*fixed, *(f"{key}={value}" for key, value in choices.items())], folder)
+            config, groups = compose([*fixed, *(f"{key}={value}" for key, value in choices.items())], folder, uses)
         except ConfigError as error:
             for problem in error.problems:
                 problems.setdefault((problem.key, str(problem.value), problem.reason), problem)
         else:
-            children.append(Child(_named(config, choices) if swept else config, choices, groups))
+            given = dict(text.split("=", 1) for text in fixed if "=" in text)
+            children.append(Child(_named(config, choices) if swept else config, choices, groups, given))
     if not problems and swept:
         problems |= {(p.key, str(p.value), p.reason): p for p in _equal_children(children)}
     if problems:

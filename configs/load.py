@@ -3,8 +3,9 @@
 ``configs/<defaults>.yaml`` names one file for each group (``model: scene-llava`` means
 configs/model/scene-llava.yaml) and sets further keys. The command line comes last: ``model=llava-1.5-7b``
 chooses a file, ``trainer.max_epochs=3`` sets a key. A group's file may set keys of other sections under
-``elsewhere`` (a data set knows how many images its harvest takes). All mistakes are collected and reported at
-once, in one `ConfigError`. Several values for a key (``seed=0,1,2``) are a sweep: configs/grid.py.
+``elsewhere`` (a data set knows how many images its harvest takes), and a model's file may choose other groups' options
+under ``groups`` (``model=scene-next`` takes ``data=scenes-next`` unless another is given). All mistakes are collected
+and reported at once, in one `ConfigError`. Several values for a key (``seed=0,1,2``) are a sweep: configs/grid.py.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from configs.keys import keys_of, siblings, suggestion
-from configs.problems import COMMAND_LINE, ConfigError, Problem, closest, value_text, wrap
+from configs.problems import COMMAND_LINE, ConfigError, Problem, closest
 from configs.schema import TrainConfig
 from data.errors import UnreadableFileError
 from data.files import SETTINGS_BYTES, read_bytes
@@ -32,48 +32,72 @@ CONFIGS = Path(__file__).resolve().parent
 KEYS = keys_of(TrainConfig)
 
 DEFAULTS = "train"
+SAVED = "--config"
 _MOST_BRACKETS = 100
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError)
 """What reading YAML may raise: numbers of 5,000 digits and half characters are ValueErrors, deep nesting recurses."""
-Loaded = TypeVar("Loaded")
 
 
-def load_config(overrides: Sequence[str] = (), folder: Path = CONFIGS) -> TrainConfig:
+def load_config(
+    overrides: Sequence[str] = (), folder: Path = CONFIGS, uses: Collection[str] | None = None
+) -> TrainConfig:
     """Compose ``train.yaml``, the files of its groups, and the overrides, and check the result.
 
     Args:
-        overrides: ``group=option`` and ``section.key=value``, in any order.
+        overrides: ``group=option`` and ``section.key=value``, in any order; ``--config=FILE`` takes the place of
+            train.yaml and its groups: a configuration that `save_config` wrote.
         folder: Where the YAML files are.
+        uses: Sections that the command uses; contradictions between another section and the rest do not count. None
+            means all.
 
     Raises:
         ConfigError: With every problem found; several values for one key are one.
     """
-    return compose(overrides, folder)[0]
+    return compose(overrides, folder, uses)[0]
 
 
-def compose(overrides: Sequence[str] = (), folder: Path = CONFIGS) -> tuple[TrainConfig, dict[str, str]]:
-    """Do what `load_config` does, and return which option each group took, too."""
+def compose(
+    overrides: Sequence[str] = (), folder: Path = CONFIGS, uses: Collection[str] | None = None
+) -> tuple[TrainConfig, dict[str, str]]:
+    """Do what `load_config` does, and return which option each group took, too, as far as it is known."""
     build = _Build()
     file = folder / f"{DEFAULTS}.yaml"
     top = build.read(file)
     single = []
     for text in overrides:
         key, _, value = text.partition("=")
+        if key == SAVED:
+            continue
         if len(split_values(value)) > 1:
             reason = "holds several values, and only `python train.py` runs a sweep over them"
             hint = f"A comma that belongs to the value needs quotes: {key}='\"{value}\"'."
             build.fail(key, value, reason, "one value", hint, COMMAND_LINE)
         else:
             single.append(text)
-    groups = build.choose(top.pop("groups", {}), single, folder)
-    for group, option in groups.items():
-        path = folder / group / f"{option}.yaml"
+    known = top.pop("groups", {})
+    groups, given = build.choose(known, single, folder)
+    saved = saved_config(overrides)
+    if saved is not None:
+        top, file = build.read(saved), saved
+        groups = {group: option for group, option in groups.items() if group in given}
+        build.assign({key: value for key, value in top.items() if key not in groups}, _name_file(file))
+    for group in groups:  # the model comes first
+        path = folder / group / f"{groups[group]}.yaml"
         content = build.read(path, group)
+        if group == "model":
+            groups |= build.choices_of(content.pop("groups", {}), groups.keys() - given, folder, _name_file(path))
         elsewhere = content.pop("elsewhere", {})
         build.assign({group: content, **elsewhere}, _name_file(path))
-    build.assign(top, _name_file(file))
-    build.override([text for text in single if "=" not in text or text.partition("=")[0] not in groups])
-    return build.finish(), groups
+    if saved is None:
+        build.assign(top, _name_file(file))
+    build.override([text for text in single if "=" not in text or text.partition("=")[0] not in known])
+    return build.finish(uses), groups
+
+
+def saved_config(overrides: Sequence[str]) -> Path | None:
+    """The file of ``--config=FILE``; of a run's folder, the configuration in it."""
+    given = [Path(text.partition("=")[2]).expanduser() for text in overrides if text.startswith(f"{SAVED}=")]
+    return given[-1] / "config.yaml" if given and given[-1].is_dir() else given[-1] if given else None
 
 
 def split_values(text: str) -> list[str]:
@@ -126,57 +150,6 @@ def digest(*sections: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def parse_cli(
-    argv: Sequence[str] | None,
-    prog: str,
-    about: Sequence[str],
-    load: Callable[[Sequence[str]], Loaded] = load_config,
-) -> Loaded:
-    """Load from the command line.
-
-    On ``-h`` or ``--help``, prints the help and exits with status 0. If anything is wrong, prints every
-    problem on stderr and exits with status 2.
-
-    Args:
-        argv: Arguments after the program's name; those of the process if None.
-        prog: How the program is called.
-        about: Paragraphs on what it does, for the help.
-        load: Arguments -> what is returned.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    if "-h" in argv or "--help" in argv:
-        print(f"usage: {prog} [group=option ...] [section.key=value ...]\n")
-        for paragraph in filter(None, about):
-            print(wrap(paragraph, 0), end="\n\n")
-        print(help_text())
-        raise SystemExit(0)
-    try:
-        return load(argv)
-    except ConfigError as error:
-        print(f"{error}\n`{prog} --help` lists every key.", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def help_text(folder: Path = CONFIGS) -> str:
-    """List the groups with their options, and every key with its type, legal values, default and meaning."""
-    config, groups = compose(folder=folder)
-    lines = ["groups: group=option takes configs/<group>/<option>.yaml (* default)", ""]
-    for group, chosen in groups.items():
-        options = "  ".join(option + "*" * (option == chosen) for option in _options(folder, group))
-        lines.append(wrap(f"{group:<12}{options}", 2, 14))
-    lines += ["", "keys: section.key=value, with their defaults"]
-    for path, key in KEYS.items():
-        if key.section:
-            lines += ["", wrap(f"{path}: {key.doc}", 0)]
-            continue
-        value: Any = config.model_dump()
-        for name in path.split("."):
-            value = value and value[name]  # a section that is null has no values
-        lines.append(wrap(f"{path}={value_text(value)}  ({key.legal})", 2, 6))
-        lines.append(wrap(key.doc, 6))
-    return "\n".join(lines)
-
-
 class _Build:
     """A configuration in the making, with the problems met so far."""
 
@@ -206,8 +179,10 @@ class _Build:
         self.unread.append(section)
         return {}
 
-    def choose(self, defaults: Mapping[str, str], overrides: Sequence[str], folder: Path) -> dict[str, str]:
-        """Take the option of each group from the overrides, or else from the defaults file."""
+    def choose(
+        self, defaults: Mapping[str, str], overrides: Sequence[str], folder: Path
+    ) -> tuple[dict[str, str], set[str]]:
+        """Take the option of each group from the overrides, or else from the defaults; tell which were given."""
         chosen = dict(defaults)
         given: set[str] = set()
         for text in overrides:
@@ -217,16 +192,33 @@ class _Build:
             if group in given:
                 self.fail(group, option, "is chosen twice", "", "Keep one of the two.", COMMAND_LINE)
             given.add(group)
-            options = _options(folder, group)
+            options = options_of(folder, group)
             if option in options:
                 chosen[group] = option
                 continue
-            near = closest(option, options) or closest(option, _by_part(options))
-            close = [name for name in options if name == near] or [name for name in options if near and near in name]
-            hint = f"Did you mean {' or '.join(f'{group}={name}' for name in close)}?" if close else ""
-            reason = f"no file configs/{group}/{option}.yaml"
-            self.fail(group, option, reason, " | ".join(options), hint, COMMAND_LINE)
+            self._no_option(group, option, options, COMMAND_LINE)
+        return chosen, given
+
+    def choices_of(self, content: Any, free: Set[str], folder: Path, where: str) -> dict[str, str]:
+        """Options that a model's file chooses for the groups that nobody has chosen for."""
+        if not isinstance(content, dict):
+            self.fail("groups", content, f"is a {type(content).__name__}", "lines of group: option", "", where)
+            return {}
+        chosen = {}
+        for group, option in content.items():
+            if group == "model" or not (folder / str(group)).is_dir():
+                self.fail(f"groups.{group}", option, "is not a group that a model can choose for", "data", "", where)
+            elif option not in (options := options_of(folder, group)):
+                self._no_option(group, option, options, where)
+            elif group in free:
+                chosen[group] = option
         return chosen
+
+    def _no_option(self, group: str, option: Any, options: Sequence[str], where: str) -> None:
+        near = closest(str(option), options) or closest(str(option), _by_part(options))
+        close = [name for name in options if name == near] or [name for name in options if near and near in name]
+        hint = f"Did you mean {' or '.join(f'{group}={name}' for name in close)}?" if close else ""
+        self.fail(group, option, f"no file configs/{group}/{option}.yaml", " | ".join(options), hint, where)
 
     def override(self, overrides: Sequence[str]) -> None:
         """Assign ``key=value`` texts of the command line."""
@@ -286,7 +278,7 @@ class _Build:
             self.sources[path] = where
             OmegaConf.update(self.config, path, value, merge=False, force_add=True)
 
-    def finish(self) -> TrainConfig:
+    def finish(self, uses: Collection[str] | None = None) -> TrainConfig:
         """Resolve interpolations, check all values and contradictions; return the configuration if all is well."""
         for path in self.sources:
             try:
@@ -295,7 +287,8 @@ class _Build:
                 self.fail(path, "", _one_line(error), KEYS[path].legal, "", self.sources[path])
                 OmegaConf.update(self.config, path, None)
         try:
-            config = TrainConfig.model_validate(OmegaConf.to_container(self.config, resolve=True))
+            content = OmegaConf.to_container(self.config, resolve=True)
+            config = TrainConfig.model_validate(content, context={"uses": uses})
         except ValidationError as error:
             for found in error.errors():
                 self.explain(dict(found))
@@ -340,7 +333,8 @@ def _by_part(options: Sequence[str]) -> set[str]:
     return {part for option in options for part in option.split("-") if len(part) > 2}
 
 
-def _options(folder: Path, group: str) -> list[str]:
+def options_of(folder: Path, group: str) -> list[str]:
+    """Options of a group: the names of its files."""
     return sorted(path.stem for path in (folder / group).glob("*.yaml"))
 
 

@@ -193,6 +193,12 @@ class TrackingConfig(BaseModel):
         return name
 
 
+def _uses(info: ValidationInfo, section: str) -> bool:
+    """Whether the command that is checked for uses a section."""
+    uses = (info.context or {}).get("uses")
+    return uses is None or section in uses
+
+
 def _is_databricks(uri: str | None) -> bool:
     return uri is not None and (uri == "databricks" or uri.startswith("databricks://"))
 
@@ -232,7 +238,7 @@ class TrainConfig(BaseModel):
     def _fits_the_world(cls, harvest: HarvestSettings, info: ValidationInfo) -> HarvestSettings:
         world = info.data["data"].world if "data" in info.data else None
         needed = harvest.images + harvest.tuning
-        if world is None or needed <= world.train:
+        if world is None or needed <= world.train or not _uses(info, "harvest"):
             return harvest
         parts = [*harvest.splits.values()] + [harvest.tuning] * (harvest.tuning > 0)
         others = "validation, test and tuning" if harvest.tuning else "validation and test"
@@ -250,7 +256,9 @@ class TrainConfig(BaseModel):
     @classmethod
     def _has_the_images(cls, evaluation: EvaluationSettings, info: ValidationInfo) -> EvaluationSettings:
         data = info.data.get("data")
-        if data is not None and evaluation.images and None in (data.eval_images, data.eval_annotations):
+        if data is None or not _uses(info, "evaluation"):
+            return evaluation
+        if evaluation.images and None in (data.eval_images, data.eval_annotations):
             details = {
                 "key": "images",
                 "value": evaluation.images,
@@ -259,7 +267,7 @@ class TrainConfig(BaseModel):
                 "hint": "Add evaluation.images=0, or set data.eval_images and data.eval_annotations.",
             }
             raise PydanticCustomError("contradiction", "{reason}", details)
-        world = data.world if data is not None else None
+        world = data.world
         if world is None or evaluation.images <= world.val:
             return evaluation
         details = {
@@ -274,6 +282,8 @@ class TrainConfig(BaseModel):
     @field_validator("trainer")
     @classmethod
     def _streams_what_it_can(cls, trainer: TrainerConfig, info: ValidationInfo) -> TrainerConfig:
+        if not _uses(info, "trainer"):
+            return trainer
         if "predictor" in info.data and info.data["predictor"].target == "mean" and trainer.cache == "stream":
             details = {
                 "key": "cache",

@@ -18,8 +18,10 @@ from data.records import Index
 from data.sample import Sample
 from data.shards import ShardReader
 
-_GAP, _LINE = 12, 15  # pixels between pictures, and of a line of text
+_GAP, _LINE = 14, 17  # pixels between pictures, and of a line of text
 _LINES = 2  # of text under a picture, at most
+_HEAD = 44  # pixels of the title and the scale of the colours
+_WIDEST = 1400  # pixels: as many images side by side as fit
 _INK, _PALE, _PAPER = (40, 44, 52), (122, 128, 138), (250, 250, 248)
 # inferno, as in maps.png: least attended is black, most attended is light yellow
 _COLOURS = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)])
@@ -28,8 +30,8 @@ _COLOURS = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (2
 def contact_sheet(directory: Path, images_dir: Path, file: Path, count: int = 12, side: int = 192) -> Path:
     """Draws the maps of the first images of the test split (else of the last one) over the images.
 
-    One row of the sheet per image: the part of the image that the model saw, then one overlay per prompt. Each map is
-    scaled to its own maximum; of an image with several grids, it is that of the grid over the whole picture.
+    For each image: the part of it that the model saw, then one overlay per prompt. Each map is scaled to its own
+    maximum; of an image with several grids, it is that of the grid over the whole picture.
 
     Args:
         directory: a finished harvest.
@@ -43,15 +45,18 @@ def contact_sheet(directory: Path, images_dir: Path, file: Path, count: int = 12
     """
     index = read_index(directory)
     splits = list(dict.fromkeys(shard["split"] for shard in index["shards"]))
-    reader = ShardReader(directory, "test" if "test" in splits else splits[-1])
+    split = "test" if "test" in splits else splits[-1]
+    reader = ShardReader(directory, split)
     crops = crops_centre(image_processor(index))
     samples = [reader[row] for row in range(min(count, len(reader)))]
-    columns = 1 + max((len(sample.prompts) for sample in samples), default=0)
-    row_height = side + _LINES * _LINE + _GAP
-    size = (_GAP + columns * (side + _GAP), _GAP + len(samples) * row_height)
-    sheet = Image.new("RGB", size, _PAPER)
-    for row, sample in enumerate(samples):
-        _draw_row(sheet, sample, images_dir, _GAP + row * row_height, side, crops)
+    width = (1 + max((len(sample.prompts) for sample in samples), default=0)) * (side + _GAP)
+    height = side + _LINES * _LINE + _GAP
+    beside = max(1, min(_WIDEST // (width + _GAP), len(samples)))
+    sheet = Image.new("RGB", (_GAP + beside * (width + _GAP), _HEAD + -(-len(samples) // beside) * height), _PAPER)
+    _draw_head(sheet, f"{len(samples)} images of {directory.name}, {split} split")
+    for number, sample in enumerate(samples):
+        row, column = divmod(number, beside)
+        _draw_row(sheet, sample, images_dir, (_GAP + column * (width + _GAP), _HEAD + row * height), side, crops)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(file, format="PNG")
@@ -78,7 +83,18 @@ def crops_centre(processor: str) -> bool:
     return True
 
 
-def _draw_row(sheet: Image.Image, sample: Sample, images_dir: Path, top: int, side: int, crops: bool) -> None:
+def _draw_head(sheet: Image.Image, title: str) -> None:
+    """What is shown, and the scale of the colours."""
+    scale = Image.fromarray(_coloured(np.tile(np.linspace(0, 1, 120), (10, 1))))
+    ImageDraw.Draw(sheet).text((_GAP, 6), title, fill=_INK, font=ImageFont.load_default(15))
+    sheet.paste(scale, (_GAP, 27))
+    words = "least to most attended, each map on its own scale"
+    ImageDraw.Draw(sheet).text((_GAP + 128, 25), words, fill=_PALE, font=ImageFont.load_default(12))
+
+
+def _draw_row(
+    sheet: Image.Image, sample: Sample, images_dir: Path, place: tuple[int, int], side: int, crops: bool
+) -> None:
     sample = sample.overview
     rows, columns = sample.grid
     shape = (max(1, side * columns // max(rows, columns)), max(1, side * rows // max(rows, columns)))
@@ -86,7 +102,7 @@ def _draw_row(sheet: Image.Image, sample: Sample, images_dir: Path, top: int, si
     texts = [sample.file, *(str(prompt.get("text")) for prompt in sample.prompts)]
     pictures = [picture, *(_overlay(picture, attention, sample.grid) for attention in sample.attention)]
     for column, (drawn, text) in enumerate(zip(pictures, texts, strict=True)):
-        left = _GAP + column * (side + _GAP)
+        left, top = place[0] + column * (side + _GAP), place[1]
         sheet.paste(drawn, (left, top))
         _write(sheet, text, (left, top + drawn.height + 2), side, _INK if column else _PALE)
 
@@ -105,7 +121,7 @@ def _overlay(picture: Image.Image, attention: Tensor, grid: tuple[int, int]) -> 
     """A map over the grey picture; the least attended patches are the most transparent."""
     share = attention.double().clamp_min(0).reshape(grid).numpy()  # [r, c]
     share = share / max(float(share.max()), np.finfo(float).tiny)
-    alpha = (255 * (0.3 + 0.6 * np.sqrt(share))).astype(np.uint8)
+    alpha = (255 * (0.15 + 0.75 * np.sqrt(share))).astype(np.uint8)
     colours = Image.fromarray(_coloured(share**0.6)).resize(picture.size, Image.Resampling.NEAREST)
     mask = Image.fromarray(alpha).resize(picture.size, Image.Resampling.NEAREST)
     return Image.composite(colours, ImageOps.grayscale(picture).convert("RGB"), mask)
@@ -120,7 +136,7 @@ def _coloured(share: NDArray[Any]) -> NDArray[np.uint8]:
 
 def _write(sheet: Image.Image, text: str, place: tuple[int, int], width: int, colour: tuple[int, int, int]) -> None:
     """Writes whole words into a few lines; of a longer text the beginning, with an ellipsis."""
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     lines = wrapped(text, lambda line: draw.textlength(line, font=font) <= width, _LINES)
     for number, line in enumerate(lines):
         draw.text((place[0], place[1] + number * _LINE), line, fill=colour, font=font)

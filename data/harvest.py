@@ -9,9 +9,13 @@ folder: ranks (`data.ranks`) or Ray actors (`data.cluster`). See docs/harvest.md
 
 from __future__ import annotations
 
+from importlib import import_module
+
+if __name__ == "__main__":  # the command is the pipeline's; before the imports below, which take seconds
+    raise SystemExit(import_module("pipeline.commands").harvest())
+
 import time
 from collections.abc import Collection, Sequence
-from importlib import import_module
 
 from tqdm import tqdm
 
@@ -141,7 +145,3 @@ def _unfinished(job: Job, rank: Rank, missing: Sequence[str]) -> str:
         f"ranks {abbreviated([str(number) for number in ranks])}). The rank that is done last finishes the harvest; "
         f"if they do not run, start them again, with any number of ranks ({rank.variables or 'RANK, WORLD_SIZE'})."
     )
-
-
-if __name__ == "__main__":  # the command belongs to the pipeline, which this room must not import
-    raise SystemExit(import_module("pipeline.harvest").main())

@@ -31,7 +31,7 @@ def source_rows(
 def metrics(
     fitted: Mapping[str, Interval], others: Mapping[str, Mapping[str, Interval]], confidence: Mapping[str, float]
 ) -> dict[str, float]:
-    """Every number under its name in MLflow: ``test/mass``, ``test/mass_low``, ``test/position/mass``, ..."""
+    """Every number under its name in fit.json: ``test/mass``, ``test/mass_low``, ``test/position/mass``, ..."""
     values: dict[str, float] = {}
     for name, interval in fitted.items():
         values |= {
@@ -43,3 +43,9 @@ def metrics(
         label = other.split(" (")[0].replace(" ", "_")
         values |= {f"test/{label}/{name}": interval.mean for name, interval in intervals.items()}
     return values | {f"test/confidence/{name}": value for name, value in confidence.items() if np.isfinite(value)}
+
+
+def headlines(fitted: Mapping[str, Interval], confidence: Mapping[str, float]) -> dict[str, float]:
+    """The few numbers of a fit that a table of runs has room for."""
+    values = {name: fitted[name].mean for name in _SHOWN} | {"ece": confidence["ece"]}
+    return {name: round(float(value), 4) for name, value in values.items() if np.isfinite(value)}

@@ -13,7 +13,7 @@ import numpy as np
 from evaluation.answers import Answer
 from evaluation.compare import Comparison, Prompted
 from evaluation.decoding import parse_margin
-from evaluation.methods import TWO_PASS
+from evaluation.methods import AUTO, ONE_PASS, TWO_PASS, VANILLA
 from evaluation.parsers import PARSERS
 from evaluation.pictures import image_id
 from evaluation.tables import markdown
@@ -159,7 +159,7 @@ def fact_rows(comparison: Comparison, command: str = "") -> list[list[str]]:
 
 
 def metrics(comparison: Comparison) -> dict[str, float]:
-    """Every number under a stable name, as MLflow and evaluation.json hold it (docs/evaluation.md lists them)."""
+    """Every number under a stable name, as evaluation.json holds it (docs/evaluation.md lists them)."""
     values: dict[str, float] = {}
     for place, prompt in enumerate(comparison.prompts):
         start = "eval" if place == 0 else f"eval/prompt-{prompt.name}"
@@ -190,6 +190,28 @@ def metrics(comparison: Comparison) -> dict[str, float]:
             f"eval/{_safe(method)}/prefill_ms": cost.milliseconds,
         }
     return {key: float(value) for key, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def headlines(comparison: Comparison) -> dict[str, float]:
+    """The few numbers that a table of runs has room for: names of at most 13 letters; hr_* are in percent."""
+    values: dict[str, float | None] = {}
+    quiz, prompt, method = comparison.quiz, comparison.headline, deployed(comparison)
+    if quiz is not None and prompt is not None:
+        for name in (VANILLA, TWO_PASS, ONE_PASS):
+            if name in comparison.names:
+                values[f"hr_{name.replace('-', '_')}"] = 100 * prompt.scores[name, quiz.headline].hr.mean
+    if method is not None and (found := comparison.fidelity.get(method)) and found.edit_kept is not None:
+        values["edit_kept"] = found.edit_kept.mean
+    if method is not None and method in comparison.costs:
+        values["prefill_x"] = comparison.costs[method].ratio
+    values["fallback"] = comparison.fallback.get(AUTO)
+    return {key: round(float(value), 4) for key, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def fallback_curve(comparison: Comparison) -> dict[int, float]:
+    """Share of the questions that auto hands over, in percent -> what is left of vanilla's distance to two-pass."""
+    curve = comparison.curves.get(ONE_PASS, ())
+    return {round(100 * point.share): round(point.error, 4) for point in curve if math.isfinite(point.error)}
 
 
 def _fidelity_metrics(comparison: Comparison) -> Iterable[tuple[str, float]]:

@@ -1,7 +1,8 @@
 """Reports a sweep: one row per combination with means over seeds, the same as a figure, and stable metric names.
 
-Means come with 95 % intervals of Student's t over seeds: they say how much another seed would move the mean, on these
-very images. How much other images would move it, the intervals of each child say.
+Means of three seeds or more come with 95 % intervals of Student's t over seeds: they say how much another seed would
+move the mean, on these very images. How much other images would move it, the intervals of each child say. Intervals of
+shares are computed on Fisher's z of 2 p - 1, so that none reaches beyond 0 or 1.
 """
 
 from __future__ import annotations
@@ -18,29 +19,30 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
-from evaluation.tables import markdown
+from evaluation.tables import markdown, table
 from scr_runtime.files import whole_file, write_file
 
 SEED = "seed"
 HEADLINES = {
-    "test/recall": ("recall@K", 3),
-    "test/ndcg": ("NDCG@K", 3),
-    "test/mass": ("mass@K", 3),
-    "test/spearman": ("Spearman", 3),
-    "test/iou": ("IoU", 3),
-    "test/confidence/ece": ("ECE", 3),
-    "eval/one-pass/edit_kept": ("edit kept", 3),
-    "eval/one-pass/effect_kept": ("effect kept", 3),
-    "eval/auto/fallback": ("fallback", 3),
-    "eval/auto_30/error": ("distance at 30 % fallback", 3),
-    "predictor/parameters": ("parameters", 0),
+    "test/recall": ("recall@K", 3, True),
+    "test/mass": ("mass@K", 3, True),
+    "test/confidence/ece": ("ECE", 3, True),
+    "hr_vanilla": ("HR vanilla", 1, False),
+    "hr_one_pass": ("HR one-pass", 1, False),
+    "eval/one-pass/edit_kept": ("edit kept", 3, False),
+    "eval/one-pass/effect_kept": ("effect kept", 3, False),
+    "prefill_x": ("prefill", 2, False),
+    "predictor/parameters": ("parameters", 0, False),
 }
-"""What the summary shows, where a run has it: metric -> (column, digits)."""
-NOTE = "Means over seeds, ± half of the 95 % interval (Student's t)."
+"""What the summary shows, where a run has it: metric -> (column, digits, whether it is a share of 1)."""
+NOTE = "Means over seeds; in brackets, from three seeds on, the 95 % interval (Student's t; of shares, on Fisher's z)."
 _DRAWN = ("test/mass", "test/recall", "eval/one-pass/edit_kept")
-_COLOURS = ("#1d4ed8", "#059669", "#d97706", "#b91c1c", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
+_FEWEST = 3  # seeds of an interval
+_MARKERS = "osD^vP"  # besides the colours: they can be told apart without them
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#b8860b")  # Okabe and Ito's, without pale ones
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,14 @@ class Mean:
 
     Attributes:
         value: The mean.
-        half: Half the width of its 95 % interval; nan for a single seed.
+        low: Lower end of its 95 % interval; nan for fewer than three seeds.
+        high: Upper end.
         values: What it is made of.
     """
 
     value: float
-    half: float
+    low: float
+    high: float
     values: tuple[float, ...]
 
 
@@ -87,17 +91,20 @@ class Cell:
 
 def headline(metrics: Mapping[str, float]) -> str:
     """The headline numbers of one child, in one line."""
-    shown = ((label, metrics[name], digits) for name, (label, digits) in HEADLINES.items() if name in metrics)
+    shown = ((label, metrics[name], digits) for name, (label, digits, _) in HEADLINES.items() if name in metrics)
     return "  ".join(f"{label} {value:,.{digits}f}" for label, value, digits in shown)
 
 
-def mean_over_seeds(values: Sequence[float]) -> Mean:
-    """Mean with the half-width of its 95 % t interval."""
-    count = len(values)
-    if count < 2:
-        return Mean(float(values[0]), math.nan, tuple(values))
-    half = stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count)
-    return Mean(float(np.mean(values)), float(half), tuple(values))
+def mean_over_seeds(values: Sequence[float], share: bool = False) -> Mean:
+    """Mean with its 95 % t interval; that of shares is computed on Fisher's z of 2 p - 1."""
+    mean, count = float(np.mean(values)), len(values)
+    if count < _FEWEST:
+        return Mean(mean, math.nan, math.nan, tuple(values))
+    scale = np.arctanh(np.clip(2 * np.asarray(values) - 1, -1 + 1e-9, 1 - 1e-9)) if share else np.asarray(values)
+    half = stats.t.ppf(0.975, count - 1) * np.std(scale, ddof=1) / math.sqrt(count)
+    ends = (float(np.mean(scale) - half), float(np.mean(scale) + half))
+    low, high = ((math.tanh(end) + 1) / 2 for end in ends) if share else ends
+    return Mean(mean, low, high, tuple(values))
 
 
 def cells(trials: Sequence[Trial]) -> list[Cell]:
@@ -110,7 +117,9 @@ def cells(trials: Sequence[Trial]) -> list[Cell]:
     for key, members in groups.items():
         finished = [trial for trial in members if trial.status == "FINISHED"]
         names = [name for name in HEADLINES if finished and all(name in trial.metrics for trial in finished)]
-        means = {name: mean_over_seeds([trial.metrics[name] for trial in finished]) for name in names}
+        means = {
+            name: mean_over_seeds([trial.metrics[name] for trial in finished], HEADLINES[name][2]) for name in names
+        }
         result.append(Cell(dict(key), len(finished), len(members), means))
     return result
 
@@ -136,33 +145,21 @@ def summary_rows(trials: Sequence[Trial], names: Mapping[str, str]) -> list[list
     return rows
 
 
+def summary_table(trials: Sequence[Trial], names: Mapping[str, str]) -> str:
+    """The same as text for the terminal."""
+    return table(summary_rows(trials, names), lead=max(1, len(_swept(trials))))
+
+
 def _shown(mean: Mean | None, digits: int) -> str:
     if mean is None:
         return "-"
-    if math.isnan(mean.half) or digits == 0:
+    if math.isnan(mean.low) or digits == 0:
         return f"{mean.value:,.{digits}f}"
-    return f"{mean.value:.{digits}f} ± {mean.half:.{digits}f}"
+    return f"{mean.value:.{digits}f} [{mean.low:.{digits}f}, {mean.high:.{digits}f}]"
 
 
-def summary_metrics(trials: Sequence[Trial], names: Mapping[str, str]) -> dict[str, float]:
-    """Means over seeds under ``mean/<metric>/<key-value ...>``, with ``_low`` and ``_high`` if there are several."""
-    values = {}
-    for cell in cells(trials):
-        place = " ".join(f"{names[key]}-{value}" for key, value in cell.choices.items())
-        suffix = "/" + "".join(c if c.isalnum() or c in "-_. " else "-" for c in place) if place else ""
-        for name, mean in cell.means.items():
-            values[f"mean/{name}{suffix}"] = mean.value
-            if not math.isnan(mean.half) and HEADLINES[name][1]:  # counts have no interval
-                values[f"mean/{name}_low{suffix}"] = mean.value - mean.half
-                values[f"mean/{name}_high{suffix}"] = mean.value + mean.half
-    return values
-
-
-def figure(trials: Sequence[Trial], names: Mapping[str, str]) -> Figure | None:
-    """Metric against swept value: a small point per seed, the mean with its interval beside it.
-
-    The key with most values is the axis, the next one the colour, a third one the columns; further keys are in the
-    colour's label. Numbers lie to scale, on a logarithmic axis if they span a factor of 20.
+def figure(trials: Sequence[Trial], names: Mapping[str, str], title: str) -> Figure | None:
+    """A row per combination, a panel per metric: a small point per seed, and the mean with its interval.
 
     Returns:
         None if no child has finished.
@@ -172,50 +169,68 @@ def figure(trials: Sequence[Trial], names: Mapping[str, str]) -> Figure | None:
     if not drawn:
         return None
     swept = _swept(trials)
-    options = {key: list(dict.fromkeys(cell.choices[key] for cell in found)) for key in swept}
-    order = sorted(swept, key=lambda key: -len(options[key]))  # stable: of equals, the first that was typed
-    axis, facet = (order[0] if order else None), (order[2] if len(order) > 2 else None)
-    rest = [key for key in order[1:] if key != facet]
-    facets = options[facet] if facet else [""]
-    lines = list(dict.fromkeys(tuple(cell.choices[key] for key in rest) for cell in found))
-    ticks = options[axis] if axis else ["as given"]
-    places, numeric = _places(ticks)
-    result = Figure(
-        figsize=(max(4.2, 0.9 * len(ticks) + 2.6) * len(facets) + 0.6, 2.9 * len(drawn)), layout="constrained"
-    )
+    labels = ["  ".join(f"{names[key]}={cell.choices[key]}" for key in swept) or "as given" for cell in found]
+    kinds = list(dict.fromkeys(cell.choices[swept[0]] if swept else "" for cell in found))
+    height = max(2.6, 0.36 * len(found) + 1.7)
+    result = Figure(figsize=(3.4 * len(drawn) + 0.075 * max(map(len, labels)) + 0.6, height), layout="constrained")
     FigureCanvasAgg(result)
-    grid = result.subplots(len(drawn), len(facets), squeeze=False, sharex=True, sharey="row")
-    for row, name in enumerate(drawn):
-        for column, option in enumerate(facets):
-            axes: Axes = grid[row][column]
-            members = [cell for cell in found if name in cell.means and (not facet or cell.choices[facet] == option)]
-            for number, line in enumerate(lines):
-                own = [cell for cell in members if tuple(cell.choices[key] for key in rest) == line]
-                shift = 0.0 if numeric or len(lines) == 1 else 0.5 * (number / (len(lines) - 1) - 0.5)
-                at = [places[cell.choices[axis] if axis else ticks[0]] + shift for cell in own]
-                label = " ".join(f"{names[key]}={value}" for key, value in zip(rest, line, strict=True))
-                _draw(axes, at, [cell.means[name] for cell in own], _COLOURS[number % 8], label, numeric)
-            _mark(axes, places, numeric)
-            if row == len(drawn) - 1:
-                axes.set_xlabel(names[axis] if axis else "")
-            if row == 0 and facet:
-                axes.set_title(f"{names[facet]}={option}", loc="left", fontsize=10)
-            if column == 0:
-                axes.set_ylabel(HEADLINES[name][0])
-    if len(lines) > 1:
-        handles, labels = grid[0][0].get_legend_handles_labels()
-        result.legend(handles, labels, loc="outside lower center", ncols=min(len(lines), 4), frameon=False, fontsize=9)
+    result.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold", parse_math=False)
+    grid = result.subplots(1, len(drawn), squeeze=False, sharey=True)[0]
+    for axes, name in zip(grid, drawn, strict=True):
+        for row, cell in enumerate(found):
+            if name in cell.means:
+                kind = kinds.index(cell.choices[swept[0]] if swept else "") % len(_MARKERS)
+                _draw(axes, row, cell.means[name], _COLOURS[kind], _MARKERS[kind])
+        low, high = axes.get_xlim()
+        wider = max(0.02 - (high - low), 0) / 2  # a small difference should not look like a large one
+        axes.set_xlim(low - wider, high + wider)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_title(HEADLINES[name][0], loc="left", fontsize=10)
+        axes.set_yticks(range(len(found)), labels, fontsize=9, parse_math=False)
+        axes.set_ylim(len(found) - 0.4, -0.6)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(color="#e5e7eb", linewidth=0.8)
+        axes.set_axisbelow(True)
+    seeds = max(cell.finished for cell in found)
+    note = "small: each seed; large: mean" + ", with its 95 % interval over seeds" * (seeds >= _FEWEST)
+    result.supxlabel(note if seeds > 1 else "one seed: no interval", x=0.01, ha="left", fontsize=8.5, color="#4b5563")
     return result
 
 
-def write(folder: Path, trials: Sequence[Trial], names: Mapping[str, str], title: str) -> list[Path]:
-    """Writes summary.md, summary.csv (means), children.csv (every number of every child) and, if any, summary.png."""
+def _draw(axes: Axes, row: int, mean: Mean, colour: str, marker: str) -> None:
+    if len(mean.values) > 1:
+        axes.plot(mean.values, [row + 0.2] * len(mean.values), marker, color=colour, markersize=3, alpha=0.5)
+    if not math.isnan(mean.low):
+        axes.plot([mean.low, mean.high], [row, row], "-", color=colour, linewidth=1.8)
+    axes.plot([mean.value], [row], marker, color=colour, markersize=7)
+
+
+def write(
+    folder: Path,
+    trials: Sequence[Trial],
+    names: Mapping[str, str],
+    title: str,
+    answers: Sequence[Sequence[str]] = (),
+) -> list[Path]:
+    """Writes summary.md, summary.csv (means), children.csv (every number of every child) and, if any, summary.png.
+
+    Args:
+        folder: Where to; made as needed.
+        trials: All children.
+        names: Swept key -> how the column is called.
+        title: Headline of the text.
+        answers: Rows of a second table for the text.
+
+    Returns:
+        The files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in ("summary.md", "summary.csv", "children.csv", "summary.png")]
-    write_file(paths[0], _summary_text(trials, names, title).encode())
+    write_file(paths[0], markdown_text(trials, names, title, answers).encode())
     write_file(paths[1], _csv(_mean_records(trials)))
     write_file(paths[2], _csv(_child_records(trials)))
-    picture = figure(trials, names)
+    picture = figure(trials, names, title)
     if picture is None:
         return paths[:3]
     with whole_file(paths[3]) as stream:
@@ -223,13 +238,18 @@ def write(folder: Path, trials: Sequence[Trial], names: Mapping[str, str], title
     return paths
 
 
-def _summary_text(trials: Sequence[Trial], names: Mapping[str, str], title: str) -> str:
+def markdown_text(
+    trials: Sequence[Trial], names: Mapping[str, str], title: str, answers: Sequence[Sequence[str]] = ()
+) -> str:
+    """Title, table of means, the children that have no result, and a second table of answers."""
     lines = [f"# {title}", "", markdown(summary_rows(trials, names))]
     if SEED in trials[0].choices:
         lines += ["", NOTE]
     lost = [[*trial.choices.values(), trial.status, trial.run_id] for trial in trials if trial.status != "FINISHED"]
     if lost:
         lines += ["", "Without a result:", "", markdown([[*trials[0].choices, "status", "run"], *lost])]
+    if answers:
+        lines += ["", "Answers of each model's best child:", "", markdown(answers)]
     return "\n".join([*lines, ""])
 
 
@@ -252,10 +272,10 @@ def _mean_records(trials: Sequence[Trial]) -> list[list[Any]]:
             mean = cell.means.get(name)
             if mean is None:
                 record += ["", "", ""]
-            elif math.isnan(mean.half):
+            elif math.isnan(mean.low):
                 record += [mean.value, "", ""]
             else:
-                record += [mean.value, mean.value - mean.half, mean.value + mean.half]
+                record += [mean.value, mean.low, mean.high]
         records.append(record)
     return records
 
@@ -278,46 +298,3 @@ def _swept(trials: Sequence[Trial]) -> list[str]:
 def _headlines(found: Sequence[Cell]) -> list[str]:
     """The headline metrics that some combination has."""
     return [name for name in HEADLINES if any(name in cell.means for cell in found)]
-
-
-def _places(ticks: Sequence[str]) -> tuple[dict[str, float], bool]:
-    """Value -> where it stands on the axis, and whether the values are numbers."""
-    try:
-        numbers = [float(tick) for tick in ticks]
-    except ValueError:
-        numbers = []
-    if len(numbers) < 2 or not np.isfinite(numbers).all():
-        return {tick: float(place) for place, tick in enumerate(ticks)}, False
-    return dict(zip(ticks, numbers, strict=True)), True
-
-
-def _mark(axes: Axes, places: Mapping[str, float], numeric: bool) -> None:
-    """Ticks where the values are, and nothing that is not needed."""
-    if numeric and min(places.values()) > 0 and max(places.values()) / min(places.values()) >= 20:
-        axes.set_xscale("log")
-    axes.set_xticks(list(places.values()), list(places))
-    axes.minorticks_off()
-    if not numeric:
-        axes.set_xlim(-0.6, len(places) - 0.4)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def _draw(axes: Axes, at: Sequence[float], means: Sequence[Mean], colour: str, label: str, numeric: bool) -> None:
-    """A small point per seed, and the means with their intervals; numbers are joined by a line."""
-    beside = 0.0 if numeric else -0.06
-    for place, mean in zip(at, means, strict=True):
-        if len(mean.values) > 1:
-            axes.plot([place + beside] * len(mean.values), mean.values, "o", color=colour, markersize=3.5, alpha=0.4)
-    axes.errorbar(
-        at,
-        [mean.value for mean in means],
-        yerr=[0 if math.isnan(mean.half) else mean.half for mean in means],
-        fmt="o-" if numeric else "o",
-        color=colour,
-        markersize=6,
-        linewidth=1.4,
-        capsize=4,
-        label=label,
-    )

@@ -7,6 +7,7 @@ A predictor stays the folder that it is, without pickle or a copy of its class: 
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,14 +22,14 @@ from mlflow.exceptions import MlflowException
 
 from scr_runtime import load_predictor
 
-NAME = "predictor"
-"""Name of the LoggedModel of every run."""
 MODEL_TYPE = "scr-predictor"
 ALIAS = "latest-fit"
 """Alias that `register` moves to the version it makes; ``latest`` itself is a reserved word of MLflow."""
 
 
-def log_predictor(client: MlflowClient, run_id: str, folder: Path, params: Mapping[str, Any]) -> str:
+def log_predictor(
+    client: MlflowClient, run_id: str, folder: Path, params: Mapping[str, Any], name: str = "predictor"
+) -> str:
     """Uploads a predictor folder as the LoggedModel of a run.
 
     Args:
@@ -36,13 +37,14 @@ def log_predictor(client: MlflowClient, run_id: str, folder: Path, params: Mappi
         run_id: The run that made it.
         folder: A finished predictor folder.
         params: What the models page shows beside it; values are cut at 250 characters.
+        name: Of the LoggedModel; letters that MLflow does not take become hyphens.
 
     Returns:
         The model's id; ``models:/<id>`` is its address.
     """
     model = client.create_logged_model(
         client.get_run(run_id).info.experiment_id,
-        name=NAME,
+        name=re.sub(r"[/:.%\"']+", "-", name),
         source_run_id=run_id,
         params={key: str(value)[:250] for key, value in params.items()},
         model_type=MODEL_TYPE,

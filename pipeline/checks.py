@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,23 +13,33 @@ from data.errors import DataError
 from data.questions import CATEGORY_KINDS
 from data.vlm import model_config
 from pipeline.errors import RunError
+from scr_runtime.artifact import CONFIG_NAME
 from scr_runtime.errors import SCRError
 
 
-def check_all(configs: Iterable[TrainConfig]) -> None:
+def check_all(
+    configs: Iterable[TrainConfig], sections: Collection[str] = ("harvest", "trainer", "evaluation")
+) -> None:
     """Checks what the stages will need, for every configuration of a command.
+
+    Args:
+        configs: The configurations.
+        sections: What the command does, beside loading the model.
 
     Raises:
         RunError: With every problem, each once.
     """
-    problems = list(dict.fromkeys(problem for config in configs for problem in _problems(config)))
+    problems = list(dict.fromkeys(problem for config in configs for problem in _problems(config, sections)))
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise RunError("\n  ".join([f"{count} before the start", *problems]))
 
 
-def _problems(config: TrainConfig) -> Iterator[str]:
-    for check in (_runs_dir, _data, _accelerator, _model):
+def _problems(config: TrainConfig, sections: Collection[str]) -> Iterator[str]:
+    checks = [_runs_dir, _device, _model]
+    checks += [_training_data] * ("harvest" in sections) + [_accelerator] * ("trainer" in sections)
+    checks += [_held_out_data, _evaluation_files] * ("evaluation" in sections)
+    for check in checks:
         yield from _of(check, config)
 
 
@@ -50,22 +60,43 @@ def _runs_dir(config: TrainConfig) -> Iterator[str]:
         yield f"runs_dir={config.runs_dir}: {existing} can't be written ({error.strerror}); choose another folder"
 
 
-def _data(config: TrainConfig) -> Iterator[str]:
-    if config.data.world is not None:
-        return  # it will be rendered
-    paths = config.paths
+def _training_data(config: TrainConfig) -> Iterator[str]:
     about = [kind for kind in config.harvest.prompts if kind in CATEGORY_KINDS]
-    if about and paths.train_annotations is None:
+    if about and config.paths.train_annotations is None:
         yield (
             f"harvest.prompts: {', '.join(dict.fromkeys(about))} ask about annotated objects, and data="
             f"{config.data.name} has no annotations; use caption, or texts of several words"
         )
-    wanted = [("data.train_images", paths.train_images), ("data.train_annotations", paths.train_annotations)]
-    if config.evaluation.images:
-        wanted += [("data.eval_images", paths.eval_images), ("data.eval_annotations", paths.eval_annotations)]
-    for key, place in wanted:
-        if place is not None and not place.exists():
-            yield f"{key}: {place} does not exist; set data.root to the folder that holds it"
+    if config.data.world is None:  # else it will be rendered
+        yield from _missing("data.train_images", config.paths.train_images)
+        yield from _missing("data.train_annotations", config.paths.train_annotations)
+
+
+def _held_out_data(config: TrainConfig) -> Iterator[str]:
+    settings = config.evaluation
+    if config.data.world is not None or not (settings.images or settings.pope_files):
+        return
+    if settings.images_dir is None:
+        yield from _missing("data.eval_images", config.paths.eval_images)
+    if settings.annotations is None and not (settings.pope_files and settings.images_dir):
+        yield from _missing("data.eval_annotations", config.paths.eval_annotations)
+
+
+def _missing(key: str, place: Path | None) -> Iterator[str]:
+    if place is not None and not place.exists():
+        yield f"{key}: {place} does not exist; set data.root to the folder that holds it"
+
+
+def _evaluation_files(config: TrainConfig) -> Iterator[str]:
+    settings = config.evaluation
+    for key in ("images_dir", "annotations", "captions", "synonyms", "pope_files", "pope_labels", "predictors"):
+        given: str | list[str] | None = getattr(settings, key)
+        for text in [given] if isinstance(given, str) else given or []:
+            place = Path(text).expanduser()
+            if not place.exists():
+                yield f"evaluation.{key}: {place} does not exist"
+            elif key == "predictors" and not (place / CONFIG_NAME).is_file():
+                yield f"evaluation.predictors: {place} has no {CONFIG_NAME}; name folders that train.py exported"
 
 
 def _accelerator(config: TrainConfig) -> Iterator[str]:
@@ -73,6 +104,9 @@ def _accelerator(config: TrainConfig) -> Iterator[str]:
     available = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(wanted, True):
         yield f"trainer.accelerator={wanted}: there is none on this machine; use auto or cpu"
+
+
+def _device(config: TrainConfig) -> Iterator[str]:
     if config.model.device.startswith("cuda") and not torch.cuda.is_available():
         yield f"model.device={config.model.device}: torch sees no CUDA device; use auto or cpu"
 

@@ -13,6 +13,7 @@ from configs import load_config
 from evaluation.errors import EvaluationError
 from evaluation.paper import PAPER, row_of, table_rows
 from evaluation.tables import markdown, table
+from pipeline.runs import every_number
 from scr_runtime.files import write_file
 
 _FILE = "evaluation.json"
@@ -64,9 +65,11 @@ def read_run(name: str, uri: str) -> tuple[str, Mapping[str, float]]:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise EvaluationError(f"{files[-1]} cannot be read: it is not what python -m evaluation writes") from error
     try:
-        run = MlflowClient(uri).get_run(name)
+        client = MlflowClient(uri)
+        run = client.get_run(name)
     except MlflowException as error:
         raise EvaluationError(f"{name} is no folder, and {uri} has no run of that id") from error
-    if not any(key.startswith("eval/") for key in run.data.metrics):
+    numbers = every_number(client, run)
+    if not any(key.startswith("eval/") for key in numbers):
         raise EvaluationError(f"the run {name} has no evaluation: run python -m evaluation first")
-    return str(run.data.params.get("model.name") or run.info.run_name), run.data.metrics
+    return str(run.data.params.get("model.name") or run.info.run_name), numbers

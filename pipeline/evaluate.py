@@ -10,17 +10,13 @@ torchrun --nproc-per-node 2 -m evaluation ...      by several processes
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from configs import TrainConfig, digest, parse_cli
-from configs.load import CONFIGS, KEYS, split_values
+from configs import TrainConfig, digest
 from data.errors import LockTimeoutError
 from data.images import CocoImages
 from data.locks import exclusively
@@ -33,60 +29,18 @@ from evaluation.reference import prepare_reference
 from evaluation.settings import EvaluationSettings
 from evaluation.tables import bullets, table
 from pipeline import runs
-from pipeline.compare_runs import compare_runs
-from pipeline.exits import exit_code
+from pipeline.checks import check_all
 from pipeline.folders import RunFolder, latest_run, new_folder
 from pipeline.harvest import held_out_images
-from pipeline.tune import tune
 from scr_runtime import SCR, SourcePredictor, load_predictor
 from scr_runtime.errors import PredictorError
 from scr_runtime.files import write_file
-
-PROGRAM = "python -m evaluation"
-_SHORT = ("benchmarks", "methods")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command that is asked for; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] == "compare":
-        return exit_code(lambda: compare_runs(arguments[1:]))
-    tunes = bool(arguments) and arguments[0] == "tune"
-    about = [
-        "Asks a model yes/no questions and captions under every method, and says whether SCR helps it.",
-        f"{PROGRAM} model=scene-llava benchmarks=pope,chair,fidelity,latency methods=all predictor=FOLDER,FOLDER",
-        f"{PROGRAM} compare RUN RUN ...   puts finished evaluations into one table.",
-        f"{PROGRAM} tune ...              chooses strength, sources and layers on the tuning images.",
-    ]
-    config = parse_cli(long_forms(arguments[tunes:]), PROGRAM, about)
-    if tunes:
-        return exit_code(lambda: tune(config))
-    return exit_code(lambda: run(config, shlex.join([*PROGRAM.split(), *arguments])))
-
-
-def long_forms(arguments: Sequence[str]) -> list[str]:
-    """Writes out `benchmarks=a,b`, `methods=a,b`, `predictor=FOLDER,...` and lists of evaluation.* without brackets.
-
-    A `predictor=` that names an option of the group stays the group's.
-    """
-    options = {path.stem for path in (CONFIGS / "predictor").glob("*.yaml")}
-    found: list[str] = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and key in _SHORT:
-            key = f"evaluation.{key}"
-        elif equals and key == "predictor" and not set(split_values(value)) <= options:
-            key = "evaluation.predictors"
-        known = KEYS.get(key)
-        if equals and key.startswith("evaluation.") and known is not None and known.is_list and value[:1] != "[":
-            value = f"[{', '.join(split_values(value))}]"
-        found.append(f"{key}{equals}{value}")
-    return found
 
 
 def run(config: TrainConfig, command: str = "") -> int:
     """Compares, prints the tables, writes the report, and logs it on the predictor's run."""
     settings = config.evaluation.for_command
+    check_all([config], ["evaluation"])
     if {"pope", "fidelity"} & set(settings.benchmarks) and not settings.images and not settings.pope_files:
         raise EvaluationError("evaluation.images=0 compares no answers: give it a number of images")
     folders = predictor_folders(config, settings)
@@ -215,7 +169,7 @@ def log_on_run(config: TrainConfig, predictor: SourcePredictor, comparison: Comp
     except MlflowException:
         print(f"not logged: {config.tracking_uri} has no run {run_id}, which made the predictor")
         return
-    runs.log_metrics(client, run_id, report.metrics(comparison))
+    runs.log_metrics(client, run_id, report.headlines(comparison))
     for file in files:
         client.log_artifact(run_id, str(file), f"evaluations/{file.parent.name}")
     print(f"logged on the predictor's run {run_id}")

@@ -6,29 +6,20 @@ python -m export model=scene-llava predictor.target_fallback=0.1
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from pathlib import Path
 
-from configs import TrainConfig, parse_cli
+from configs import TrainConfig
 from data.datamodule import ShardDataModule
 from export.package import ExportError, export_predictor
-from pipeline.exits import exit_code
-from pipeline.folders import latest_run
+from pipeline.folders import RunFolder, latest_run
 from predictor.checkpoints import BEST
 from scr_runtime import SCRConfig
 from scr_runtime.artifact import CONFIG_NAME
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Packs ``best.ckpt`` into the predictor folder; returns the exit code."""
-    about = "Exports the best checkpoint of a finished fit again, for example with another fallback target."
-    example = "python -m export model=scene-llava predictor.target_fallback=0.1"
-    config = parse_cli(argv, "python -m export", [about, example])
-    return exit_code(lambda: run(config))
-
-
-def run(config: TrainConfig) -> int:
-    """Exports, and prints where to. The former predictor is kept beside the new one."""
-    folder = latest_run(config)
+def run(config: TrainConfig, run_folder: Path | None = None) -> int:
+    """Exports the fit of a run, by default the newest, and prints where to. The former predictor is kept beside it."""
+    folder = RunFolder(run_folder.resolve()) if run_folder else latest_run(config)
     record = folder.predictor / CONFIG_NAME
     if not record.is_file():
         raise ExportError(f"no predictor at {folder.predictor}: run train.py first")

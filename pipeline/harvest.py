@@ -7,13 +7,12 @@ torchrun --nproc-per-node 2 -m data.harvest        by several processes; Slurm a
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from configs import TrainConfig, parse_cli
+from configs import TrainConfig
 from data.folder import HarvestSummary
 from data.harvest import harvest
 from data.harvester import Harvester, prepare
@@ -23,7 +22,7 @@ from data.plan import Job
 from data.ranks import Rank, rank_of_this_process
 from data.vlm import load_vlm
 from evaluation.errors import EvaluationError
-from pipeline.exits import exit_code
+from pipeline.checks import check_all
 
 _RENDERING_SECONDS = 1800.0  # longest wait for another process that renders the embedded world
 
@@ -112,15 +111,9 @@ def render_world(config: TrainConfig) -> None:
             ensure_world(root, world.train, world.val, world.seed, world.sizes)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m data.harvest`."""
-    about = "Runs the diagnostic over training images and keeps states and attention maps as shards."
-    config = parse_cli(argv, "python -m data.harvest", [about])
-    return exit_code(lambda: run(config))
-
-
 def run(config: TrainConfig) -> int:
-    """Harvests, and prints what came of it."""
+    """The command: harvests, and prints what came of it."""
+    check_all([config], ["harvest"])
     if config.harvest.engine == "ray":
         summary = harvest_on_cluster(config)
     else:

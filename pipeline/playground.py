@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from configs import TrainConfig, parse_cli
+import uvicorn
+
+from configs import TrainConfig
 from data.vlm import load_vlm
 from pipeline.errors import RunError
-from pipeline.evaluate import long_forms
-from pipeline.exits import exit_code
 from pipeline.harvest import held_out_images
 from playground.engine import Engine
 from playground.gallery import read_gallery
@@ -25,27 +23,11 @@ from playground.server import Place, application
 from predictor.fit import Preempted
 from scr_runtime import load_predictor
 
-PROGRAM = "python -m playground"
-PORT = 7860
 _LOOPBACK = "127.0.0.1"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serves the page until Ctrl-C; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    ports = [text for text in arguments if text.startswith("port=")]
-    about = [
-        "Opens a local page: one picture and one question under every mode, with maps, sources and timings.",
-        f"{PROGRAM} model=scene-llava predictor=FOLDER port={PORT}",
-    ]
-    config = parse_cli(long_forms([text for text in arguments if text not in ports]), PROGRAM, about)
-    return exit_code(lambda: serve(config, ports[-1] if ports else f"port={PORT}"))
 
 
 def serve(config: TrainConfig, port: str) -> int:
     """Loads the model and serves its page."""
-    import uvicorn
-
     number = port.partition("=")[2]
     if not number.isdecimal() or int(number) > 65535:
         raise RunError(f"{port}: expected a number up to 65535; 0 takes any that is free")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -17,13 +18,14 @@ from data.shards import ShardReader
 from evaluation import fit_report, report
 from evaluation.compare import Comparison
 from evaluation.figures import map_example, reliability_figure, source_maps_figure
-from evaluation.tables import bullets, table
+from evaluation.tables import bullets, markdown, table
 from export import registry
-from pipeline import runs
+from pipeline import pages, runs
 from pipeline.folders import RunFolder
 from pipeline.harvest import training_images
 from pipeline.stages import Fit, Packed, Result, Work
 from predictor.module import SourceModule
+from scr_runtime.files import write_file
 from scr_runtime.rule import source_rule
 
 _FIGURE_IMAGES = 4
@@ -38,7 +40,8 @@ def log_fit(
     """
     client, run = tracker.experiment, str(tracker.run_id)
     shown = {"loss": config.predictor.loss, "seed": config.seed, "data": work.harvested.fingerprint}
-    model_id = registry.log_predictor(client, run, packed.exported.folder, shown)
+    name = f"{config.model.name} {client.get_run(run).info.run_name}"
+    model_id = registry.log_predictor(client, run, packed.exported.folder, shown, name)
     figures = {
         "maps.png": maps_figure(config, work.processor, fitted.module),
         "reliability.png": reliability_figure(packed.exported.calibration, packed.rows),
@@ -48,28 +51,63 @@ def log_fit(
         client.log_artifact(run, str(folder.reports / name), "figures")
     values = fit_report.metrics(fitted.metrics, fitted.floors, packed.confidence)
     values |= {f"test/{name}": value for name, value in fitted.sources.metrics().items()}
-    runs.log_metrics(client, run, values, model_id)
+    values["predictor/parameters"] = packed.exported.predictor.count_parameters()
+    write_file(folder.reports / "fit.json", (json.dumps({"metrics": values}, indent=1) + "\n").encode())
+    client.log_artifact(run, str(folder.reports / "fit.json"), "reports")
+    headlines = fit_report.headlines(fitted.metrics, packed.confidence)
+    data = (runs.dataset_name(config), str(work.harvested.fingerprint))
+    runs.log_metrics(client, run, headlines, model_id, data)
     return model_id
 
 
 def log_comparison(
     config: TrainConfig, folder: RunFolder, comparison: Comparison, tracker: MLFlowLogger, model_id: str
 ) -> None:
-    """Writes the report of a comparison, and logs it with every number."""
+    """Writes the report of a comparison, and logs it with its headline numbers."""
     client, run = tracker.experiment, str(tracker.run_id)
     command = shlex.join(sys.argv)
     files = report.write(folder.reports, comparison, embedded=config.data.world is not None, command=command)
-    runs.log_metrics(client, run, report.metrics(comparison), model_id)
+    runs.log_metrics(client, run, report.headlines(comparison), model_id)
+    runs.log_curve(client, run, "auto_error", report.fallback_curve(comparison))
     for file in files.values():
         client.log_artifact(run, str(file), "reports")
 
 
-def print_result(config: TrainConfig, folder: RunFolder, result: Result, run: str) -> None:
+def describe(config: TrainConfig, result: Result, tracker: MLFlowLogger, model_id: str) -> None:
+    """Describes the run, its model and its experiment on MLflow's pages: verdict, tables, links, pictures."""
+    client, comparison, sentence = tracker.experiment, result.comparison, verdict_line(result)
+    info = client.get_run(tracker.run_id).info
+    files = {"figures/maps.png": "maps", "figures/reliability.png": "reliability", "config.yaml": "settings"}
+    if comparison is not None:
+        files = {"reports/evaluation.html": "report", "reports/answers.jsonl": "answers", **files}
+    parts = [f"**{sentence}**", " · ".join(pages.artifact_link(info, file, name) for file, name in files.items())]
+    if comparison is not None:
+        parts += [report.verdict(comparison).reason, markdown(report.answer_rows(comparison))]
+    parts.append(f"The predictor on {config.harvest.test} test images, K = {result.fit.sources}:")
+    parts += [markdown(source_rows(result.fit)), pages.picture(info, "figures/maps.png")]
+    pages.describe_run(client, info.run_id, "\n\n".join(parts), model_id)
+    newest = f"Newest run, {pages.run_link(info)}: **{sentence}**"
+    pages.describe_experiment(client, info.experiment_id, newest)
+
+
+def verdict_line(result: Result) -> str:
+    """What a run shows, in one sentence."""
+    if result.comparison is not None:
+        return report.verdict(result.comparison).sentence
+    mass, prior = result.fit.metrics["mass"], result.fit.floors["position"]["mass"]
+    beaten = "beats" if mass.low > prior.high else "does not clearly beat"
+    return (
+        f"No answers were compared; the predictor {beaten} a map of positions ({mass.mean:.3f} of the attention "
+        f"recovered, against {prior.mean:.3f})."
+    )
+
+
+def print_result(config: TrainConfig, folder: RunFolder, result: Result, experiment_id: str) -> None:
     """Prints the tables and where everything is."""
     sources = result.fit.sources
     print(f"\nThe predictor on {config.harvest.test} test images, K = {sources}.")
     print("95 % intervals over images; mass: attention recovered, of the best K's\n")
-    print(table(source_rows(result.fit)))
+    print(table(source_rows(result.fit), marked=("predictor",)))
     confidence = result.packed.confidence
     print(
         f"\nconfidence on the test split: expected calibration error {confidence['ece']:.3f} isotonic, "
@@ -78,15 +116,14 @@ def print_result(config: TrainConfig, folder: RunFolder, result: Result, run: st
     )
     if (comparison := result.comparison) is not None:
         print(f"\nAnswers on {comparison.images} held-out images\n")
-        print(table(report.answer_rows(comparison)))
-        found = report.verdict(comparison)
-        print(f"\n{found.sentence}")
-        print(bullets([found.reason, *report.reading(comparison, embedded=config.data.world is not None)]))
+        print(table(report.answer_rows(comparison), marked=(report.deployed(comparison),)))
+        found, embedded = report.verdict(comparison), config.data.world is not None
+        print("\n" + bullets([found.reason, *report.reading(comparison, embedded=embedded)]))
     count = result.packed.exported.predictor.count_parameters()
     print(f"\nthis run: {folder.path}")
     print(f"report and figures: {folder.reports}")
     print(f"predictor: {config.paths.predictor}  ({count:,} parameters)")
-    print(f"compare runs: {pages(config)}  (experiment {config.experiment!r}, run {run})")
+    print(f"compare runs: {pages.where_runs_are(config, experiment_id)}")
     print(f'use it: with SCR(model, predictor="{config.paths.predictor}", mode="auto"): model.generate(**inputs)')
 
 
@@ -119,10 +156,3 @@ def maps_figure(config: TrainConfig, processor: Any, module: SourceModule) -> An
         rule = source_rule(config.scr, sample.grid)
         examples.append(map_example(picture, sample.attention[0], scores, rule, sample.prompts[0]["text"]))
     return source_maps_figure(examples)
-
-
-def pages(config: TrainConfig) -> str:
-    """What to type, or to open, for MLflow's pages."""
-    if config.tracking_uri == "sqlite:///runs/mlflow.db":
-        return "make ui"
-    return f"make ui URI={config.tracking_uri}" if "sql" in config.tracking_uri else config.tracking_uri

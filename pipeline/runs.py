@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import os
 import shlex
 import socket
@@ -23,15 +25,23 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_GIT_COMMIT, 
 from pytorch_lightning.loggers import MLFlowLogger
 
 from configs import Child, TrainConfig
+from configs.grid import short_names
 from data.folder import HarvestSummary
+from pipeline import pages
 from pipeline.errors import TrackingError
 from pipeline.exits import STOPS
 from pipeline.folders import RunFolder
 from pipeline.stages import SELECTED_BY
+from pipeline.store import follow_moved_artifacts
 
 _PLACES = ("runs_dir", "overwrite", "variant", "harvest.name", "tracking.")
 """Settings that are no params: they would tell equal runs apart."""
+_NAMED = ("model", "data.root")
+"""Settings that are in no run's name: the experiment has the model's."""
+_LONGEST_NAME = 80
 _HOST, _PROCESS = "process.host", "process.id"
+FILES = ("fit.json", "evaluation.json")
+"""Artifacts below reports/ that hold every number of a run, under `metrics`."""
 SYSTEM_METRICS_SECONDS = 5
 """Sampling interval; MLflow's own 10 s would miss short fits. MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides it."""
 
@@ -50,6 +60,8 @@ def connect(uri: str, experiments: Sequence[str], artifacts: Path) -> MlflowClie
     server = uri.startswith(("http://", "https://", "databricks"))
     try:
         with _impatient():
+            if uri == f"sqlite:///{artifacts.with_name('mlflow.db')}":
+                follow_moved_artifacts(artifacts.with_name("mlflow.db"), artifacts)
             mlflow.set_tracking_uri(uri)
             client = MlflowClient(uri)
             for name in experiments:
@@ -58,6 +70,7 @@ def connect(uri: str, experiments: Sequence[str], artifacts: Path) -> MlflowClie
                     client.create_experiment(name, None if server else artifacts.absolute().as_uri())
                 elif found.lifecycle_stage == "deleted":
                     raise TrackingError(f"the experiment {name!r} is deleted: restore it, or set tracking.experiment")
+                pages.add_view(client, experiment_id(client, name))
             close_dead_runs(client, experiments)
     except TrackingError:
         raise
@@ -79,13 +92,13 @@ def tracked(
     # Lightning's logger marks a run as finished when its fit is; the folder knows better
     run = reopen_run(client, earlier, even_finished=not folder.complete) if isinstance(earlier, str) else None
     if run is None:
-        name = child.short_label or f"{config.model.name}-{config.predictor.loss}-seed{config.seed}"
+        name = child.short_label or unused_name(client, config.experiment, run_name(child))
         tags = {"run.kind": "child", "sweep.choice": child.label} if parent else {"run.kind": "single"}
         run = create_run(client, config.experiment, name, tags, parent.info.run_id if parent else None)
         client.log_metric(run.info.run_id, SELECTED_BY, 0.0, step=0)  # MLflow's comparison shows the first metric
     folder.note(mlflow_run_id=run.info.run_id)
     with recorded(client, run.info.run_id, config.tracking_uri, STOPS):
-        tracker = MLFlowLogger(config.experiment, tracking_uri=config.tracking_uri, run_id=run.info.run_id)
+        tracker = ResumedLogger(client, run, config)
         settings = {key: value for key, value in _flat(config.model_dump()).items() if not key.startswith(_PLACES)}
         logged = run.data.params  # of a reopened run; MLflow rejects other values, such as another cache
         tracker.log_hyperparams(
@@ -93,6 +106,49 @@ def tracked(
         )
         client.log_artifact(run.info.run_id, str(folder.config))
         yield tracker
+
+
+def run_name(child: Child) -> str:
+    """What a plain run was given beside its model: ``predictor=paper max_epochs=3``."""
+    given = {key: value for key, value in child.given.items() if key not in _NAMED and not key.startswith(_PLACES)}
+    names = short_names(given)
+    text = " ".join(f"{names[key]}={value}" for key, value in given.items()) or "defaults"
+    return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}..."
+
+
+def unused_name(client: MlflowClient, experiment: str, name: str) -> str:
+    """The name, with a number behind it if the experiment has runs of that name."""
+    runs = client.search_runs([experiment_id(client, experiment)], max_results=1000)
+    taken = {run.info.run_name for run in runs}
+    names = itertools.chain([name], (f"{name} #{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in names if candidate not in taken)
+
+
+class ResumedLogger(MLFlowLogger):
+    """Lightning's logger, for a run that may hold some of the coming steps already; it leaves out `epoch`.
+
+    An epoch's metrics are logged before its checkpoint is written. A fit that was killed in between takes the epoch's
+    steps again, with the same values: what the run has is not logged a second time.
+
+    Args:
+        client: Of the tracking store.
+        run: The run, as it was found.
+        config: Names the experiment and the store.
+    """
+
+    def __init__(self, client: MlflowClient, run: Run, config: TrainConfig) -> None:
+        super().__init__(config.experiment, tracking_uri=config.tracking_uri, run_id=run.info.run_id)
+        self._last = {
+            key: max(metric.step for metric in client.get_metric_history(run.info.run_id, key))
+            for key in run.data.metrics
+            if not key.startswith("system/")
+        }
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Logs the metrics whose step lies behind those that the run had when it was opened."""
+        new = {key: value for key, value in metrics.items() if (step or 0) > self._last.get(key, -1)}
+        new.pop("epoch", None)  # Lightning's: a chart of the steps against themselves
+        super().log_metrics(new, step)
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -131,7 +187,7 @@ def create_run(
     if parent is not None:
         origin[MLFLOW_PARENT_RUN_ID] = parent
     tags = resolve_tags({**origin, **tags})
-    return client.create_run(_experiment_id(client, experiment), run_name=name, tags=tags)
+    return client.create_run(experiment_id(client, experiment), run_name=name, tags=tags)
 
 
 def reopen_run(client: MlflowClient, run_id: str, *, even_finished: bool = False) -> Run | None:
@@ -153,7 +209,7 @@ def close_dead_runs(client: MlflowClient, experiments: Sequence[str]) -> int:
     closed = 0
     for name in experiments:
         wanted = f"attributes.status = 'RUNNING' and tags.`{_HOST}` = '{socket.gethostname()}'"
-        for run in client.search_runs([_experiment_id(client, name)], wanted, max_results=1000):
+        for run in client.search_runs([experiment_id(client, name)], wanted, max_results=1000):
             if not _is_alive(run.data.tags.get(_PROCESS, "")):
                 client.set_tag(run.info.run_id, "error", "the process died (SIGKILL, out of memory, power)")
                 client.set_terminated(run.info.run_id, "KILLED")
@@ -213,30 +269,53 @@ def recorded(
 def find_run(client: MlflowClient, experiment: str, tag: str, value: str, status: str | None = None) -> Run | None:
     """The newest run of an experiment with this tag, and if given this status."""
     wanted = f"tags.`{tag}` = '{value}'" + (f" and attributes.status = '{status}'" if status else "")
-    return next(iter(client.search_runs([_experiment_id(client, experiment)], wanted, max_results=1)), None)
+    return next(iter(client.search_runs([experiment_id(client, experiment)], wanted, max_results=1)), None)
 
 
 def log_data(client: MlflowClient, run_id: str, config: TrainConfig, harvested: HarvestSummary) -> None:
-    """Records which maps a fit sees: counts, fingerprint, and the shards as the run's dataset input."""
-    fingerprint = str(harvested.fingerprint)
-    client.set_tag(run_id, "data.fingerprint", fingerprint)
-    for key in ("images", "samples", "skipped", "bytes"):
-        client.log_metric(run_id, f"harvest/{key}", getattr(harvested, key))
-    log_dataset(client, run_id, f"{config.model.name}-{config.data.name}", fingerprint, str(harvested.directory))
-
-
-def log_dataset(client: MlflowClient, run_id: str, name: str, fingerprint: str, folder: str) -> None:
-    """Names the shards that a run is fitted on, as its dataset input."""
-    dataset = Dataset(name=name, digest=fingerprint[:36], source_type="local", source=folder)
+    """Records which maps a fit sees: fingerprint, and the shards as the run's dataset input, with their counts."""
+    client.set_tag(run_id, "data.fingerprint", str(harvested.fingerprint))
+    counts = {key: getattr(harvested, key) for key in ("images", "samples", "skipped", "bytes")}
+    name, source = dataset_name(config), json.dumps({"uri": str(harvested.directory)})
+    digest = str(harvested.fingerprint)[:36]
+    dataset = Dataset(name, digest, source_type="local", source=source, profile=json.dumps(counts))
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, "training")])])
 
 
-def log_metrics(client: MlflowClient, run_id: str, values: Mapping[str, float], model_id: str | None = None) -> None:
-    """Logs metrics to a run, and to its LoggedModel if there is one."""
-    now = int(1000 * time.time())
-    entities = [Metric(key, value, now, 0, model_id=model_id) for key, value in values.items()]
+def dataset_name(config: TrainConfig) -> str:
+    """What the harvest of a configuration is called as a dataset."""
+    return f"{config.model.name}-{config.data.name}"
+
+
+def log_metrics(
+    client: MlflowClient,
+    run_id: str,
+    values: Mapping[str, float],
+    model_id: str | None = None,
+    dataset: tuple[str, str] | None = None,
+) -> None:
+    """Logs metrics to a run, and to its LoggedModel if there is one, with the name and fingerprint of its data."""
+    now, (name, digest) = int(1000 * time.time()), dataset or (None, None)
+    on_model = {"model_id": model_id, "dataset_name": name, "dataset_digest": digest and digest[:36]}
+    entities = [Metric(key, value, now, 0, **on_model) for key, value in values.items()]
     for start in range(0, len(entities), 500):
         client.log_batch(run_id, metrics=entities[start : start + 500])
+
+
+def log_curve(client: MlflowClient, run_id: str, name: str, points: Mapping[int, float]) -> None:
+    """Logs one metric over steps."""
+    now = int(1000 * time.time())
+    client.log_batch(run_id, metrics=[Metric(name, value, now, step) for step, value in points.items()])
+
+
+def every_number(client: MlflowClient, run: Run) -> dict[str, float]:
+    """Metrics of a run, with those of its files: few of them are metrics of MLflow, whose pages draw each as a bar."""
+    numbers = {key: value for key, value in run.data.metrics.items() if not key.startswith("system/")}
+    for file in FILES:
+        with contextlib.suppress(MlflowException, OSError, ValueError, KeyError):  # a run without answers has one only
+            content = Path(client.download_artifacts(run.info.run_id, f"reports/{file}")).read_text(encoding="utf-8")
+            numbers |= json.loads(content)["metrics"]
+    return numbers
 
 
 def git_tags(folder: Path) -> dict[str, str]:
@@ -255,7 +334,12 @@ def git_tags(folder: Path) -> dict[str, str]:
         return {}
 
 
-def _experiment_id(client: MlflowClient, name: str) -> str:
+def experiment_id(client: MlflowClient, name: str) -> str:
+    """Id of an experiment.
+
+    Raises:
+        LookupError: There is none of that name.
+    """
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         raise LookupError(f"the experiment {name!r} has gone: it was there when the tracking store was opened")

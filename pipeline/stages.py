@@ -32,7 +32,7 @@ from scr_runtime import describe_model, load_predictor
 from scr_runtime.errors import PrefillError
 from scr_runtime.rule import source_rule
 
-SELECTED_BY = "val/best_mass"
+SELECTED_BY = "best_mass"
 """Metric that chooses among the children of a sweep."""
 
 
@@ -128,12 +128,13 @@ def fit_predictor(config: TrainConfig, work: Work, folder: RunFolder, tracker: M
     )
     count = module.predictor.count_parameters()
     print(f"{count:,} parameters, rank {module.predictor.config.rank}; {data.count('train'):,} training maps")
-    tracker.log_metrics({"predictor/parameters": count})
     module.compute_statistics(data.train_dataloader())
     fitted = fit(module, data, folder.checkpoints, config.trainer, logger=tracker)
     tracker.experiment.update_run(tracker.run_id, status="RUNNING")  # Lightning's logger has marked it as finished
-    tracker.log_metrics({SELECTED_BY: fitted.score}, step=fitted.epochs)
-    print(f"best epoch: val/mass {fitted.score:.4f} after {fitted.epochs} epochs")
+    tracker.log_metrics({SELECTED_BY: round(fitted.score, 4)}, step=fitted.epochs)
+    limit, patience = config.trainer.max_epochs, config.trainer.patience
+    early = f" of at most {limit}: none of the last {patience} was better" if fitted.epochs < limit else ""
+    print(f"best epoch: val/mass {fitted.score:.4f}; fitted for {fitted.epochs} epochs{early}")
     sources = SourceCount.of(data.grids("test"), config.scr)
     return Fit(fitted.module, sources, measure(config, data, fitted.module.score), work.floors(config))
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import json
+import math
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mlflow import MlflowClient
@@ -13,12 +17,13 @@ from pytorch_lightning.loggers import MLFlowLogger
 from configs import Child, Sweep, TrainConfig, digest
 from configs.grid import short_names
 from evaluation import sweep_report
+from evaluation.paper import row_of, table_rows
 from evaluation.sweep_report import Trial
-from evaluation.tables import table
-from pipeline import runs
+from evaluation.tables import paragraph, table
+from pipeline import pages, runs
 from pipeline.exits import STOPS, print_error
 from pipeline.folders import RunFolder, finish_run, open_run
-from pipeline.result import log_comparison, log_fit, pages, print_result, register
+from pipeline.result import describe, log_comparison, log_fit, print_result, register, verdict_line
 from pipeline.stages import SELECTED_BY, Result, Work, compare_answers, export, fit_predictor, shared_settings
 
 RESULT_TAG = "config.fingerprint"
@@ -27,16 +32,20 @@ GRID_TAG = "sweep.fingerprint"
 
 
 def run_once(child: Child, client: MlflowClient) -> int:
-    """Runs one configuration; returns 0, the number of failed runs."""
-    config = child.config
+    """Runs one configuration, and ends with its verdict; returns 0, the number of failed runs."""
+    config, started = child.config, time.perf_counter()
+    work = Work(config)  # first: a slip that it finds leaves no run
     with open_run(config) as folder:
         with runs.tracked(child, client, folder) as tracker:
-            result = chain(config, Work(config), folder, tracker)
+            result = chain(config, work, folder, tracker)
         notes = finish_run(folder, config)
-        print_result(config, folder, result, str(tracker.run_id))
+        print_result(config, folder, result, str(tracker.experiment_id))
     for note in notes:
         print(f"note: {note}")
     register(client, config, str(tracker.run_id))
+    print(
+        f"done in {(time.perf_counter() - started) / 60:.1f} minutes\n\n{paragraph(verdict_line(result), strong=True)}"
+    )
     return 0
 
 
@@ -50,8 +59,10 @@ def chain(config: TrainConfig, work: Work, folder: RunFolder, tracker: MLFlowLog
     comparison = compare_answers(config, work, packed.exported)
     if comparison is not None:
         log_comparison(config, folder, comparison, tracker, model_id)
+    result = Result(fitted, packed, comparison)
+    describe(config, result, tracker, model_id)
     client.set_tag(run, RESULT_TAG, work.result_id(config))
-    return Result(fitted, packed, comparison)
+    return result
 
 
 def run_sweep(sweep: Sweep, client: MlflowClient) -> int:
@@ -60,6 +71,7 @@ def run_sweep(sweep: Sweep, client: MlflowClient) -> int:
     What children share is made once for all that share it; what an earlier command finished is not run again.
     """
     failed, numbers = 0, itertools.count(1)
+    models, parents = dict[str, list[Trial]](), list[str]()
     for children in _grouped(sweep.children, lambda config: [config.experiment, config.model.name]):
         parent = open_parent(children, sweep, client)
         trials = {child.label: Trial(child.choices, "not run", {}) for child in children}
@@ -69,6 +81,10 @@ def run_sweep(sweep: Sweep, client: MlflowClient) -> int:
                     trials[child.label] = trial
         finally:
             failed += close_parent(children, list(trials.values()), parent, client)
+        models[children[0].config.model.name] = list(trials.values())
+        parents.append(parent.info.run_id)
+    if len(models) > 1:
+        compare_models(sweep.children[0].config, models, parents, client)
     return failed
 
 
@@ -102,7 +118,7 @@ def run_children(
                 yield child, Trial(child.choices, "FAILED", {}, run_id)
                 continue
             run = client.get_run(run_id)
-        metrics = {name: value for name, value in run.data.metrics.items() if not name.startswith("system/")}
+        metrics = runs.every_number(client, run)
         print(sweep_report.headline(metrics))
         yield child, Trial(child.choices, "FINISHED", metrics, run.info.run_id)
 
@@ -127,13 +143,13 @@ def open_parent(children: Sequence[Child], sweep: Sweep, client: MlflowClient) -
 def close_parent(children: Sequence[Child], trials: Sequence[Trial], parent: Run, client: MlflowClient) -> int:
     """Reports the sweep of one model in the terminal and on the parent run; returns how many have no result."""
     config, run, names = children[0].config, parent.info.run_id, short_names(children[0].choices)
-    missing = sum(trial.status != "FINISHED" for trial in trials)
+    missing = sum(not _finished(trial) for trial in trials)
     folder = config.paths.sweeps / f"summary-{parent.data.tags[GRID_TAG][:8]}"
     title = f"{config.model.name}: {parent.info.run_name}"
     for file in sweep_report.write(folder, trials, names, title):
         client.log_artifact(run, str(file), "sweep")
-    runs.log_metrics(client, run, sweep_report.summary_metrics(trials, names))
-    print(f"\n{title}\n\n{table(sweep_report.summary_rows(trials, names))}")
+    pages.describe_sweep(client, parent, sweep_report.markdown_text(trials, names, title))
+    print(f"\n{title}\n\n{sweep_report.summary_table(trials, names)}")
     if any(len(cell.means) and cell.finished > 1 for cell in sweep_report.cells(trials)):
         print(sweep_report.NOTE)
     for trial in trials:
@@ -141,11 +157,57 @@ def close_parent(children: Sequence[Child], trials: Sequence[Trial], parent: Run
             label = " ".join(f"{key}={value}" for key, value in trial.choices.items())
             print(f"without a result: {label} ({trial.status}" + (f", run {trial.run_id})" if trial.run_id else ")"))
     if not missing:
-        register(client, config, max(trials, key=lambda trial: trial.metrics[SELECTED_BY]).run_id)
+        register(client, config, max(trials, key=_selected_by).run_id)
     print(f"\nsummary: {folder}\nchildren: {config.paths.sweeps}")
-    print(f"compare runs: {pages(config)}  (experiment {config.experiment!r}, run {run})")
+    print(f"compare runs: {pages.where_runs_are(config, parent.info.experiment_id)}")
     client.set_terminated(run, "FAILED" if missing else "FINISHED")
     return missing
+
+
+def compare_models(
+    config: TrainConfig, models: Mapping[str, Sequence[Trial]], parents: Sequence[str], client: MlflowClient
+) -> None:
+    """Puts a sweep's models into one table, in the terminal and on each model's parent run.
+
+    Args:
+        config: Of one child; it names the folder of the sweeps and MLflow's place.
+        models: Name of each model -> its children, as far as they came.
+        parents: Their parent runs.
+        client: Of the tracking store.
+    """
+    trials = [trial for own in models.values() for trial in own]
+    names = short_names(trials[0].choices)
+    best = {name: max(own, key=_selected_by) for name, own in models.items() if any(map(_finished, own))}
+    answers = table_rows([row_of(name, trial.metrics) for name, trial in best.items()])
+    title = f"{len(models)} models: {', '.join(models)}"
+    folder = config.paths.sweeps.parent / f"models-{digest(sorted(parents))[:8]}"
+    for file in sweep_report.write(folder, trials, names, title, answers):
+        for parent in parents:
+            client.log_artifact(parent, str(file), "models")
+    print(f"\n{title}\n\n{sweep_report.summary_table(trials, names)}")
+    print(f"\nAnswers of each model's best child\n\n{table(answers)}")
+    print(f"\ntables and figure: {folder}")
+    for parent in parents:
+        pages.describe_models(client, client.get_run(parent), title)
+    print(
+        f"compare models: {pages.server(config)}{_comparison_page([trial.run_id for trial in best.values()], client)}"
+    )
+
+
+def _finished(trial: Trial) -> bool:
+    return trial.status == "FINISHED"
+
+
+def _selected_by(trial: Trial) -> float:
+    return trial.metrics[SELECTED_BY] if _finished(trial) else -math.inf
+
+
+def _comparison_page(run_ids: Sequence[str], client: MlflowClient) -> str:
+    """The address of MLflow's page that compares runs, on the server that `make ui` starts."""
+    experiments = dict.fromkeys(client.get_run(run_id).info.experiment_id for run_id in run_ids)
+    chosen = {"runs": run_ids, "experiments": list(experiments)}
+    query = {key: json.dumps(list(values), separators=(",", ":")) for key, values in chosen.items()}
+    return f"http://127.0.0.1:5000/#/compare-runs?{urllib.parse.urlencode(query)}"
 
 
 def _grouped(children: Sequence[Child], key: Callable[[TrainConfig], Any]) -> list[list[Child]]:

@@ -23,6 +23,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment  # pyrig
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.multiprocessing.spawn import ProcessRaisedException
 
+from predictor.bar import FitBar
 from predictor.checkpoints import (
     BEST,
     LAST,
@@ -116,7 +117,8 @@ def fit(
         precision=precision,
         deterministic=True,
         logger=logger,
-        callbacks=[*callbacks, stopping, keeper],
+        callbacks=[*callbacks, FitBar(), stopping, keeper],
+        enable_progress_bar=False,
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )

@@ -134,7 +134,7 @@ class SourceModule(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Logs the mean loss over the epoch's rows, of all processes, and from before an interruption."""
         total, rows = self._over_processes(self._train_loss)
-        self.log("train/loss", total / rows, prog_bar=True, sync_dist=True)  # the same number in every process
+        self.log("train/loss", total / rows, sync_dist=True)  # the same number in every process
         self._train_loss = torch.zeros(2)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -113,11 +113,14 @@ def test_files_functions_and_signatures_stay_small():
 
 
 def test_doors_name_the_pipeline_without_importing_it():
-    for door, command in (("data/harvest.py", "pipeline.harvest"), ("export/__main__.py", "pipeline.export"),
-                          ("evaluation/__main__.py", "pipeline.evaluate"),
-                          ("playground/__main__.py", "pipeline.playground")):  # fmt: skip
-        assert f'import_module("{command}")' in (ROOT / door).read_text(encoding="utf-8"), door
-        assert (ROOT / f"{command.replace('.', '/')}.py").is_file()
+    commands = (ROOT / "pipeline/commands.py").read_text(encoding="utf-8")
+    for door, command in (("data/harvest.py", "harvest"), ("export/__main__.py", "export"),
+                          ("evaluation/__main__.py", "evaluation"),
+                          ("playground/__main__.py", "playground")):  # fmt: skip
+        assert f'import_module("pipeline.commands").{command}()' in (ROOT / door).read_text(encoding="utf-8"), door
+        assert f"def {command}(" in commands
+    for name in re.findall(r'import_module\("pipeline\.(\w+)"\)', commands):
+        assert (ROOT / f"pipeline/{name}.py").is_file()
 
 
 def test_runtime_imports_only_its_own_dependencies():

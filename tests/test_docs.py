@@ -27,7 +27,7 @@ from data.harvester import prepare
 from data.images import CocoImages
 from data.settings import HarvestSettings, VLMSettings
 from data.vlm import load_vlm
-from pipeline.evaluate import long_forms
+from pipeline.commands import long_forms
 from scenes import ensure_world
 from scenes.world import render_scene
 from scr_runtime import SCR, PredictorConfig, SCRConfig, SourcePredictor, describe_model, save_predictor

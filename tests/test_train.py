@@ -69,11 +69,15 @@ def test_the_chain_ends_in_a_predictor_tables_and_where_they_are(
     assert load_predictor(folder / "runs/predictors/scene-llava").info["scr"]["num_sources"] == 8
     for word in ("position", "predictor", "mass@8", "two-pass", "swapped", "make ui", "SCR(model, predictor="):
         assert word in result.stdout
-    assert re.search(r"done in [\d.]+ minutes\n$", result.stdout)
+    assert result.stdout.startswith("python train.py: scene-llava on scenes, files in runs\n")
+    assert re.search(r"done in [\d.]+ minutes\n\n(.+)\n$", result.stdout)
+    report = json.loads((folder / "runs/reports/scene-llava/evaluation.json").read_text())
+    assert " ".join(result.stdout.partition(" minutes\n\n")[2].split()) == report["verdict"]["sentence"]
     assert not re.search(r"warn|Traceback", result.stderr, re.IGNORECASE)
     reports = {path.name for path in (folder / "runs/reports/scene-llava").iterdir()}
     assert reports == {
-        "evaluation.html", "evaluation.md", "evaluation.json", "answers.jsonl", "maps.png", "reliability.png",
+        "evaluation.html", "evaluation.md", "evaluation.json", "answers.jsonl", "fit.json", "maps.png",
+        "reliability.png",
     }  # fmt: skip
     (this,) = [path for path in (folder / "runs/fits/scene-llava").iterdir() if not path.is_symlink()]
     assert (folder / "runs/fits/scene-llava/latest").resolve() == this.resolve()
@@ -98,10 +102,18 @@ def test_mlflow_has_settings_data_metrics_figures_and_the_predictor(
     database.close()
     assert params["harvest.samples"] == "40"
     assert params["model.scr.edit_layers"] == "[0, 2]"
-    written = json.loads((folder / "runs/reports/scene-llava/evaluation.json").read_text())
-    assert latest["eval/two-pass/adversarial/hr"] == written["metrics"]["eval/two-pass/adversarial/hr"]
-    assert {"test/mass", "test/mass_low", "test/position/mass", "train/loss", "predictor/parameters"} <= set(latest)
-    assert latest["val/best_mass"] > 0 and "system/cpu_utilization_percentage" in latest
+    written = json.loads((folder / "runs/reports/scene-llava/evaluation.json").read_text())["metrics"]
+    assert latest["hr_two_pass"] == pytest.approx(100 * written["eval/two-pass/adversarial/hr"], abs=1e-4)
+    fitted = json.loads((folder / "runs/reports/scene-llava/fit.json").read_text())["metrics"]
+    assert {"test/mass_low", "test/position/mass", "predictor/parameters"} <= set(fitted)
+    assert latest["mass"] == pytest.approx(fitted["test/mass"], abs=1e-4)
+    assert latest["best_mass"] > 0 and "system/cpu_utilization_percentage" in latest
+    own = {name for name in latest if not name.startswith(("system/", "train/", "val/"))}
+    assert own == {
+        "recall", "ndcg", "mass", "ece", "best_mass", "hr_vanilla", "hr_two_pass", "hr_one_pass", "edit_kept",
+        "prefill_x", "fallback", "auto_error",
+    }  # fmt: skip
+    assert max(map(len, own)) <= 13  # what the head of a column shows
     assert params["predictor"] == "default"  # the option of the group
     assert not {"runs_dir", "variant", "tracking.uri"} & set(params)  # places, which tell nothing apart
     assert (steps, datasets, status) == (2, [("scene-llava-scenes",)], [("FINISHED",)])
@@ -136,7 +148,12 @@ def test_a_run_has_its_origin_its_data_and_its_model(
     model_id = registry.logged_model(MlflowClient(uri), single.info.run_id)
     model = MlflowClient(uri).get_logged_model(str(model_id))
     found = {metric.key: metric.value for metric in model.metrics or []}
-    assert found["test/mass"] == single.data.metrics["test/mass"]
+    assert found["mass"] == single.data.metrics["mass"]
+    assert model.name == f"scene-llava {single.info.run_name}".replace("/", "-").replace(".", "-")
+    report = json.loads((folder / "runs/reports/scene-llava/evaluation.json").read_text())
+    for described in (tags, model.tags):
+        assert described["mlflow.note.content"].startswith(f"**{report['verdict']['sentence']}**")
+        assert "artifacts/reports/evaluation.html)" in described["mlflow.note.content"]
     fetched = registry.download(f"models:/{model_id}", folder / "runs" / "fetched", uri)
     assert (fetched / "model.safetensors").read_bytes() == (
         folder / "runs/predictors/scene-llava/model.safetensors"
@@ -174,18 +191,19 @@ def test_a_sweep_is_nested_runs_under_a_parent_that_sums_them_up(
     assert parent.info.run_name == "sweep: loss x seed (4)"
     assert parent.data.params == {"predictor.loss": "kl,bce", "seed": "0,1"}
     assert {child.data.params["predictor.loss"] for child in children} == {"kl", "bce"}
-    mean = sum(child.data.metrics["test/mass"] for child in children[:2]) / 2
-    assert parent.data.metrics["mean/test/mass/loss-kl"] == pytest.approx(mean)
+    mean = sum(child.data.metrics["mass"] for child in children[:2]) / 2
+    assert "| kl | 2 |" in parent.data.tags["mlflow.note.content"]
+    assert f"path=sweep/summary.png&run_uuid={parent.info.run_id}" in parent.data.tags["mlflow.note.content"]
     client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
     files = {Path(item.path).name for item in client.list_artifacts(parent.info.run_id, "sweep")}
     assert files == {"sweep.yaml", "summary.md", "summary.csv", "children.csv", "summary.png"}
-    for text in ("[child 3/4] predictor.loss=bce seed=0", f"{mean:.3f} ± ", "compare runs: make ui"):
+    for text in ("[child 3/4] predictor.loss=bce seed=0", f" {mean:.3f}"[:5], "compare runs: make ui"):
         assert text in result.stdout
     assert result.stdout.count("[1/5]") == 1 and result.stdout.count("[5/5]") == 0  # one model, no answers
     # every child has files of its own, and the plain run's are as they were
     assert len(list((folder / "runs/sweeps/scene-llava").glob("*/predictor/model.safetensors"))) == 4
     assert {path: path.read_bytes() for path in kept["before"]} == kept["before"]
-    best = max(children, key=lambda child: child.data.metrics["val/best_mass"])
+    best = max(children, key=lambda child: child.data.metrics["best_mass"])
     assert client.get_model_version_by_alias("tiny", registry.ALIAS).run_id == best.info.run_id
 
 
@@ -222,7 +240,7 @@ def test_the_same_sweep_resumes_where_it_was_interrupted(
     assert [run.info.run_id for run in after] == [run.info.run_id for run in children]  # each in its own run
     assert {run.info.status for run in after} == {"FINISHED"}
     for one, other in zip(after, children, strict=True):
-        assert one.data.metrics["test/mass"] == other.data.metrics["test/mass"]  # the same fit, bit for bit
+        assert one.data.metrics["mass"] == other.data.metrics["mass"]  # the same fit, bit for bit
         assert one.data.tags["config.fingerprint"] and one.data.params["trainer.cache"] == "auto"
     assert again.stdout.count("it is not fitted again") + again.stderr.count("it is not fitted again") == 2
 

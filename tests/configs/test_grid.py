@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import ConfigError, load_config, load_sweep, parse_cli, parse_sweep
+from configs import ConfigError, load_config, load_sweep, parse_cli
 from configs.grid import short_names
 from configs.load import split_values
 
@@ -133,14 +133,6 @@ def test_other_commands_refuse_a_sweep(capsys: pytest.CaptureFixture[str]) -> No
     said = " ".join(capsys.readouterr().err.split())
     assert "seed=0,1 (command line): holds several values, and only `python train.py` runs a sweep" in said
     assert "seed='\"0,1\"'" in said and "predictor.loss=bcee" in said
-
-
-def test_help_explains_sweeps(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parse_sweep(["--help"], "python train.py", "What it does.")
-    assert caught.value.code == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "are a sweep over all their combinations" in said and "predictor.loss=kl,bce seed=0,1,2" in said
 
 
 def test_keys_are_called_by_their_last_word_unless_two_share_it() -> None:

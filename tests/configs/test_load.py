@@ -1,6 +1,5 @@
 """The YAML files load, every kind of mistake is reported, and all mistakes are reported at once."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +10,11 @@ from omegaconf import OmegaConf
 from configs import (
     ConfigError,
     digest,
-    help_text,
     load_config,
-    parse_cli,
     read_config,
     save_config,
 )
-from configs.load import CONFIGS, KEYS
-from configs.problems import TERMINAL_COLUMNS
+from configs.load import CONFIGS
 
 ROOT = CONFIGS.parent
 GROUPS = ("data", "model", "predictor", "tracking", "trainer")
@@ -74,6 +70,7 @@ def test_every_yaml_file_is_found():
         "tracking/local.yaml",
         "train.yaml",
         "trainer/default.yaml",
+        "trainer/quick.yaml",
     ]
 
 
@@ -326,6 +323,12 @@ def test_contradiction_is_left_out_while_it_rests_on_a_wrong_value():
     assert only_problem("data.world.train=0").key == "data.world.train"
 
 
+def test_a_model_chooses_its_data_set_unless_another_is_given():
+    assert load_config(["model=scene-next"]).data.name == "scenes-next"
+    assert load_config(["data=scenes", "model=scene-next"]).data.name == "scenes"
+    assert load_config(["model=scene-llava"]).data.name == "scenes"
+
+
 # ---- mistakes in YAML files ----
 
 
@@ -345,6 +348,9 @@ def folder(tmp_path: Path) -> Path:
         ("trainer/default.yaml", "max_epoch: 3", {"trainer.max_epoch"}),
         ("model/scene-llava.yaml", "scr: {strength: 9}", {"model.scr.strength"}),
         ("data/scenes.yaml", "world: 3", {"data.world"}),
+        ("model/scene-llava.yaml", "groups: {data: scenes-nex}", {"data"}),
+        ("model/scene-llava.yaml", "groups: {model: scene-next}", {"groups.model"}),
+        ("model/scene-llava.yaml", "groups: scenes-next", {"groups"}),
         ("train.yaml", "seed: x", {"seed"}),
         ("train.yaml", "sed: 3", {"sed"}),
     ],
@@ -438,46 +444,39 @@ def test_model_folder_is_taken_from_the_project_root():
     assert (inside, outside) == (str(ROOT / "configs"), "llava-hf/llava-1.5-7b-hf")
 
 
+def test_a_saved_configuration_is_a_starting_point(tmp_path: Path):
+    former = load_config(["predictor=paper", "seed=3", "trainer.max_epochs=7"])
+    save_config(former, tmp_path / "config.yaml")
+    for place in (tmp_path / "config.yaml", tmp_path):  # the file, or the folder of the run
+        assert load_config([f"--config={place}"]) == former
+    changed = load_config([f"--config={tmp_path}", "predictor=default", "seed=4"])
+    assert (changed.predictor, changed.seed) == (load_config().predictor, 4)
+    assert changed.trainer.max_epochs == 7
+    assert only_problem(f"--config={tmp_path / 'nothing.yaml'}").reason == "does not exist"
+
+
+@pytest.mark.parametrize(
+    ("override", "section"),
+    [
+        ("data.world.val=20", "evaluation"),  # evaluation.images=300
+        ("data.world.train=120", "harvest"),  # harvest.samples=4000
+        ("trainer.cache=stream", "trainer"),
+    ],
+)
+def test_contradictions_count_for_the_commands_that_use_the_section(override: str, section: str):
+    overrides = [override, *(["predictor.target=mean"] if section == "trainer" else [])]
+    only_problem(*overrides)
+    with pytest.raises(ConfigError):
+        load_config(overrides, uses=("model", section))
+    load_config(overrides, uses=("model", "data"))
+
+
 def test_digest_is_stable_and_sees_every_value():
     config = load_config()
     assert digest({"b": [1, 2], "a": None}) == digest({"a": None, "b": (1, 2)})
     other = load_config(["harvest.seed=1"])
     assert digest(config.harvest, config.model) != digest(other.harvest, other.model)
     assert digest(config.harvest) == digest(load_config().harvest)
-
-
-# ---- help and the command line ----
-
-
-def test_help_lists_every_key_with_its_meaning_and_every_option():
-    text = help_text()
-    for key in KEYS.values():
-        assert key.doc, f"{key.path} has no docstring under its field"
-        assert (f"\n{key.path}: " if key.section else f"\n  {key.path}=") in text
-    for group, option in OPTIONS:
-        found = re.search(rf"\n  {group} (.*?)\n(?:  \S|\n)", text, re.DOTALL)  # wrapped where it is long
-        assert found is not None and option in found[1].replace("*", "").split()
-    assert max(map(len, text.splitlines())) <= TERMINAL_COLUMNS
-
-
-def test_help_leaves_with_success(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as caught:
-        parse_cli(["trainer.nonsense=1", "--help"], "python x.py", ["Does it."])
-    assert caught.value.code == 0
-    out = capsys.readouterr().out
-    assert out.startswith("usage: python x.py [group=option ...]")
-    assert "Does it." in out
-    assert "trainer.max_epochs=" in out
-
-
-def test_problems_leave_with_status_2(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as caught:
-        parse_cli(["seed=x", "runs=y"], "python x.py", [])
-    assert caught.value.code == 2
-    streams = capsys.readouterr()
-    assert not streams.out
-    assert "2 problems in the configuration" in streams.err
-    assert "`python x.py --help` lists every key." in streams.err
 
 
 def test_loading_a_config_is_light():

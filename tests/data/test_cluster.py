@@ -108,7 +108,7 @@ def kill_the_writer_of(shard: str, target: Path) -> threading.Thread:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_actors_are_killed_poison_is_reported_and_the_driver_starts_again(
     tmp_path: Path,
@@ -159,7 +159,7 @@ def test_actors_are_killed_poison_is_reported_and_the_driver_starts_again(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")
 def test_actors_that_share_a_url_alone(tmp_path: Path, many: CocoImages, undisturbed: dict[str, bytes], cluster: str):
     coco, machines, url = many.images_dir.parent, tmp_path / "machines", f"file://{tmp_path}/bucket"
@@ -178,7 +178,7 @@ def broken(coco: Path, target: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")
 def test_workers_that_do_not_start_end_the_job(tmp_path: Path, many: CocoImages, cluster: str):
     with pytest.raises(ClusterError, match=r"workers do not start \(1 in a row failed\).*no such device"):
@@ -186,7 +186,7 @@ def test_workers_that_do_not_start_end_the_job(tmp_path: Path, many: CocoImages,
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_with_ray(tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]):
     from pipeline.harvest import main

@@ -37,15 +37,25 @@ def test_means_have_the_t_interval() -> None:
     mean = mean_over_seeds(values)
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
     assert mean.value == pytest.approx(0.95)
-    assert (mean.value - mean.half, mean.value + mean.half) == pytest.approx((low, high), abs=1e-12)
-    assert math.isnan(mean_over_seeds([0.5]).half)
+    assert (mean.low, mean.high) == pytest.approx((low, high), abs=1e-12)
+    assert math.isnan(mean_over_seeds([0.5, 0.6]).low)  # two seeds: an interval of ± 12.7 standard errors
 
 
-@pytest.mark.parametrize("count", [2, 11, 31, 100])
+@pytest.mark.parametrize("count", [3, 11, 31, 100])
 def test_quantiles_are_students(count: int) -> None:
     values = np.arange(count) / 7
     wanted = stats.t.ppf(0.975, count - 1) * stats.sem(values)
-    assert mean_over_seeds(list(values)).half == pytest.approx(wanted, rel=1e-12)
+    mean = mean_over_seeds(list(values))
+    assert (mean.high - mean.value, mean.value - mean.low) == pytest.approx((wanted, wanted), rel=1e-12)
+
+
+@pytest.mark.parametrize("values", [[0.9, 0.99, 0.8], [0.0, 0.1, 0.02], [1.0, 1.0, 0.5]])
+def test_the_interval_of_a_share_ends_within_0_and_1(values: list[float]) -> None:
+    mean = mean_over_seeds(values, share=True)
+    assert 0 <= mean.low < mean.value < mean.high <= 1
+    narrow = mean_over_seeds([0.5, 0.51, 0.52], share=True)
+    plain = mean_over_seeds([0.5, 0.51, 0.52])
+    assert (narrow.low, narrow.high) == pytest.approx((plain.low, plain.high), abs=1e-4)  # the same where it is flat
 
 
 def test_seeds_are_one_row_and_a_failed_one_is_counted() -> None:
@@ -56,14 +66,14 @@ def test_seeds_are_one_row_and_a_failed_one_is_counted() -> None:
     ]
     rows = sweep_report.summary_rows(TRIALS, NAMES)
     assert rows[0] == ["loss", "seeds", "recall@K", "mass@K", "parameters"]
-    assert rows[1] == ["kl", "3", "0.750 ± 0.025", "0.950 ± 0.025", "119,523"]
+    assert rows[1] == ["kl", "3", "0.750 [0.724, 0.774]", "0.950 [0.919, 0.970]", "119,523"]
     assert rows[2] == ["bce", "1 of 2", "0.700", "0.900", "119,523"]
 
 
 def test_without_a_result_there_is_a_dash_and_no_figure() -> None:
     lost = [trial("kl", "0", 0.0, "FAILED"), trial("bce", "0", 0.0, "not run")]
     assert sweep_report.summary_rows(lost, NAMES) == [["loss", "seeds"], ["kl", "0 of 1"], ["bce", "0 of 1"]]
-    assert sweep_report.figure(lost, NAMES) is None
+    assert sweep_report.figure(lost, NAMES, "lost") is None
     rows = sweep_report.summary_rows([*TRIALS[:3], *lost[1:]], NAMES)
     assert rows[2] == ["bce", "0 of 1", "-", "-", "-"]
 
@@ -71,19 +81,6 @@ def test_without_a_result_there_is_a_dash_and_no_figure() -> None:
 def test_seed_alone_is_one_row() -> None:
     trials = [Trial({"seed": str(n)}, "FINISHED", {"test/mass": 0.9 + n / 100}) for n in range(2)]
     assert [row[:2] for row in sweep_report.summary_rows(trials, NAMES)] == [["settings", "seeds"], ["as given", "2"]]
-    assert sweep_report.summary_metrics(trials, NAMES)["mean/test/mass"] == pytest.approx(0.905)
-
-
-def test_metrics_of_the_parent_have_names_that_mlflow_takes() -> None:
-    values = sweep_report.summary_metrics(TRIALS, NAMES)
-    assert values["mean/test/mass/loss-kl"] == pytest.approx(0.95)
-    assert values["mean/test/mass_low/loss-kl"] == pytest.approx(0.95 - 0.02484, abs=1e-4)
-    assert "mean/test/mass_low/loss-bce" not in values  # one seed
-    assert "mean/predictor/parameters_low/loss-kl" not in values  # a count
-    odd = [Trial({"model.scr.edit_layers": "[0,2]", "seed": "0"}, "FINISHED", {"test/mass": 1.0})]
-    assert list(sweep_report.summary_metrics(odd, {"model.scr.edit_layers": "edit_layers"})) == [
-        "mean/test/mass/edit_layers--0-2-"
-    ]
 
 
 def test_files_hold_every_child_and_every_mean(tmp_path: Path) -> None:
@@ -98,33 +95,27 @@ def test_files_hold_every_child_and_every_mean(tmp_path: Path) -> None:
     assert float(children[2]["test/mass"]) == 0.96
 
 
-@pytest.mark.parametrize(
-    ("keys", "panels", "labels"),
-    [
-        ({"predictor.loss": ["kl", "bce"]}, 2, 0),
-        ({"trainer.learning_rate": ["1e-4", "1e-3", "1e-2"]}, 2, 0),
-        ({"predictor.loss": ["kl", "bce", "mse_log"], "predictor": ["default", "paper"]}, 2, 2),
-        (
-            {"predictor.loss": ["kl", "bce", "x"], "predictor": ["a", "b"], "trainer.learning_rate": ["1", "2"]},
-            4,
-            2,
-        ),
-    ],
-)
-def test_the_figure_shows_one_to_three_keys(keys: dict[str, list[str]], panels: int, labels: int) -> None:
-    points: list[dict[str, str]] = [{}]
-    for key, values in keys.items():
-        points = [{**point, key: value} for point in points for value in values]
+def test_the_figure_has_a_title_and_a_row_for_each_combination() -> None:
+    points = [(loss, predictor) for loss in ("kl", "bce", "mse_log") for predictor in ("default", "paper")]
     trials = [
-        Trial({**point, "seed": str(seed)}, "FINISHED", {"test/mass": 0.9 + 0.01 * seed, "test/recall": 0.7})
-        for point in points
-        for seed in range(2)
+        Trial(
+            {"predictor.loss": loss, "predictor": predictor, "seed": str(seed)},
+            "FINISHED",
+            {"test/mass": 0.9 + 0.01 * seed, "test/recall": 0.7},
+        )
+        for loss, predictor in points
+        for seed in range(3)
     ]
-    figure = sweep_report.figure(trials, NAMES)
-    assert figure is not None and len(figure.axes) == panels
-    assert sum(len(legend.get_texts()) for legend in figure.legends) == labels
-    drawn = figure.axes[0].get_lines()
-    seeds = [line for line in drawn if np.size(line.get_ydata()) == 2 and line.get_alpha()]
-    shown = len(points) // (panels // 2)
-    assert len(seeds) == shown and np.asarray(seeds[0].get_ydata()) == pytest.approx([0.9, 0.91])
-    assert (figure.axes[0].get_xscale() == "log") == ("1e-4" in keys.get("trainer.learning_rate", []))
+    figure = sweep_report.figure(trials, NAMES, "scene-llava: losses")
+    assert figure is not None and len(figure.axes) == 2 and figure.get_suptitle() == "scene-llava: losses"
+    left = figure.axes[0]
+    assert [label.get_text() for label in left.get_yticklabels()][:2] == [
+        "loss=kl  predictor=default", "loss=kl  predictor=paper",
+    ]  # fmt: skip
+    lines = left.get_lines()
+    seeds = [line for line in lines if line.get_alpha()]
+    assert len(seeds) == 6 and np.asarray(seeds[0].get_xdata()) == pytest.approx([0.9, 0.91, 0.92])
+    assert len({line.get_marker() for line in seeds}) == 3  # one for each loss, besides its colour
+    assert len([line for line in lines if line.get_linestyle() == "-"]) == 6
+    two = sweep_report.figure([trial for trial in trials if trial.choices["seed"] != "2"], NAMES, "two seeds")
+    assert two is not None and not [line for line in two.axes[0].get_lines() if line.get_linestyle() == "-"]

@@ -15,8 +15,9 @@ import pytest
 from configs import load_config
 from evaluation.errors import EvaluationError
 from evaluation.settings import EvaluationSettings
+from pipeline.commands import evaluation, long_forms
 from pipeline.compare_runs import compare_runs, read_run
-from pipeline.evaluate import evaluation_images, long_forms, main, predictor_folders, run
+from pipeline.evaluate import evaluation_images, predictor_folders, run
 from pipeline.tune import tune
 from scr_runtime.errors import PredictorError
 
@@ -57,7 +58,7 @@ def test_short_forms_are_written_out() -> None:
 )
 def test_wrong_settings_are_reported(argument: str, problem: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as stop:
-        main([argument])
+        evaluation([argument])
     assert stop.value.code == 2 and problem in capsys.readouterr().err
 
 

@@ -11,6 +11,7 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
+from configs import load_config
 from pipeline import runs
 
 # MLflow's own: its use of SQLAlchemy, and connections that its pool leaves to the garbage collector.
@@ -107,3 +108,18 @@ def test_metrics_reach_the_run_in_batches(store: tuple[MlflowClient, str]) -> No
     values = {f"test/{number}": number / 2 for number in range(501)}
     runs.log_metrics(client, run, values)
     assert client.get_run(run).data.metrics == values
+
+
+def test_steps_that_a_killed_fit_has_logged_are_not_logged_again(store: tuple[MlflowClient, str]) -> None:
+    client, uri = store
+    config = load_config(["tracking.experiment=fits", f"tracking.uri={uri}"])
+    run = runs.create_run(client, "fits", "x", {})
+    first = runs.ResumedLogger(client, run, config)
+    for step, mass in ((7, 0.25), (15, 0.5)):
+        first.log_metrics({"val/mass": mass, "epoch": step // 8}, step)
+    resumed = runs.ResumedLogger(client, client.get_run(run.info.run_id), config)
+    for step, mass in ((15, 0.5), (23, 0.75)):  # killed before the checkpoint of step 15's epoch was written
+        resumed.log_metrics({"val/mass": mass, "val/loss": mass}, step)
+    history = client.get_metric_history(run.info.run_id, "val/mass")
+    assert [(metric.step, metric.value) for metric in history] == [(7, 0.25), (15, 0.5), (23, 0.75)]
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val/loss")] == [15, 23]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -117,6 +118,12 @@ def compiled(model: Any) -> Any:
     return torch.compile(model, backend="eager")
 
 
+def forget_compilation(model: Any) -> None:
+    """Removes what transformers, and Lightning where it was imported, write on a model that was compiled."""
+    for name in ("_is_torch_compile", "_compile_kwargs"):
+        vars(model).pop(name, None)
+
+
 WRAPPERS: dict[str, Any] = {
     "peft": PeftLike,
     "tuner": Tuner,
@@ -158,7 +165,7 @@ def test_a_wrapped_model_is_edited_whatever_is_called(known: Known, kind: str, m
             assert torch.equal(wrapper.generate(**known.inputs, **GREEDY), known.tokens)
         assert torch.equal(known.model.generate(**known.inputs, **GREEDY), known.tokens)
     torch._dynamo.reset()
-    vars(known.model).pop("_is_torch_compile", None)  # transformers', of a model that was compiled
+    forget_compilation(known.model)
     assert snapshot(known.model) == known.before
     with torch.no_grad():
         assert torch.equal(known.model(**known.inputs).logits, known.vanilla)
@@ -192,7 +199,7 @@ def test_a_session_of_a_wrapped_model(known: Known) -> None:
             assert known.same(image(**known.inputs).logits)
             assert torch.equal(image.generate(**known.inputs, **GREEDY), known.tokens)
         torch._dynamo.reset()
-    vars(known.model).pop("_is_torch_compile", None)
+    forget_compilation(known.model)
 
 
 def test_what_holds_no_model_or_several_is_refused(known: Known) -> None:
@@ -231,6 +238,24 @@ def test_one_model_is_one_model_in_all_wrappers(known: Known) -> None:
             with pytest.raises(errors.AttachError, match=r"attached .* already"):
                 SCR(again, config=CONFIG, mode="uniform").attach()
     assert snapshot(known.model) == known.before
+
+
+def test_offloaded_weights(known: Known) -> None:
+    """accelerate replaces each module's ``forward``: weights come when it is called, and go behind it."""
+    model = copy.deepcopy(known.model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    before, predictor = snapshot(model), make_predictor(model)
+    for mode in ("two-pass", "one-pass"):
+        with torch.no_grad():
+            with SCR(known.model, predictor=predictor, config=CONFIG, mode=mode):
+                logits, tokens = known.model(**known.inputs).logits, known.model.generate(**known.inputs, **GREEDY)
+            with SCR(model, predictor=predictor, config=CONFIG, mode=mode):
+                assert torch.equal(model(**known.inputs).logits, logits)
+                assert torch.equal(model.generate(**known.inputs, **GREEDY), tokens)
+    assert snapshot(model) == before
+    with torch.no_grad():
+        assert torch.equal(model(**known.inputs).logits, known.vanilla)
 
 
 # -- compiled as a whole ---------------------------------------------------------------------------------------------

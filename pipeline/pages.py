@@ -1,0 +1,105 @@
+"""MLflow's pages as a user finds them: columns of the table of runs, descriptions with verdict and tables, links."""
+
+from __future__ import annotations
+
+import json
+
+from mlflow import MlflowClient
+from mlflow.entities import Run, RunInfo
+
+from configs import TrainConfig
+
+VIEW = "scr"
+"""Key of the view that every experiment has: the table of runs with the columns that matter."""
+NOTE = "mlflow.note.content"
+_COLUMNS = (
+    *(f"metrics.`{name}`" for name in (
+        "recall", "mass", "hr_vanilla", "hr_two_pass", "hr_one_pass", "edit_kept", "prefill_x",
+    )),
+    "params.`predictor.loss`", "params.`seed`", "attributes.`Duration`",
+)  # fmt: skip
+_WIDTH = 98  # pixels of a column
+_OWN = "sqlite:///runs/mlflow.db"
+_LONGEST_NOTE = 5000  # letters; MLflow takes no longer tag of an experiment
+_LEGEND = """
+Columns: **recall**, **mass** of the test split at K; **hr_...** hallucination
+rate in percent, on adversarial questions or the last split; **edit_kept** share of two-pass's edit that one-pass
+keeps; **prefill_x** cost of a prefill against vanilla. Every other number is in the artifacts of each run:
+`reports/fit.json` and `reports/evaluation.json`.
+"""
+
+
+def add_view(client: MlflowClient, experiment_id: str) -> None:
+    """Gives an experiment the view that `runs_page` opens."""
+    view = {"selectedColumns": _COLUMNS, "columnOrder": _COLUMNS, "columnWidths": dict.fromkeys(_COLUMNS, _WIDTH)}
+    view |= {"orderByKey": "attributes.start_time", "orderByAsc": False}
+    client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))
+
+
+def describe_experiment(client: MlflowClient, experiment_id: str, newest: str) -> None:
+    """Puts what is newest, and what the columns mean, above the table of runs."""
+    client.set_experiment_tag(experiment_id, NOTE, cut(f"{newest}\n{_LEGEND}"))
+
+
+def describe_run(client: MlflowClient, run_id: str, text: str, model_id: str | None = None) -> None:
+    """Puts a text on the page of a run, and of its model."""
+    client.set_tag(run_id, NOTE, cut(text))
+    if model_id is not None:
+        client.set_logged_model_tags(model_id, {NOTE: cut(text)})
+
+
+def cut(text: str) -> str:
+    """A text that MLflow takes: without its last lines if it is too long."""
+    if len(text) <= _LONGEST_NOTE:
+        return text
+    shorter = text[: _LONGEST_NOTE - 4]
+    return (shorter.rpartition("\n")[0] or shorter) + "\n..."
+
+
+def runs_page(experiment_id: str) -> str:
+    """The table of runs, behind the address of a server."""
+    return f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+
+
+def run_link(info: RunInfo) -> str:
+    """A link to a run, in a description."""
+    return f"[{info.run_name}](#/experiments/{info.experiment_id}/runs/{info.run_id})"
+
+
+def artifact_link(info: RunInfo, file: str, name: str) -> str:
+    """A link to a file of a run, in a description."""
+    return f"[{name}](#/experiments/{info.experiment_id}/runs/{info.run_id}/artifacts/{file})"
+
+
+def picture(info: RunInfo, file: str, width: int = 880) -> str:
+    """A picture that is a file of a run, in a description."""
+    return f'<img src="get-artifact?path={file}&run_uuid={info.run_id}" width="{width}">'
+
+
+def describe_sweep(client: MlflowClient, parent: Run, text: str) -> None:
+    """Puts a sweep's table and figure on the page of its parent run, and names it as the newest."""
+    info = parent.info
+    files = {"sweep/summary.md": "table", "sweep/children.csv": "every number of every child"}
+    links = " · ".join(artifact_link(info, file, name) for file, name in files.items())
+    describe_run(client, info.run_id, f"{text}\n{links}\n\n{picture(info, 'sweep/summary.png')}")
+    describe_experiment(client, info.experiment_id, f"Newest sweep: {run_link(info)}.")
+
+
+def describe_models(client: MlflowClient, parent: Run, title: str) -> None:
+    """Adds the comparison of models to the page of a sweep's parent."""
+    info, text = parent.info, parent.data.tags.get(NOTE, "")
+    link = artifact_link(info, "models/summary.md", title)
+    describe_run(client, info.run_id, f"{text}\n\n{link}\n\n{picture(info, 'models/summary.png')}")
+
+
+def server(config: TrainConfig) -> str:
+    """What to type, or to open, for MLflow's pages."""
+    uri = config.tracking_uri
+    if "sql" not in uri:
+        return uri.rstrip("/")
+    return f"{'make ui' if uri == _OWN else f'make ui URI={uri}'}, then http://127.0.0.1:5000"
+
+
+def where_runs_are(config: TrainConfig, experiment_id: str) -> str:
+    """What to type, or to open, for the table of runs."""
+    return server(config) + runs_page(experiment_id) * (not config.tracking_uri.startswith("databricks"))

@@ -1,0 +1,84 @@
+"""Help and problems of the command line, and what they cost."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import help_text, load_config, parse_cli, parse_sweep, save_config
+from configs.load import CONFIGS, KEYS
+
+OPTIONS = sorted((path.parent.name, path.stem) for path in CONFIGS.glob("*/*.yaml"))
+ROOT = CONFIGS.parent
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        parse_sweep(list(arguments), "python x.py", ["Does it.", "python x.py seed=1   an example"])
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_all_help_lists_every_key_with_its_meaning_and_every_option():
+    text = help_text()
+    for key in KEYS.values():
+        assert key.doc, f"{key.path} has no docstring under its field"
+        assert (f"\n{key.path}: " if key.section else f"\n  {key.path}=") in text
+    for group, option in OPTIONS:
+        found = re.search(rf"\n  {group} (.*?)\n(?:  \S|\n)", text, re.DOTALL)  # wrapped where it is long
+        assert found is not None and option in found[1].replace("*", "").split()
+
+
+@pytest.mark.parametrize("columns", [80, 100, 140])
+def test_help_is_one_screen_and_fits_the_terminal(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = printed(capsys, "trainer.nonsense=1", "--help")
+    assert out.startswith("usage: python x.py [group=option ...]") and "Does it." in out
+    assert len(out.splitlines()) <= (30 if columns == 80 else 25)
+    assert max(map(len, out.splitlines()[2:])) <= columns
+    assert all(f"\n  {name} " in out for name in ("general", "model", "harvest", "trainer", "evaluation"))
+
+
+def test_help_of_a_section_of_a_key_and_of_all(capsys: pytest.CaptureFixture[str]):
+    for arguments in (("--help", "trainer"), ("--help=trainer",), ("trainer", "-h")):
+        out = printed(capsys, *arguments)
+        assert out.startswith("trainer: ") and "trainer.max_epochs=" in out and "harvest." not in out.split("\n  ")[1]
+    assert printed(capsys, "--help", "seed").startswith("  seed=0")
+    assert "Did you mean trainer.learning_rate?" in printed(capsys, "--help", "lr")
+    said = " ".join(printed(capsys, "--help", "all").split())
+    assert "are a sweep over all their combinations" in said and "trainer.max_epochs=" in said
+
+
+def test_problems_leave_with_status_2(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        parse_cli(["seed=x", "runs=y"], "python x.py", [])
+    assert caught.value.code == 2
+    streams = capsys.readouterr()
+    assert not streams.out
+    assert "2 problems in the configuration" in streams.err
+    assert "`python x.py --help SECTION` lists a section's keys." in streams.err
+
+
+def test_a_saved_configuration_is_named_in_two_words_or_one(tmp_path: Path):
+    save_config(load_config(["seed=3"]), tmp_path / "config.yaml")
+    for arguments in (["--config", str(tmp_path)], [f"--config={tmp_path}"]):
+        assert parse_cli([*arguments, "trainer.max_epochs=2"], "python x.py", []).seed == 3
+
+
+@pytest.mark.parametrize(
+    "command", [["train.py"], ["-m", "data.harvest"], ["-m", "export"], ["-m", "evaluation"]], ids=" ".join
+)
+@pytest.mark.parametrize("argument", ["--help", "trainer.lr=1"])
+def test_help_and_typos_import_nothing_heavy(command: list[str], argument: str):
+    arguments = [sys.executable, "-X", "importtime", *command, argument]
+    run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == (0 if argument == "--help" else 2), run.stderr[-500:]
+    names = {line.rpartition("|")[2].strip().partition(".")[0] for line in run.stderr.splitlines()}
+    assert "configs" in names
+    assert not names & {"torch", "transformers", "mlflow", "pytorch_lightning", "numpy", "matplotlib", "datasets"}

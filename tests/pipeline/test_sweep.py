@@ -1,0 +1,58 @@
+"""A sweep's models side by side."""
+
+from __future__ import annotations
+
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from configs import load_config
+from evaluation.sweep_report import Trial
+from pipeline import runs
+from pipeline.stages import SELECTED_BY
+from pipeline.sweep import compare_models
+
+# MLflow's own: its use of SQLAlchemy, and connections that its pool leaves to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning"),
+]
+
+
+@pytest.fixture
+def former_store() -> Iterator[None]:
+    former = mlflow.get_tracking_uri()
+    yield
+    mlflow.set_tracking_uri(former)
+
+
+@pytest.mark.usefixtures("former_store")
+def test_models_end_in_one_table_of_their_best_children(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = runs.connect(uri, ["a", "b"], tmp_path / "artifacts")
+    config = load_config([f"runs_dir={tmp_path / 'runs'}", f"tracking.uri={uri}"])
+    found, parents, best = {}, [], []
+    for model, rate in (("a", 0.25), ("b", 0.5)):
+        parents.append(runs.create_run(client, model, "sweep", {}).info.run_id)
+        trials = []
+        for seed, mass in (("0", 0.5), ("1", 0.75)):
+            child = runs.create_run(client, model, f"seed={seed}", {}).info.run_id
+            metrics = {SELECTED_BY: mass, "test/mass": mass, "eval/vanilla/adversarial/hr": rate + mass / 10}
+            trials.append(Trial({"model": model, "seed": seed}, "FINISHED", metrics, child))
+        found[model] = [*trials, Trial({"model": model, "seed": "2"}, "FAILED", {})]
+        best.append(trials[1].run_id)
+    compare_models(config, found, parents, client)
+    printed = capsys.readouterr().out
+    assert "0.625" in printed  # mean over the seeds that finished
+    assert "32.5 / -" in printed and "57.5 / -" in printed  # the vanilla rates of the best children
+    page = urllib.parse.unquote(printed)
+    assert all(f'"{run}"' in page for run in best)
+    for parent in parents:
+        assert {file.path for file in client.list_artifacts(parent, "models")} == {
+            "models/summary.md", "models/summary.csv", "models/children.csv", "models/summary.png",
+        }  # fmt: skip
+    (text,) = (tmp_path / "runs" / "sweeps").glob("models-*/summary.md")
+    assert "2 of 3" in text.read_text() and "Answers of each model's best child" in text.read_text()
