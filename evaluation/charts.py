@@ -14,7 +14,7 @@ from predictor.metrics import Interval
 _MARKS = ("circle", "square", "diamond", "up", "down", "cross", "plus", "ring", "frame", "bar")
 _ORDER = (
     "vanilla", "two-pass", "one-pass", "auto", "uniform", "swapped", "shift", "position", "dose-matched", "norm",
-    "least", "noise", "4-connected", "radius-2", "vanilla-sampled",
+    "least", "noise", "4-connected", "radius-2", "vanilla-sampled", "online",
 )  # fmt: skip
 _ROW = 26
 _WIDTH = 760

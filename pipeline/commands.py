@@ -1,6 +1,7 @@
 """The commands as they are typed: each is parsed and checked before torch, Lightning and MLflow are imported.
 
-data/harvest.py, export/__main__.py and evaluation/__main__.py name these functions; train.py starts in the same way.
+data/harvest.py and the __main__.py of export, evaluation and playground name these functions; train.py starts in the
+same way.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from configs import TrainConfig, parse_cli
 from configs.load import CONFIGS, KEYS, saved_config, split_values
 
 _SHORT = ("benchmarks", "methods")
+_OF_A_FOLDER = ("verify", "diff", "card", "engines", "push", "pull", "promote", "rollback")
 
 
 def harvest(argv: Sequence[str] | None = None) -> int:
@@ -28,13 +30,16 @@ def harvest(argv: Sequence[str] | None = None) -> int:
 
 
 def export(argv: Sequence[str] | None = None) -> int:
-    """`python -m export`."""
+    """`python -m export`, and its commands for finished predictor folders."""
     about = [
         "Exports the best checkpoint of a finished fit again, for example with another fallback target.",
         "python -m export model=scene-llava predictor.target_fallback=0.1",
         "python -m export --config runs/fits/scene-llava/latest predictor.target_fallback=0.1",
+        f"python -m export {'|'.join(_OF_A_FOLDER)} ...   what a folder is good for: docs/deploy.md",
     ]
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in _OF_A_FOLDER:
+        return exit_code(lambda: import_module("pipeline.predictors").run_command(arguments[0], arguments[1:]))
     config = parse_cli(arguments, "python -m export", about, uses=("predictor", "trainer"))
     run = _run_of(arguments)
     return start("python -m export", config, lambda: import_module("pipeline.export").run(config, run))
@@ -63,6 +68,20 @@ def evaluation(argv: Sequence[str] | None = None) -> int:
         config = config.model_copy(update={"evaluation": chosen})
     typed = shlex.join([*program.split(), *arguments])
     return start(program, config, lambda: import_module("pipeline.evaluate").run(config, typed))
+
+
+def playground(argv: Sequence[str] | None = None) -> int:
+    """`python -m playground`."""
+    program, arguments = "python -m playground", list(sys.argv[1:] if argv is None else argv)
+    ports = [text for text in arguments if text.startswith("port=")]
+    about = [
+        "Opens a local page: one picture and one question under every mode, with maps, sources and timings.",
+        f"{program} model=scene-llava predictor=FOLDER port=7860",
+    ]
+    settings = long_forms([text for text in arguments if text not in ports])
+    config = parse_cli(settings, program, about, uses=("model", "data"))
+    port = ports[-1] if ports else "port=7860"
+    return start(program, config, lambda: import_module("pipeline.playground").serve(config, port))
 
 
 def start(program: str, config: TrainConfig, command: Callable[[], int], more: str = "") -> int:
