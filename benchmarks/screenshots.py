@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-_PATIENCE = 120.0  # seconds until the server must answer
+_PATIENCE = 300.0  # seconds until the server must answer
 
 
 def main() -> None:
@@ -45,7 +45,6 @@ def main() -> None:
         shots = {
             "mlflow-runs": (link, 640),
             "mlflow-run": (f"{page}/{single}?workflowType=machine_learning", 1000),
-            "mlflow-metrics": (f"{page}/{single}/model-metrics?workflowType=machine_learning", 1080),
             "mlflow-sweep": (f"{page}/{sweep}?workflowType=machine_learning", 1000),
         }
         with tempfile.TemporaryDirectory() as profile:
