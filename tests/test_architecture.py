@@ -21,11 +21,11 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # Top-level packages that only some files may import: name -> patterns of those files.
 RESTRICTED = {
     "mlflow": r"export/registry\.py|pipeline/.*|scr_runtime/places\.py",
-    "pytorch_lightning": r"data/datamodule\.py|predictor/.*|pipeline/.*|benchmarks/states_dtype\.py",
+    "pytorch_lightning": r"data/datamodule\.py|predictor/.*|pipeline/.*|benchmarks/(states_dtype|transfer)\.py",
     "pydantic": r"configs/.*|[a-z]+/settings\.py",
     "omegaconf": r"configs/.*",
-    "configs": r"configs/.*|pipeline/.*|train\.py|benchmarks/states_dtype\.py",
-    "pipeline": r"pipeline/.*|train\.py|benchmarks/(states_dtype|kills)\.py",
+    "configs": r"configs/.*|pipeline/.*|train\.py|benchmarks/(states_dtype|transfer)\.py",
+    "pipeline": r"pipeline/.*|train\.py|benchmarks/(states_dtype|kills|transfer)\.py",
     "matplotlib": r"evaluation/.*|benchmarks/learning_curve\.py",
     "ray": r"data/cluster\.py",
     "starlette": r"playground/server\.py",
