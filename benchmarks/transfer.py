@@ -43,7 +43,7 @@ class Some:
     """The batches of a loader that have one of these grids."""
 
     def __init__(self, loader: Any, grids: Sequence[Grid]) -> None:
-        self.sampler = loader.sampler  # Lightning gives it the epoch
+        self.sampler, self.batch_sampler = loader.sampler, loader.batch_sampler  # Lightning gives it the epoch
         self._loader = loader
         self._grids = set(grids)
         self._count = sum(1 for _ in self)

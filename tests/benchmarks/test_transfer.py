@@ -25,7 +25,7 @@ class Data:
 
     def loader(self, split: str, shuffle: bool = False) -> Any:
         class Loader(list[Any]):
-            sampler = object()
+            sampler = batch_sampler = object()
 
         return Loader({"grid": list(grid), "split": split} for grid in (LARGE, SMALL, MIDDLE))
 
