@@ -2,11 +2,12 @@
 
 python -m benchmarks.prefill
 python -m benchmarks.prefill --repeats 30 --batch 2
+python -m benchmarks.prefill --repeats 12 --only online,uniform
 python -m benchmarks.prefill --repeats 0             # the counts alone
 
 Times: a random LLaVA of about 220 M parameters with 576 visual tokens of 616; the layer ranges are the paper's
 fractions of depth. CPU time of one thread, variants interleaved round by round; the ratio is the median over rounds,
-with quartiles.
+with quartiles. Online edits as many blocks as the others, behind its map.
 
 Counts: operators and host syncs more than vanilla, of a narrow model of 32 blocks in bfloat16 with the paper's layers
 (0-11 edited, attention of 8-16). benchmarks/counting.py says what counts as a kernel and what as a sync. Branches are
@@ -33,11 +34,13 @@ CONFIG = SCRConfig(num_sources=32, edit_layers=(0, 5), attention_layers=(4, 8)) 
 def runtimes(model: Any, config: SCRConfig) -> dict[str, SCR]:
     """Every mode on one model, with a random predictor."""
     predictor = build_predictor(model)
+    behind = config.behind_map(model.config.get_text_config().num_hidden_layers)
     return {
         "two-pass": SCR(model, config=config, mode="two-pass"),
         "one-pass": SCR(model, config=config, mode="one-pass", predictor=predictor),
         "auto, no fallback": SCR(model, config=config, mode="auto", predictor=predictor, threshold=0.0),
         "auto, all fall back": SCR(model, config=config, mode="auto", predictor=predictor, threshold=2.0),
+        "online": SCR(model, config=behind, mode="online"),
         "uniform": SCR(model, config=config, mode="uniform"),
     }
 
@@ -47,16 +50,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20, help="timed rounds (default 20; 0: counts alone)")
     parser.add_argument("--batch", type=int, default=1, help="images per prefill (default 1)")
+    parser.add_argument("--only", help="modes whose time is taken, separated by commas (default: all)")
     options = parser.parse_args()
     if options.repeats:
-        print_times(options.repeats, options.batch)
+        print_times(options.repeats, options.batch, options.only)
     print_counts(options.batch)
 
 
-def print_times(repeats: int, batch: int) -> None:
-    """Thread time of a prefill under each mode."""
+def print_times(repeats: int, batch: int, only: str | None = None) -> None:
+    """Thread time of a prefill under each mode, or under those that are named."""
     model, inputs = build_llava(), llava_inputs(batch=batch)
     modes = runtimes(model, CONFIG)
+    modes = {name: scr for name, scr in modes.items() if only is None or name in only.split(",")}
 
     def applied(name: str) -> AbstractContextManager[Any]:
         return modes.get(name) or nullcontext()

@@ -143,11 +143,13 @@ def modes(model: Any, config: SCRConfig) -> dict[str, list[Attached]]:
     predictor = build_predictor(model)
     keep = SCR(model, config=config, mode="auto", predictor=predictor, threshold=0.0)
     fall = SCR(model, config=config, mode="auto", predictor=predictor, threshold=2.0)
+    behind = config.behind_map(model.config.get_text_config().num_hidden_layers)
     return {
         "vanilla": [nullcontext()],
         "vanilla again": [nullcontext()],
         "two-pass": [SCR(model, config=config, mode="two-pass")],
         "one-pass": [SCR(model, config=config, mode="one-pass", predictor=predictor)],
+        "online": [SCR(model, config=behind, mode="online")],
         "auto, 0 % fall back": [keep],
         "auto, 30 %": [fall, keep, keep, fall, keep, keep, fall, keep, keep, keep],
         "auto, 100 %": [fall],

@@ -26,6 +26,7 @@ from evaluation.methods import ONE_PASS, SAMPLED, TWO_PASS, FromMap, Method, Pla
 from evaluation.pictures import Pictures
 from evaluation.questions import Item
 from scr_runtime import SCR, SCRConfig, SourcePredictor
+from scr_runtime.families import blocks_of
 
 Stores = dict[str, AnswerStore]
 _KEPT_BATCHES = 64  # of a block: their images' features stay on the device between the maps and the answers
@@ -215,7 +216,12 @@ class Run:
         chosen = self._choose(run, batch, block)
         seed = block.generator("noise", batch.rows[0].item, 0).initial_seed()
         act = run.act(batch.layout, by_image(chosen, batch.images), scr, seed)
-        return edited(self.asker.model, scr.edit_layers, batch.capture[0]["input_ids"].shape[1], act)
+        return edited(self.asker.model, self.edit_layers(method), batch.capture[0]["input_ids"].shape[1], act)
+
+    def edit_layers(self, method: Method) -> tuple[int, int]:
+        """First and last block that a method edits."""
+        run, scr = method.entry.run, self.asker.scr
+        return run.edit_layers(scr, len(blocks_of(self.asker.model))) if isinstance(run, FromMap) else scr.edit_layers
 
     def _choose(self, run: FromMap, batch: Batch, block: BlockMaps) -> list[list[Sources]]:
         """Per row, the sources of each of its images."""
@@ -243,7 +249,7 @@ class Run:
 
         def applied(turn: int) -> AbstractContextManager[Any]:
             seed = block.generator("noise", batch.rows[0].item, turn).initial_seed()
-            return edited(asker.model, scr.edit_layers, length, run.act(layout, given, scr, seed))
+            return edited(asker.model, self.edit_layers(method), length, run.act(layout, given, scr, seed))
 
         return self._answers(method, batch, shared is not None, applied, facts)
 

@@ -171,19 +171,29 @@ def make_batch(model: Any, processor: Any, pictures: Pictures, rows: list[Row]) 
     texts = [[row.text for row in own] + [own[-1].text] * (most - len(own)) for own in by_image]
     kept = [image * most + n for image, own in enumerate(by_image) for n in range(len(own))]
     inputs, repeats = shared_chat_inputs(processor, images, texts) if most > 1 else (None, 1)
-    tables = {"image_grid_thw", "image_sizes"}  # beside pixels that follow an image's size
-    if inputs is None or repeats == 1 or tables & inputs.keys():  # these come row by row
+    if inputs is None or (repeats == 1 and len(kept) < most * len(names)):  # row by row, without those that fill up
         inputs = chat_inputs(processor, [images[names.index(row.image)] for row in rows], [row.text for row in rows])
-        kept, repeats = list(range(len(rows))), 1
+    if repeats == 1:
+        kept = list(range(len(rows)))
     inputs = dict(inputs.to(model.device, dtype=model.dtype))
-    encoded = encode(model, inputs)
+    firsts = {key: value if key in _PER_IMAGE else value[::repeats] for key, value in inputs.items()}
+    encoded = encode(model, firsts)
     image_of = [row // repeats for row in kept]
-    own = {key: inputs[key][kept] for key in ("input_ids", "attention_mask")} if repeats > 1 else {}
-    pictured = image_of if repeats > 1 else None
+    own, pictured = ({}, None) if repeats == 1 else (_own(inputs, kept, image_of), image_of)
     call = with_features({**inputs, **own}, encoded, pictured)
     layout = find_layout(model, call, call.get("attention_mask"))
     shared = _share(model, inputs, encoded, repeats, kept)
     return Batch(rows, layout, shared, (inputs, repeats, kept), own, encoded, pictured)
+
+
+_TABLES = ("image_sizes", "image_grid_thw")
+_PER_IMAGE = (*_TABLES, "pixel_values")  # all else that a processor gives comes per row
+
+
+def _own(inputs: Mapping[str, Any], kept: Sequence[int], image_of: Sequence[int]) -> dict[str, Any]:
+    """What the rows of a batch have for themselves: their tokens, and their image's entry in the tables of sizes."""
+    tokens = {key: value[list(kept)] for key, value in inputs.items() if key not in _PER_IMAGE}
+    return tokens | {key: inputs[key][list(image_of)] for key in _TABLES if key in inputs}
 
 
 def encode(model: Any, inputs: Mapping[str, Any]) -> Any:
@@ -205,10 +215,11 @@ def with_features(inputs: Mapping[str, Any], encoded: Any, image_of: Sequence[in
     """
     if encoded is None:
         return dict(inputs)
-    features = encoded.pooler_output
+    features, deep = encoded.pooler_output, getattr(encoded, "deepstack_features", None)
     if image_of is not None:
+        deep = deep and [[layer[n] for n in image_of] for layer in deep]  # Qwen3-VL: by layer and image
         features = features[list(image_of)] if isinstance(features, Tensor) else [features[n] for n in image_of]
-    found = {"pooler_output": features, "deepstack_features": getattr(encoded, "deepstack_features", None)}
+    found = {"pooler_output": features, "deepstack_features": deep}
     held = type(encoded)(**{name: value for name, value in found.items() if value is not None})
     rest = {key: value for key, value in inputs.items() if key != "pixel_values"}
     return {**rest, "mm_encoder_outputs": {"image": held}}

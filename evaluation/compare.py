@@ -23,7 +23,7 @@ from evaluation.asking import Run, Stores, threshold_of
 from evaluation.captions import CaptionScore, score_captions
 from evaluation.fidelity import FallbackPoint, Fidelity, Sensitivity, fallback_curve, fidelity, sensitivity
 from evaluation.latency import Cost, prefill_costs
-from evaluation.methods import AUTO, ONE_PASS, SHIFT, TWO_PASS, UNIFORM, VANILLA, Method, expand
+from evaluation.methods import AUTO, ONE_PASS, ONLINE, SHIFT, TWO_PASS, UNIFORM, VANILLA, Method, expand
 from evaluation.pictures import Pictures, image_id
 from evaluation.questions import Quiz
 from evaluation.reference import Reference, decoding_of, prepare_reference
@@ -32,9 +32,10 @@ from evaluation.settings import EvaluationSettings
 from evaluation.states import States, compare_states
 from predictor.metrics import Interval
 from scr_runtime import SCR, SCRConfig, SourcePredictor, load_predictor
+from scr_runtime.families import blocks_of
 
 FALLBACKS = tuple(round(0.05 * step, 2) for step in range(21))  # shares of the questions
-TIMED = (TWO_PASS, ONE_PASS, AUTO, UNIFORM)
+TIMED = (TWO_PASS, ONE_PASS, AUTO, UNIFORM, ONLINE)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Prompted:
         template: Its text.
         answered: Every answer.
         scores: (method, split) -> score.
-        differences: (method, control, split) -> HR of the method minus the control's.
+        differences: (method, control or online, split) -> HR of the method minus that one's.
         changed: Method -> answers of the headline split that it changed.
     """
 
@@ -164,7 +165,8 @@ def compare(
         follow, felt, curves, fallback = _following(reference, headline, asked[headline.name], methods, loaded, states)
     analysis = None
     if headline is not None and quiz is not None and TWO_PASS in headline.answered.margins:
-        analysis = analyse(quiz, headline, asked[headline.name][TWO_PASS], reference.images, states)
+        store, crops = asked[headline.name][TWO_PASS], _crops(reference)
+        analysis = analyse(quiz, headline, store, reference.images, states, crops)
     return Comparison(
         settings=settings,
         methods=methods,
@@ -210,8 +212,8 @@ def _prompted(
     answered = read_answers(quiz, stores, methods, seeds, settings.parser, text)
     resampling = Resampling(_image_numbers(quiz), settings.bootstrap, settings.seed)
     names = [method.name for method in methods]
-    controls = [method.name for method in methods if method.entry.control]
-    judged = [method.name for method in methods if method.base in (TWO_PASS, ONE_PASS, AUTO)]
+    others = [method.name for method in methods if method.entry.control or method.base == ONLINE]
+    judged = [method.name for method in methods if method.base in (TWO_PASS, ONE_PASS, AUTO, ONLINE)]
     last = quiz.splits[quiz.headline]
     return Prompted(
         name=name,
@@ -225,7 +227,8 @@ def _prompted(
         differences={
             (method, control, quiz.headline): hr_difference(answered, method, control, last, resampling)
             for method in judged
-            for control in controls
+            for control in others
+            if method != control
         },
         changed={method: changed_answers(answered, method, last) for method in names if method != VANILLA},
     )
@@ -298,8 +301,9 @@ def _prefill_costs(
             continue
         predictor = None if method.predictor is None else predictors[method.predictor]
         mode: Any = method.base
+        scr = asker.scr.behind_map(len(blocks_of(asker.model))) if method.base == ONLINE else asker.scr
         runtimes[method.name] = SCR(
-            asker.model, config=asker.scr, mode=mode, predictor=predictor, threshold=method.threshold, seed=asker.seed
+            asker.model, config=scr, mode=mode, predictor=predictor, threshold=method.threshold, seed=asker.seed
         )
     return prefill_costs(asker.model, inputs, list(runtimes), runtimes.__getitem__, repeats=repeats)
 
@@ -319,7 +323,7 @@ def _facts(reference: Reference, predictors: Predictors, settings: EvaluationSet
         "seed": settings.seed,
         "settings": settings.model_dump(),
         "libraries": library_versions(),
-        "grid_crops": bool(getattr(asker.processor.image_processor, "do_center_crop", False)),
+        "grid_crops": _crops(reference),
         **reference.origin,
     }
     if reference.quiz is not None:
@@ -329,6 +333,11 @@ def _facts(reference: Reference, predictors: Predictors, settings: EvaluationSet
         facts["question_image_ids"] = [image_id(name) for name in names]
         facts["notes"] = reference.quiz.notes
     return facts
+
+
+def _crops(reference: Reference) -> bool:
+    """Whether the model sees the middle square of an image."""
+    return bool(getattr(reference.asker.processor.image_processor, "do_center_crop", False))
 
 
 def _about(predictor: SourcePredictor) -> dict[str, Any]:

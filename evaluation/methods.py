@@ -18,7 +18,7 @@ from scr_runtime import SCRConfig
 from scr_runtime.layout import VisualLayout
 
 VANILLA, SAMPLED, TWO_PASS, ONE_PASS, AUTO = "vanilla", "vanilla-sampled", "two-pass", "one-pass", "auto"
-UNIFORM, SWAPPED, SHIFT = "uniform", "swapped", "shift"
+UNIFORM, SWAPPED, SHIFT, ONLINE = "uniform", "swapped", "shift", "online"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class FromMap:
         connectivity: Neighbours of a source instead of the model's setting.
         radius: How far neighbours may lie.
         noise: Whether Gaussian noise of the edit's norm takes the edit's place.
+        behind_map: Whether the edited blocks are moved behind those of the map, as the runtime's online needs them.
     """
 
     choose: Callable[[BlockMaps, int, int], Sources]
@@ -49,6 +50,11 @@ class FromMap:
     connectivity: int | None = None
     radius: int = 1
     noise: bool = False
+    behind_map: bool = False
+
+    def edit_layers(self, scr: SCRConfig, num_blocks: int) -> tuple[int, int]:
+        """First and last edited block."""
+        return (scr.behind_map(num_blocks) if self.behind_map else scr).edit_layers
 
     def settings(self, scr: SCRConfig) -> SCRConfig:
         """The model's settings with this method's neighbours."""
@@ -114,6 +120,7 @@ METHODS: dict[MethodName, Entry] = {
     "noise": Entry("control: Gaussian noise of the edit's norm", FromMap(maps.two_pass, noise=True), True),
     "4-connected": Entry("variant: 4 neighbours per source", FromMap(maps.two_pass, connectivity=4)),
     "radius-2": Entry("variant: 24 neighbours per source", FromMap(maps.two_pass, radius=2)),
+    "online": Entry("rival: map of the running pass, edits behind it", FromMap(maps.two_pass, behind_map=True)),
 }
 
 

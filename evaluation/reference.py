@@ -15,10 +15,12 @@ from evaluation.asking import Asker, Task
 from evaluation.captions import Gallery, choose_images
 from evaluation.decoding import Decoding
 from evaluation.errors import EvaluationError
+from evaluation.methods import ONLINE
 from evaluation.pictures import Pictures
 from evaluation.questions import Quiz, quiz_from_annotations, quiz_from_files
 from evaluation.settings import EvaluationSettings
 from scr_runtime import SCRConfig
+from scr_runtime.families import blocks_of
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,11 @@ def prepare_reference(
         rank: This process among several that answer together.
 
     Raises:
+        ConfigurationError: Online is asked for, and no block is left behind the map's.
         EvaluationError: Files, images or annotations are missing or wrong; all missing images are counted at once.
     """
+    if ONLINE in settings.methods:
+        scr.behind_map(len(blocks_of(model)))
     quiz, origin = None, {}
     folder = settings.images_dir or (images.images_dir if images else None)
     if folder is None:

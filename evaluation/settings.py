@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 Benchmark = Literal["pope", "chair", "fidelity", "latency"]
 MethodName = Literal[
     "vanilla", "vanilla-sampled", "two-pass", "one-pass", "auto", "uniform", "swapped", "dose-matched", "shift",
-    "position", "norm", "least", "noise", "4-connected", "radius-2",
+    "position", "norm", "least", "noise", "4-connected", "radius-2", "online",
 ]  # fmt: skip
 DecodingName = Literal["greedy", "sampled", "margin"]
 ParserName = Literal["official", "exact", "substring"]
@@ -39,7 +39,8 @@ class EvaluationSettings(BaseModel):
     keeps, and whether the model feels the edit at all), latency (cost of a prefill)."""
     methods: list[str] = list(DEFAULT_METHODS)
     """Methods to compare, or [all]: vanilla, vanilla-sampled, two-pass, one-pass, auto, and the controls uniform,
-    swapped, dose-matched, shift, position, norm, least, noise, 4-connected, radius-2 (docs/evaluation.md)."""
+    swapped, dose-matched, shift, position, norm, least, noise, 4-connected, radius-2, and the rival online, which
+    needs no predictor (docs/evaluation.md)."""
     predictors: list[str] = []
     """Predictor folders. train.py compares them beside its own; python -m evaluation compares them alone, and the
     newest run's where there are none."""

@@ -101,14 +101,20 @@ def compare_states(
 
 
 def _compare(run: Run, methods: Sequence[Method], batch: Batch, block: BlockMaps, found: States) -> None:
-    model, last = run.asker.model, run.asker.scr.edit_layers[1]
-    vanilla = run_states(model, batch.prompts, last, nullcontext(), batch)
+    model = run.asker.model
     two_pass_method = next(method for method in methods if method.name == TWO_PASS)
-    two = run_states(model, batch.prompts, last, run.context(two_pass_method, batch, block), batch)
+
+    def states(method: Method | None, last: int) -> Any:
+        applied = nullcontext() if method is None else run.context(method, batch, block)
+        return run_states(model, batch.prompts, last, applied, batch)
+
+    known = {}  # last edited block -> vanilla's and two-pass's states behind it
     for method in methods:
-        mine = two
-        if method is not two_pass_method:
-            mine = run_states(model, batch.prompts, last, run.context(method, batch, block), batch)
+        last = run.edit_layers(method)[1]
+        if last not in known:
+            known[last] = states(None, last), states(two_pass_method, last)
+        vanilla, two = known[last]
+        mine = two if method is two_pass_method else states(method, last)
         found.kept.setdefault(method.name, []).extend(kept(vanilla, two, mine))
     grid_of = {image: group.grid for group in batch.layout.groups for image in group.images}
     found.grids += [grid_of[image] for images in batch.images for image in images]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evaluation.compare import Comparison, Prompted
-from evaluation.methods import AUTO, ONE_PASS, TWO_PASS, VANILLA
+from evaluation.methods import AUTO, ONE_PASS, ONLINE, TWO_PASS, VANILLA
 from predictor.metrics import Interval
 
 Kind = Literal["gain", "none", "harm", "unclear", "insensitive", "open"]
@@ -87,7 +87,7 @@ def _controls(headline: Prompted, method: str, split: str) -> tuple[list[str], l
     beaten: list[str] = []
     unbeaten: list[str] = []
     for (own, control, where), difference in headline.differences.items():
-        if own == method and where == split:
+        if own == method and where == split and control != ONLINE:
             (beaten if difference.high < 0 else unbeaten).append(control)
     return beaten, unbeaten
 
@@ -144,13 +144,17 @@ def _about_effect(comparison: Comparison, headline: Prompted, split: str) -> lis
     controls = [
         f"{control} {points(change)}"
         for (method, control, where), change in headline.differences.items()
-        if method == TWO_PASS and where == split
+        if method == TWO_PASS and where == split and control != ONLINE
     ]
     if controls:
         lines.append(
             f"Two-pass's HR minus each control's: {'; '.join(controls)}. Only what stays below 0 against all of them "
             "comes from where two-pass's sources are."
         )
+    for (method, other, where), change in headline.differences.items():
+        if method.split(":")[0] == ONE_PASS and other == ONLINE and where == split:
+            better = "the predictor is worth its fit" if change.high < 0 else "not shown to be worth a fit"
+            lines.append(f"{method}'s HR minus that of online, which needs no predictor: {points(change)}: {better}.")
     return lines
 
 

@@ -10,8 +10,11 @@ import torch
 
 from configs import TrainConfig
 from data.errors import DataError
+from data.questions import CATEGORY_KINDS
 from data.vlm import model_config
 from pipeline.errors import RunError
+from pipeline.folders import named_folders
+from scr_runtime import load_predictor
 from scr_runtime.artifact import CONFIG_NAME
 from scr_runtime.errors import SCRError
 
@@ -37,7 +40,7 @@ def check_all(
 def _problems(config: TrainConfig, sections: Collection[str]) -> Iterator[str]:
     checks = [_runs_dir, _device, _model]
     checks += [_training_data] * ("harvest" in sections) + [_accelerator] * ("trainer" in sections)
-    checks += [_held_out_data, _evaluation_files] * ("evaluation" in sections)
+    checks += [_held_out_data, _evaluation_files, _predictors] * ("evaluation" in sections)
     for check in checks:
         yield from _of(check, config)
 
@@ -60,6 +63,12 @@ def _runs_dir(config: TrainConfig) -> Iterator[str]:
 
 
 def _training_data(config: TrainConfig) -> Iterator[str]:
+    about = [kind for kind in config.harvest.prompts if kind in CATEGORY_KINDS]
+    if about and config.paths.train_annotations is None:
+        yield (
+            f"harvest.prompts: {', '.join(dict.fromkeys(about))} ask about annotated objects, and data="
+            f"{config.data.name} has no annotations; use caption, or texts of several words"
+        )
     if config.data.world is None:  # else it will be rendered
         yield from _missing("data.train_images", config.paths.train_images)
         yield from _missing("data.train_annotations", config.paths.train_annotations)
@@ -75,8 +84,8 @@ def _held_out_data(config: TrainConfig) -> Iterator[str]:
         yield from _missing("data.eval_annotations", config.paths.eval_annotations)
 
 
-def _missing(key: str, place: Path) -> Iterator[str]:
-    if not place.exists():
+def _missing(key: str, place: Path | None) -> Iterator[str]:
+    if place is not None and not place.exists():
         yield f"{key}: {place} does not exist; set data.root to the folder that holds it"
 
 
@@ -107,6 +116,24 @@ def _device(config: TrainConfig) -> Iterator[str]:
 def _model(config: TrainConfig) -> Iterator[str]:
     text = model_config(config.model).get_text_config()
     config.scr.check_depth(int(text.num_hidden_layers))
+    if "online" in config.evaluation.methods and config.evaluation.images:
+        config.scr.behind_map(int(text.num_hidden_layers))
     rank = config.predictor.rank
     if rank is not None and rank > text.hidden_size:
         yield f"predictor.rank={rank}: at most the model's hidden size, {text.hidden_size}"
+
+
+def _predictors(config: TrainConfig) -> Iterator[str]:
+    """Those of evaluation.predictors, which are compared hours later; then their embeddings are looked at, too."""
+    given = [text for text in config.evaluation.predictors if (Path(text).expanduser() / CONFIG_NAME).is_file()]
+    if not given:
+        return
+    model = model_config(config.model)
+    text = model.get_text_config()
+    found = {"family": model.model_type, "hidden_size": text.hidden_size, "num_blocks": text.num_hidden_layers}
+    for folder in named_folders(given, []).values():
+        expected = load_predictor(folder).info["model"]
+        other = [f"{key} {expected[key]!r}, not {value!r}" for key, value in found.items()
+                 if expected.get(key, value) != value]  # fmt: skip
+        if other:
+            yield f"evaluation.predictors: {folder} is for a model of {', '.join(other)}: leave it out"

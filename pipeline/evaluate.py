@@ -11,6 +11,7 @@ torchrun --nproc-per-node 2 -m evaluation ...      by several processes
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from mlflow import MlflowClient
@@ -30,10 +31,10 @@ from evaluation.settings import EvaluationSettings
 from evaluation.tables import bullets, table
 from pipeline import runs
 from pipeline.checks import check_all
-from pipeline.folders import RunFolder, latest_run, new_folder
+from pipeline.folders import RunFolder, latest_run, named_folders, new_folder
 from pipeline.harvest import held_out_images
 from scr_runtime import SCR, SourcePredictor, load_predictor
-from scr_runtime.errors import PredictorError
+from scr_runtime.errors import PredictorMismatchError
 from scr_runtime.files import write_file
 
 
@@ -52,7 +53,7 @@ def run(config: TrainConfig, command: str = "") -> int:
     device = rank.device(config.model.device, torch.cuda.device_count())
     model, processor = load_vlm(config.model.model_copy(update={"device": device}))
     for folder in folders.values():
-        SCR(model, config=config.scr, predictor=folder, mode="one-pass", processor=processor)  # checks that it fits
+        check_predictor(folder, model, processor, config)
     reference = prepare_reference(model, processor, config.scr, images, settings, config.paths.cache, rank)
     reference.origin["model_name"], reference.origin["data_name"] = config.model.name, config.data.name
     try:
@@ -106,25 +107,27 @@ def print_comparison(comparison: Comparison, *, embedded: bool) -> None:
     print(bullets(report.reading(comparison, embedded=embedded)))
 
 
+def check_predictor(folder: Path, model: Any, processor: Any, config: TrainConfig) -> None:
+    """Checks that a predictor was fitted for this model, and that its settings can be used.
+
+    Raises:
+        PredictorError: If not; names the folder.
+    """
+    try:
+        SCR(model, config=config.scr, predictor=folder, mode="one-pass", processor=processor)
+    except PredictorMismatchError as error:
+        raise PredictorMismatchError(
+            f"{folder}: {error}. Name a predictor of {config.model.name} (predictor=FOLDER), or its model (model=NAME)"
+        ) from None
+
+
 def predictor_folders(config: TrainConfig, settings: EvaluationSettings) -> dict[str, Path]:
     """Name -> predictor folder: those of `evaluation.predictors`, else the newest run's; none where none is needed."""
     if not {"one-pass", "auto"} & set(settings.methods):
         return {}
     if not settings.predictors:
         return {"": latest_run(config).predictor}
-    found: dict[str, Path] = {}
-    for text in settings.predictors:
-        folder = Path(text).expanduser()
-        if not folder.is_dir():
-            raise PredictorError(f"evaluation.predictors: {folder} is no folder; name folders that train.py exported")
-        name = folder.resolve().name
-        name = folder.resolve().parent.name if name == "predictor" else name
-        if not found:
-            name = ""
-        while name in found:
-            name += "+"
-        found[name] = folder
-    return found
+    return named_folders(settings.predictors, [])
 
 
 def evaluation_images(config: TrainConfig, settings: EvaluationSettings) -> CocoImages | None:
@@ -137,7 +140,7 @@ def evaluation_images(config: TrainConfig, settings: EvaluationSettings) -> Coco
     places = [("evaluation.images_dir", settings.images_dir, paths.train_images),
               ("evaluation.annotations", settings.annotations, paths.train_annotations)]  # fmt: skip
     for key, given, training in places:
-        if given is not None and Path(given).expanduser().resolve() == training.resolve():
+        if given and training and Path(given).expanduser().resolve() == training.resolve():
             raise EvaluationError(f"{key}={given} is what the predictor was fitted to: give held-out images")
     if (
         settings.annotations is None
@@ -150,6 +153,11 @@ def evaluation_images(config: TrainConfig, settings: EvaluationSettings) -> Coco
         return held_out_images(config)
     folder = Path(settings.images_dir).expanduser() if settings.images_dir else paths.eval_images
     annotations = Path(settings.annotations).expanduser() if settings.annotations else paths.eval_annotations
+    if folder is None or annotations is None:
+        raise EvaluationError(
+            f"data={config.data.name} has no annotated images to evaluate on: set evaluation.images_dir with "
+            "evaluation.pope_files or evaluation.annotations"
+        )
     return CocoImages(folder, annotations, paths.cache)
 
 
@@ -159,12 +167,13 @@ def log_on_run(config: TrainConfig, predictor: SourcePredictor, comparison: Comp
     if not run_id or (config.tracking.uri is None and not config.paths.mlflow_db.exists()):
         return
     try:
-        client = MlflowClient(config.tracking_uri)
-        client.get_run(run_id)
-    except MlflowException:
-        print(f"not logged: {config.tracking_uri} has no run {run_id}, which made the predictor")
+        with runs.impatient():
+            client = MlflowClient(config.tracking_uri)
+            client.get_run(run_id)
+        runs.log_metrics(client, run_id, report.headlines(comparison))
+        for file in files:
+            client.log_artifact(run_id, str(file), f"evaluations/{file.parent.name}")
+    except (MlflowException, OSError) as error:  # the report is written, and stays
+        print(f"not logged on run {run_id} of {config.tracking_uri}, which made the predictor: {error}")
         return
-    runs.log_metrics(client, run_id, report.headlines(comparison))
-    for file in files:
-        client.log_artifact(run_id, str(file), f"evaluations/{file.parent.name}")
     print(f"logged on the predictor's run {run_id}")

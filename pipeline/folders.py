@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from data.errors import LockTimeoutError
 from data.locks import exclusively
 from export.package import keep_former
 from pipeline.errors import RunError
+from scr_runtime.errors import PredictorError
 from scr_runtime.files import sync_folder, write_file
 
 _RECORD = "run.json"
@@ -131,6 +132,31 @@ def latest_run(config: TrainConfig) -> RunFolder:
     if not folder.exists():
         raise RunError(f"no complete run at {folder}: run train.py first")
     return RunFolder(folder.resolve())
+
+
+def named_folders(places: Sequence[str], taken: Sequence[str]) -> dict[str, Path]:
+    """Predictor folders by the names of their rows in a comparison.
+
+    Args:
+        places: The folders.
+        taken: Names that other predictors have; if there are none, the first folder's is "".
+
+    Raises:
+        PredictorError: One is no folder.
+    """
+    found: dict[str, Path] = {}
+    for text in places:
+        folder = Path(text).expanduser()
+        if not folder.is_dir():
+            raise PredictorError(f"evaluation.predictors: {folder} is no folder; name folders that train.py exported")
+        name = folder.resolve().name
+        name = folder.resolve().parent.name if name == "predictor" else name
+        if not (found or taken):
+            name = ""
+        while name in found or name in taken:
+            name += "+"
+        found[name] = folder
+    return found
 
 
 def _variant(config: TrainConfig, identity: str, stack: contextlib.ExitStack) -> RunFolder:

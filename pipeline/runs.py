@@ -59,7 +59,7 @@ def connect(uri: str, experiments: Sequence[str], artifacts: Path) -> MlflowClie
     """
     server = uri.startswith(("http://", "https://", "databricks"))
     try:
-        with _impatient():
+        with impatient():
             if uri == f"sqlite:///{artifacts.with_name('mlflow.db')}":
                 follow_moved_artifacts(artifacts.with_name("mlflow.db"), artifacts)
             mlflow.set_tracking_uri(uri)
@@ -159,7 +159,7 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _impatient() -> Iterator[None]:
+def impatient() -> Iterator[None]:
     """One retry and ten seconds for the first contact; later, MLflow's own patience bridges a server's restart."""
     first = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
     mine = {key: value for key, value in first.items() if key not in os.environ}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,7 +17,7 @@ from evaluation import fit_report
 from evaluation.compare import Comparison, compare, measure_reference
 from evaluation.reference import Reference
 from export.package import Exported, Facts, export_predictor
-from pipeline.folders import RunFolder
+from pipeline.folders import RunFolder, named_folders
 from pipeline.harvest import harvest_from_config, held_out_images
 from predictor import baselines
 from predictor.batch import SourceCount
@@ -211,7 +210,8 @@ def compare_answers(config: TrainConfig, work: Work, exported: Exported) -> Comp
         return None
     print_step(5, "compare: two-pass, one-pass, auto and the controls on held-out images")
     predictors = {"": load_predictor(exported.folder)}
-    predictors |= {Path(folder).name: load_predictor(folder) for folder in config.evaluation.predictors}
+    others = named_folders(config.evaluation.predictors, [""])
+    predictors |= {name: load_predictor(folder) for name, folder in others.items()}
     return compare(work.reference(config), predictors, config.evaluation.for_training)
 
 

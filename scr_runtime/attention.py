@@ -1,8 +1,8 @@
 """Rows of text-to-image attention, taken where the model computes q and k, without any attention matrix.
 
 A wrapper is registered beside the attention implementation that the model uses (sdpa, eager, flash). It passes
-every call through unchanged. Only inside the nested diagnostic run does it compute the last rows of softmax(q k^T)
-from the very q and k it was given, after RoPE and q/k norms.
+every call through unchanged. Only inside the nested diagnostic run, and in the prefill itself in mode online, does it
+compute the last rows of softmax(q k^T) from the very q and k it was given, after RoPE and q/k norms.
 
 The wrapper is selected in a decoder's config for as long as somebody needs it. A config may be shared (by models made
 from one config object, by several SCRs, by an SCR and a capture), so each selection is held by its owners, and what
@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,18 +41,27 @@ class AttentionRows:
     Args:
         layers: First and last block to read, both included.
         rows: How many of the last query positions are kept, T.
+        past: Positions of the cache that the pass continues, of whose columns none is kept; the pass then goes on
+            behind the last layer. ``None`` for a run that is left there, and whose columns are all kept.
+        modules: Those whose attention is read, in a pass in which other models' may run; ``None`` for all.
 
     Attributes:
         total: [B, T, S] float32, sum over layers read so far; ``None`` before the first.
     """
 
-    def __init__(self, layers: tuple[int, int], rows: int) -> None:
+    def __init__(
+        self, layers: tuple[int, int], rows: int, past: int | None = None, modules: Container[Any] | None = None
+    ) -> None:
         self.layers = layers
         self.rows = rows
+        self.past = past
+        self.modules = modules
         self.total: Tensor | None = None
         self._next = layers[0]
         self._seen: tuple[Tensor, Tensor] | None = None  # q and k of the layer before
+        self._unseen: dict[Any, Tensor] = {}  # causal masks, the same for all layers of a kind
 
+    @torch.no_grad()
     def read(
         self,
         layer: int,
@@ -78,14 +87,15 @@ class AttentionRows:
             window: How many positions a query sees, itself included, where the mask is not 4-D; ``None`` for all.
 
         Raises:
-            MapComplete: When the last layer has been read.
+            MapComplete: When the last layer of a run that is left there has been read.
             UnsupportedModelError: If a layer was left out, or has several attentions.
         """
         if layer < self.layers[0] or self._is_repeated(layer, query, key):
             return
         batch, heads, length, size = query.shape
         groups = heads // key.shape[1]
-        chunk = max(_MOST_WEIGHTS // (batch * heads * length), 1)  # one chunk, but for prompts of many tiles
+        past = 0 if self.past is None else min(self.past, key.shape[2] - length)  # sliding caches drop the first ones
+        chunk = max(_MOST_WEIGHTS // (batch * heads * key.shape[2]), 1)  # one chunk, but for prompts of many tiles
         means: list[Tensor] = []
         for first in range(length - self.rows, length, chunk):
             rows = query[:, :, first : first + chunk].unflatten(1, (key.shape[1], groups))  # [B, H_kv, G, t, h]
@@ -93,13 +103,45 @@ class AttentionRows:
             weights = weights.to(wide(query.dtype)) * (size**-0.5 if scaling is None else scaling)
             if softcap is not None:
                 weights = torch.tanh(weights / softcap) * softcap
-            weights = _masked(weights, attention_mask, first, window)
-            means.append(_softmax(weights, sinks).mean((1, 2)).float())  # [B, t, S]
+            weights = self._masked(weights, attention_mask, first, past, window)
+            mean = _softmax(weights, sinks).mean((1, 2)).float()  # [B, t, S]
+            means.append(mean if self.past is None else mean[..., past : past + length])
         mean = means[0] if len(means) == 1 else torch.cat(means, dim=1)  # [B, T, S]
         self.total = mean if self.total is None else self.total.add_(mean)
         self._next, self._seen = layer + 1, (query, key)
-        if layer >= self.layers[1]:
+        if self.complete and self.past is None:
             raise MapComplete
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last layer has been read."""
+        return self._next > self.layers[1]
+
+    def _masked(
+        self, weights: Tensor, attention_mask: Tensor | None, first: int, past: int, window: int | None
+    ) -> Tensor:
+        """[B, H_kv, G, t, S] weights of the query positions from ``first`` on, without those that they don't see.
+
+        Without a 4-D mask, ``past`` columns lie before that of the first query position.
+        """
+        rows, length = weights.shape[-2:]
+        lowest = torch.finfo(weights.dtype).min
+        if attention_mask is not None and attention_mask.ndim == 4:
+            mask = attention_mask[:, :, first : first + rows, :length][:, :, None]  # [B, 1, 1, t, S]
+            if mask.dtype == torch.bool:
+                return weights.masked_fill_(~mask, lowest)
+            return weights.add_(mask)
+        known = (past + first, length, window, weights.device)
+        if known not in self._unseen:
+            place = torch.arange(length, device=weights.device)
+            own = place[past + first : past + first + rows, None]
+            unseen = place[None, :] > own  # [t, S]
+            self._unseen[known] = unseen if window is None else unseen | (place[None, :] <= own - window)
+        weights = weights.masked_fill_(self._unseen[known], float("-inf"))
+        if attention_mask is not None:  # flash attention gets [B, S] or nothing
+            hidden = ~attention_mask[:, None, None, None, :length].bool()
+            weights = weights.masked_fill_(hidden, lowest)
+        return weights
 
     def _is_repeated(self, layer: int, query: Tensor, key: Tensor) -> bool:
         """Whether a layer was read already: some ask for the same weights twice, with other values."""
@@ -109,7 +151,7 @@ class AttentionRows:
             return True
         raise UnsupportedModelError(
             f"attention of block {layer} where that of block {self._next} was expected: blocks that leave attention "
-            "out, or have several, can't be read by the diagnostic run. Use mode='one-pass' or 'uniform'."
+            "out, or have several, can't be read. Use mode='one-pass' or 'uniform'."
         )
 
 
@@ -120,27 +162,6 @@ def _softmax(weights: Tensor, sinks: Tensor | None) -> Tensor:
     column = sinks.to(weights.dtype).view(1, weights.shape[1], weights.shape[2], 1, 1)
     column = column.expand(len(weights), -1, -1, weights.shape[3], 1)
     return torch.cat([weights, column], dim=-1).softmax(-1)[..., :-1]
-
-
-def _masked(weights: Tensor, attention_mask: Tensor | None, first: int, window: int | None) -> Tensor:
-    """[B, H_kv, G, t, S] weights of the query positions from ``first`` on, with those masked that they don't see."""
-    rows, length = weights.shape[-2:]
-    lowest = torch.finfo(weights.dtype).min
-    if attention_mask is not None and attention_mask.ndim == 4:
-        mask = attention_mask[:, :, first : first + rows, :length][:, :, None]  # [B, 1, 1, t, S]
-        if mask.dtype == torch.bool:
-            return weights.masked_fill_(~mask, lowest)
-        return weights.add_(mask)
-    place = torch.arange(length, device=weights.device)
-    own = place[first : first + rows, None]
-    unseen = place[None, :] > own  # [t, S]
-    if window is not None:
-        unseen = unseen | (place[None, :] <= own - window)
-    weights = weights.masked_fill_(unseen, float("-inf"))
-    if attention_mask is not None:  # flash attention gets [B, S] or nothing
-        hidden = ~attention_mask[:, None, None, None, :length].bool()
-        weights = weights.masked_fill_(hidden, lowest)
-    return weights
 
 
 @functools.cache
@@ -163,7 +184,7 @@ def wrapper(base: Callable[..., Any] | None) -> Callable[..., Any]:
     ) -> Any:
         if scr_rows is None and not torch.compiler.is_compiling():
             scr_rows = here.rows  # of blocks that don't hand keyword arguments on
-        if scr_rows is not None:
+        if scr_rows is not None and (scr_rows.modules is None or module in scr_rows.modules):
             _read(scr_rows, module, query, key, attention_mask, kwargs)
         function: Any = base or eager_attention(module)
         return function(module, query, key, value, attention_mask, *args, **kwargs)
@@ -176,7 +197,7 @@ def _read(
 ) -> None:
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} adds a bias to its attention, which the diagnostic run does not read: use "
+            f"{type(module).__name__} adds a bias to its attention, which SCR does not read: use "
             "mode='one-pass' or 'uniform'"
         )
     rows.read(
@@ -306,7 +327,7 @@ def check_selectable(config: Any) -> None:
     functions, masks = AttentionInterface(), AttentionMaskInterface()
     if base in _MASKED_BY_FUNCTION:
         raise UnsupportedModelError(
-            f"attention implementation {base!r} has masks that the diagnostic run can't read. Use mode='one-pass' or "
+            f"attention implementation {base!r} has masks that SCR can't read. Use mode='one-pass' or "
             "'uniform', or load the model with attn_implementation='sdpa'."
         )
     if base not in masks or (base != "eager" and base not in functions):

@@ -65,8 +65,14 @@ def check_grid(model: Any, family: Family, config: SCRConfig) -> None:
         raise ConfigurationError(f"the images of this {type(model).__name__} have {error}") from None
 
 
-def check_decoder(model: Any, family: Family, config: SCRConfig) -> None:
-    """Checks that the diagnostic run can read the attention of a model's decoder.
+def check_decoder(model: Any, family: Family, config: SCRConfig, *, online: bool = False) -> None:
+    """Checks that the attention of a model's decoder can be read.
+
+    Args:
+        model: The model.
+        family: Its family.
+        config: Which blocks.
+        online: Whether the pass itself is read, in which each block has its own mask, and not a nested run.
 
     Raises:
         UnsupportedModelError: If not; the message names the modes that need no diagnostic run.
@@ -74,11 +80,11 @@ def check_decoder(model: Any, family: Family, config: SCRConfig) -> None:
     if family.tap is not None:
         return
     blocks = blocks_of(model)
-    first, last = config.state_layer + 1, config.attention_layers[1]
+    first, last = config.attention_layers if online else (config.state_layer + 1, config.attention_layers[1])
     text = family.text_config(model)
     check_selectable(text)
     kinds: list[str] = getattr(text, "layer_types", None) or []
-    if len(set(kinds[config.state_layer : last + 1])) > 1:
+    if not online and len(set(kinds[config.state_layer : last + 1])) > 1:
         raise UnsupportedModelError(
             f"blocks {config.state_layer}-{last} mix attention of different reach "
             f"({sorted(set(kinds[config.state_layer : last + 1]))}); the diagnostic run knows the mask of one. Use "
@@ -89,7 +95,7 @@ def check_decoder(model: Any, family: Family, config: SCRConfig) -> None:
         problem = _problem(attention, layer, str(text._attn_implementation))
         if problem is not None:
             raise UnsupportedModelError(
-                f"the diagnostic run can't read the attention of block {layer} ({type(blocks[layer]).__name__}): "
+                f"SCR can't read the attention of block {layer} ({type(blocks[layer]).__name__}): "
                 f"{problem}. Use mode='one-pass' or 'uniform'."
             )
 

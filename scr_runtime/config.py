@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from scr_runtime.errors import ConfigurationError
 
-Mode = Literal["one-pass", "two-pass", "auto", "uniform", "off"]
+Mode = Literal["one-pass", "two-pass", "auto", "online", "uniform", "off"]
 Connectivity = Literal[4, 8]
 PositionFeatures = Literal["none", "linear", "fourier"]
 QuestionFeatures = Literal["none", "concat", "bilinear"]
@@ -132,6 +132,28 @@ class SCRConfig:
         last = min(max(round(16 * share), first), num_blocks - 1)
         return cls(edit_layers=(0, max(round(12 * share) - 1, 0)), attention_layers=(first, last))
 
+    def behind_map(self, num_blocks: int) -> SCRConfig:
+        """These settings as ``mode="online"`` takes them, which knows the map once its last block has run.
+
+        Edited blocks that begin earlier are moved right behind ``attention_layers``: as many as before, and none of
+        them the last block, whose edit no answer can see.
+
+        Args:
+            num_blocks: Decoder blocks of the model.
+
+        Raises:
+            ConfigurationError: If no block is left there.
+        """
+        (first, last), behind = self.edit_layers, self.attention_layers[1] + 1
+        if first >= behind:
+            return self
+        if behind > num_blocks - 2:
+            raise ConfigurationError(
+                f"SCRConfig.attention_layers={self.attention_layers} of {num_blocks} blocks: none is left behind them "
+                "whose edit an answer could see. Let attention_layers end earlier, or leave online out."
+            )
+        return dataclasses.replace(self, edit_layers=(behind, min(behind + last - first, num_blocks - 2)))
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that JSON can hold."""
         return {
@@ -150,6 +172,19 @@ class SCRConfig:
         if unknown:
             raise ConfigurationError(f"SCRConfig: unknown keys {unknown}; the known ones are {sorted(known)}")
         return cls(**values)
+
+    def check_online(self) -> None:
+        """Checks that the first edit comes behind the map.
+
+        Raises:
+            ConfigurationError: If it does not.
+        """
+        if self.edit_layers[0] <= self.attention_layers[1]:
+            raise ConfigurationError(
+                f"SCRConfig.edit_layers={self.edit_layers}: mode='online' makes its map of attention_layers="
+                f"{self.attention_layers} of the very pass that it edits, so edit_layers must start at block "
+                f"{self.attention_layers[1] + 1} or later. config.behind_map(num_blocks) moves them there."
+            )
 
     def check_depth(self, num_blocks: int) -> None:
         """Checks the layer ranges against a model's depth.

@@ -79,6 +79,8 @@ class StateLayerOutput:
         call: That block's arguments by name, without the hidden states.
         asked: The image session's question that this prompt is; ``None`` outside a session.
         wide: Whether a predictor will read patches and text: ``hidden`` is then converted to float32 once for both.
+        read: In mode online, what the running pass has read of its own attention; ``hidden`` is then the output of
+            the last block of ``config.attention_layers``.
     """
 
     hidden: Tensor
@@ -88,6 +90,7 @@ class StateLayerOutput:
     call: Mapping[str, Any]
     asked: Question | None = None
     wide: bool = False
+    read: AttentionRows | None = None
     _gathered: dict[int, Tensor] = field(default_factory=dict[int, Tensor], init=False, repr=False)
 
     @functools.cached_property
@@ -133,9 +136,21 @@ class StateLayerOutput:
         if self.asked is not None and self.decoder.family.tap is None:
             run = self.asked.enter(run, rows, len(self.hidden))
         self._run_blocks(run, index)
-        if run.captured.total is None:
+        return self._maps(run.finish(self._total(run.captured)), rows)
+
+    def running_maps(self) -> list[Tensor]:
+        """The maps of ``diagnose``, of the attention of the running pass.
+
+        Raises:
+            UnsupportedModelError: If it was not seen.
+        """
+        assert self.read is not None
+        return self._maps(self._total(self.read), None)
+
+    def _total(self, captured: AttentionRows) -> Tensor:
+        if captured.total is None or not captured.complete:
             raise self._nothing_captured()
-        return self._maps(run.finish(run.captured.total), rows)
+        return captured.total
 
     def _diagnostic_call(self, rows: list[int] | None) -> tuple[dict[str, Any], Tensor | None]:
         """The block's arguments for some batch rows, without its cache; and [b] which, ``None`` for all.
@@ -203,7 +218,8 @@ class StateLayerOutput:
         if isinstance(implementation, Selected):
             return UnsupportedModelError(
                 f"the attention of {type(self.decoder.blocks[0]).__name__} was not seen by its implementation "
-                f"{implementation.before!r}: its blocks work otherwise. Use mode='one-pass' or 'uniform'."
+                f"{implementation.before!r}: its blocks work otherwise, or are compiled, which mode='online' can't "
+                "read. Use mode='one-pass' or 'uniform'."
             )
         return UnsupportedModelError(
             f"the attention implementation was changed to {implementation!r} while SCR was attached; detach, change "

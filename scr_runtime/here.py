@@ -30,7 +30,7 @@ class Here(threading.local):
 
     Attributes:
         prefill: The edited prefill whose decoder runs; ``None`` in any other pass, the nested diagnostic run included.
-        rows: Where the diagnostic run of this thread reads its attention to.
+        rows: Where attention of this thread is read to: that of the diagnostic run, or in mode online of the prefill.
         outer: The call of the whole model around the pass.
         base: The pass of a base model that runs.
         captures: The capture whose pass comes next, and so is never edited.

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scr_runtime.config import SCRConfig
+from scr_runtime.attention import AttentionRows
+from scr_runtime.config import Mode, SCRConfig
 from scr_runtime.deferred import DeferredChecks
 from scr_runtime.diagnostic import Decoder, StateLayerOutput, block_arguments, residual_stream
 from scr_runtime.errors import EditNotFiredError, NonFiniteScoresError, PrefillError, UnsupportedModelError
@@ -30,7 +31,7 @@ from scr_runtime.families import Family, uncompiled
 from scr_runtime.generate import GenerateCall, GenerateShadow
 from scr_runtime.here import Running, here
 from scr_runtime.layout import count_mismatch, visual_layout
-from scr_runtime.prefill import BlockHooks, Prefill
+from scr_runtime.prefill import Act, BlockHooks, Prefill
 from scr_runtime.prefix import Question
 from scr_runtime.redistribute import merge_plans, plan_edit, state_norms
 from scr_runtime.shadows import Inner, Shadows
@@ -74,8 +75,8 @@ class Passes:
         model: The model.
         family: Its family.
         config: The settings in force.
+        mode: The SCR's.
         asked: Chooses the sources.
-        diagnoses: Whether the nested diagnostic run may be needed.
         finished: What to do with a prefill that is over.
     """
 
@@ -84,8 +85,8 @@ class Passes:
         model: Any,
         family: Family,
         config: SCRConfig,
+        mode: Mode,
         asked: Asked,
-        diagnoses: bool,
         finished: Callable[[Prefill], None],
     ) -> None:
         self.checks = DeferredChecks()
@@ -94,7 +95,9 @@ class Passes:
         self._family = family
         self._config = config
         self.asked = asked
-        self._diagnoses = diagnoses
+        self._diagnoses = mode in ("two-pass", "auto")
+        self._online = mode == "online"
+        self._modules = frozenset(module for block in family.blocks(model) for module in block.modules())
         self._finished = finished
         self._blocks = family.blocks(model)
         self.base = uncompiled(family.base(model))
@@ -104,8 +107,11 @@ class Passes:
         self._outer_names = tuple(inspect.signature(model.forward).parameters)
         self._eager_base: Any = torch.compiler.disable(self._around_base, reason="SCR edits prefills with images")
         (first, last), state = config.edit_layers, config.state_layer
-        acts = {layer: functools.partial(_edit, layer) for layer in range(max(first, state + 1), last + 1)}
-        self.hooks = BlockHooks(self._blocks, {state: self._after_state_layer, **acts})
+        edits = {layer: functools.partial(_edit, layer) for layer in range(max(first, state + 1), last + 1)}
+        acts: dict[int, Act] = {state: self._after_state_layer, **edits}
+        if self._online:
+            acts[config.attention_layers[1]] = self._after_map
+        self.hooks = BlockHooks(self._blocks, acts)
         if family.between_blocks is not None:
             self.hooks.keep_calls_of(self._decoder)
 
@@ -215,7 +221,7 @@ class Passes:
             first, last = self._config.edit_layers
             prefill.check_fired(list(range(first, last + 1)))
         finally:
-            here.prefill = None
+            here.prefill, here.rows = None, None
             prefill.closed = True
             try:
                 self.hooks.release(prefill)
@@ -257,7 +263,7 @@ class Passes:
             known = None
         decoder = Decoder(self._family, self._blocks)
         prefill = Prefill(
-            owner=self.hooks, call=call, layout=layout, decoder=decoder, continued=past > 0,
+            owner=self.hooks, call=call, layout=layout, decoder=decoder, past=past,
             generate=generate, length=length, known=known,
             question=asked if asked is not None and asked.is_asked_in(call, first) else None,
         )  # fmt: skip
@@ -274,37 +280,60 @@ class Passes:
         return int(cache.get_seq_length())
 
     def _after_state_layer(self, prefill: Prefill, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
-        hidden = residual_stream(output)
+        hidden, layout, config = residual_stream(output), prefill.layout, self._config
         with torch.no_grad():
             if prefill.known is not None:
                 prefill.choice, prefill.fresh = prefill.known.choice, False
+                self._plan(prefill, hidden)
             else:
-                call = block_arguments(module, args, kwargs)
-                layout, question = prefill.layout, prefill.question
                 asked = self.asked
-                state = StateLayerOutput(hidden, layout, self._config, prefill.decoder, call, question, asked.wide)
-                prefill.choice = self._choose(state, prefill, asked.provide)
-                if prefill.generate is not None:
-                    prefill.generate.freeze(prefill.call, prefill.length, layout, prefill.choice)
-            plans = [
-                plan_edit(choice.sources, group.grid, self._config, group.positions, hidden.dtype)
-                for group, choice in zip(prefill.layout.groups, prefill.choice, strict=True)
-            ]
-            prefill.plan = merge_plans(plans)
-        layer = self._config.state_layer
-        if self._config.edit_layers[0] == layer:
-            prefill.edit(layer, output)
+                call, question = block_arguments(module, args, kwargs), prefill.question
+                state = StateLayerOutput(hidden, layout, config, prefill.decoder, call, question, asked.wide)
+                prefill.norms = [state_norms(state.states(group)) for group in layout.groups]
+                if self._online:  # from here on the pass reads its own attention
+                    rows = AttentionRows(config.attention_layers, layout.text_rows, prefill.past, self._modules)
+                    prefill.rows = here.rows = rows
+                else:
+                    self._choose(state, prefill, asked.provide)
+        if config.edit_layers[0] == config.state_layer:
+            prefill.edit(config.state_layer, output)
 
-    def _choose(self, state: StateLayerOutput, prefill: Prefill, provide: Provider) -> list[Choice]:
-        if prefill.continued and self._diagnoses:
+    def _after_map(self, prefill: Prefill, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> None:
+        """Mode online: the last block of the map has run."""
+        if prefill.rows is None:
+            return  # an earlier prefill's sources hold, or the state layer was never seen: ``check_fired`` raises
+        rows, hidden = prefill.rows, residual_stream(output)
+        prefill.rows = here.rows = None
+        with torch.no_grad():
+            self._choose(
+                StateLayerOutput(hidden, prefill.layout, self._config, prefill.decoder, {}, read=rows),
+                prefill,
+                self.asked.provide,
+            )
+
+    def _choose(self, state: StateLayerOutput, prefill: Prefill, provide: Provider) -> None:
+        """Chooses the sources of a prefill, and plans its edit."""
+        prefill.choice = self._choices(state, prefill, provide)
+        if prefill.generate is not None:
+            prefill.generate.freeze(prefill.call, prefill.length, prefill.layout, prefill.choice)
+        self._plan(prefill, state.hidden)
+
+    def _plan(self, prefill: Prefill, hidden: Tensor) -> None:
+        assert prefill.choice is not None
+        plans = [
+            plan_edit(choice.sources, group.grid, self._config, group.positions, hidden.dtype)
+            for group, choice in zip(prefill.layout.groups, prefill.choice, strict=True)
+        ]
+        prefill.plan = merge_plans(plans)
+
+    def _choices(self, state: StateLayerOutput, prefill: Prefill, provide: Provider) -> list[Choice]:
+        if prefill.past and self._diagnoses:
             raise PrefillError(
                 "an image in a prompt that continues a filled cache: the diagnostic run would not see the "
                 "earlier turns. Start from an empty cache, or use mode='one-pass'."
             )
-        groups = state.layout.groups
-        norms = [state_norms(state.states(group)) for group in groups]
         chosen: list[Choice] = []
-        for scores, norm in zip(provide(state), norms, strict=True):
+        for scores, norm in zip(provide(state), prefill.norms, strict=True):
             k = scores.rule.k
             values, patches = scores.rule.rank(scores.scores)
             top = values[:, :k]  # NaN ranks first, so the best K show it

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from scr_runtime.attention import AttentionRows
 from scr_runtime.diagnostic import Decoder, residual_stream
 from scr_runtime.errors import EditNotFiredError
 from scr_runtime.generate import Frozen, GenerateCall
@@ -30,7 +31,7 @@ class Prefill(Running):
         call: Keyword arguments of the base model's call.
         layout: Where its images are.
         decoder: The decoder that runs it.
-        continued: Whether it continues a filled cache.
+        past: Positions of the filled cache that it continues.
         generate: The ``generate`` whose own prefill it is; ``None`` outside one.
         length: Tokens of its prompt; ``None`` for all.
         known: An earlier prefill of the same prompt in the same ``generate``, whose sources hold for it.
@@ -40,15 +41,17 @@ class Prefill(Running):
         closed: Whether it is over.
         failed: Whether a check of it has failed, perhaps after it was over.
         fired: The blocks that have been edited.
-        choice: Its sources, per group; ``None`` before the state layer.
-        plan: The edit; ``None`` before the state layer.
+        norms: Per group, [I, N] l2 norms of the patches' states behind the state layer.
+        rows: In mode online, what is read of its attention; ``None`` before the state layer.
+        choice: Its sources, per group; ``None`` before they are known.
+        plan: The edit; ``None`` before.
     """
 
     owner: BlockHooks
     call: dict[str, Any]
     layout: VisualLayout
     decoder: Decoder
-    continued: bool
+    past: int
     generate: GenerateCall | None = None
     length: int | None = None
     known: Frozen | None = None
@@ -58,6 +61,8 @@ class Prefill(Running):
     closed: bool = False
     failed: bool = False
     fired: list[int] = field(default_factory=list[int])
+    norms: list[Tensor] = field(default_factory=list[Tensor])
+    rows: AttentionRows | None = None
     choice: list[Choice] | None = None
     plan: EditPlan | None = None
 
@@ -85,6 +90,7 @@ class Prefill(Running):
         """Lets go of what only the running pass needs; reports need the rest."""
         self.closed, self.frame = True, None
         self.call, self.generate, self.known, self.question = {}, None, None, None
+        self.norms, self.rows = [], None
         self.decoder.call.clear()
 
     def counted(self) -> list[Choice]:

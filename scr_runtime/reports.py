@@ -18,7 +18,7 @@ class ImageReport:
     """What SCR did to one image of the last prefill, or to one grid of an image that has several.
 
     Attributes:
-        provider: Who chose the sources: ``"one-pass"``, ``"two-pass"`` or ``"uniform"``.
+        provider: Who chose the sources: ``"one-pass"``, ``"two-pass"``, ``"online"`` or ``"uniform"``.
         fallback_reason: Why the diagnostic run stood in for the predictor; ``None`` if it did not.
         sources: The chosen patches in row-major order of the grid, best first.
         confidence: Calibrated expected share of true sources among them; ``None`` if no predictor was asked.

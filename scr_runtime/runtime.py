@@ -53,8 +53,8 @@ class SCR:
             mode needs none.
         mode: ``"one-pass"``: the predictor chooses. ``"two-pass"``: the nested diagnostic run chooses.
             ``"auto"``: the predictor, and the diagnostic run for images of low confidence; two-pass with a
-            warning if the predictor can't be used. ``"uniform"``: seeded random sources, the paper's control.
-            ``"off"``: nothing is touched.
+            warning if the predictor can't be used. ``"online"``: the attention of the running pass chooses; the edits
+            begin behind it. ``"uniform"``: seeded random sources, the paper's control. ``"off"``: nothing is touched.
         threshold: Confidence under which ``auto`` falls back. ``None`` takes the predictor's own.
         seed: Of the uniform draw.
         processor: The model's processor, to check that its image back end is the one that the predictor was fitted
@@ -69,7 +69,7 @@ class SCR:
     Raises:
         ConfigurationError: If an argument is of another type or out of range, the mode needs a predictor or a config
             that is not given, or the config doesn't fit the model.
-        UnsupportedModelError: If the model's family is not supported, or, in two-pass and auto, its decoder.
+        UnsupportedModelError: If the model's family is not supported, or, in two-pass, auto and online, its decoder.
         PredictorError: In mode ``"one-pass"``, if the predictor is missing, corrupt or made for another model.
 
     Example:
@@ -97,13 +97,13 @@ class SCR:
         self._family = family_of(self.model)
         self._blocks = blocks_of(self.model)
         self._predictor, self.config, reason = choose(predictor, self.model, mode, processor, config, revision)
-        self._diagnoses = mode == "two-pass" or mode == "auto"
+        self._reads_attention = mode in ("two-pass", "auto", "online")
         self._check_model()
         self._given_threshold, self._seed, self._processor = threshold, seed, processor
         self._threshold = self._threshold_of(self._predictor)
         self._warned: dict[str, object] = {} if reason is None else {providers.NO_PREDICTOR: None}
         asked = self._ask(self._predictor, reason)
-        self._passes = Passes(self.model, self._family, self.config, asked, self._diagnoses, self._finished)
+        self._passes = Passes(self.model, self._family, self.config, mode, asked, self._finished)
         self._shadows = Shadows()
         self._owner = object()  # of the attention wrapper's selection: nobody's model is kept for it
         weakref.finalize(self, release, self._owner).atexit = False
@@ -218,7 +218,7 @@ class SCR:
         if self.mode == "off":
             return
         self._check_model()
-        if self._diagnoses and self._family.tap is None:
+        if self._reads_attention and self._family.tap is None:
             for config in attention_configs(self.model, self._family):
                 hold(config, self._owner)
         self._passes.shadow(self._shadows)
@@ -268,8 +268,11 @@ class SCR:
             return
         self.config.check_depth(len(self._blocks))
         check_grid(self.model, self._family, self.config)
-        if self._diagnoses:
-            check_decoder(self.model, self._family, self.config)
+        online = self.mode == "online"
+        if online:
+            self.config.check_online()
+        if self._reads_attention:
+            check_decoder(self.model, self._family, self.config, online=online)
 
     # -- what was done -------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ The same edit follows whichever provider was asked (decision D2):
     predicted   the SourcePredictor                                              one-pass
     diagnosed   a nested run of the next blocks on the same output               two-pass
     auto        the predictor, and the diagnostic for rows of low confidence
+    online      the attention of the running pass itself, before its edits     training-free, single pass
     uniform     a seeded random draw, the control
 """
 
@@ -23,7 +24,7 @@ from scr_runtime.layout import ImageGroup, VisualLayout
 from scr_runtime.network import SourcePredictor
 from scr_runtime.rule import SourceRule, source_rule
 
-ONE_PASS, TWO_PASS, UNIFORM = "one-pass", "two-pass", "uniform"
+ONE_PASS, TWO_PASS, ONLINE, UNIFORM = "one-pass", "two-pass", "online", "uniform"
 LOW_CONFIDENCE, DRIFT, NOT_FINITE, NO_PREDICTOR = "low confidence", "drift", "not finite", "no predictor"
 FALLBACKS = (LOW_CONFIDENCE, DRIFT, NOT_FINITE, NO_PREDICTOR)
 
@@ -48,7 +49,7 @@ class Scores:
     Attributes:
         scores: [I, N] float32.
         rule: How sources are chosen from them.
-        providers: Per image, who scored it: ``"one-pass"``, ``"two-pass"`` or ``"uniform"``.
+        providers: Per image, who scored it: ``"one-pass"``, ``"two-pass"``, ``"online"`` or ``"uniform"``.
         fallbacks: Per image, why the diagnostic run stood in for the predictor; ``None`` where it did not.
         predicted: [I, N] the predictor's scores, also where others stood in; ``None`` if it was not asked.
         spread: [I] spread of the features that it read; ``None`` if it was not asked or has no drift guard.
@@ -120,6 +121,8 @@ def provider_of(
     """
     if mode == "uniform":
         return uniform(seed)
+    if mode == "online":
+        return online
     if mode in ("two-pass", "off") or predictor is None:
         return diagnosed(None if reason is None else Fallback(NO_PREDICTOR, reason))
     return predicted(predictor) if mode == "one-pass" else auto(predictor, threshold)
@@ -153,6 +156,12 @@ def diagnosed(fallback: Fallback | None = None) -> Provider:
         return [_scores(state, group, scores, TWO_PASS, fallback) for group, scores in maps]
 
     return provide
+
+
+def online(state: StateLayerOutput) -> list[Scores]:
+    """Online: the map that the running pass has made by now, for every image."""
+    maps = zip(state.layout.groups, state.running_maps(), strict=True)
+    return [_scores(state, group, scores, ONLINE) for group, scores in maps]
 
 
 def auto(predictor: SourcePredictor, threshold: float) -> Provider:

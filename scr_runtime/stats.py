@@ -11,7 +11,7 @@ from torch import Tensor
 from scr_runtime.here import Turns
 from scr_runtime.network import SourcePredictor
 from scr_runtime.rule import SourceRule
-from scr_runtime.sources import FALLBACKS, ONE_PASS, TWO_PASS, UNIFORM, Scores
+from scr_runtime.sources import FALLBACKS, ONE_PASS, ONLINE, TWO_PASS, UNIFORM, Scores
 
 _KEPT_PREFILLS = 64
 _TURNS = Turns()  # nobody waits for a device in it
@@ -26,6 +26,7 @@ class SCRStats:
         images: Images whose sources were chosen; such a ``generate`` chooses once.
         one_pass: Images whose sources the predictor chose.
         two_pass: Images whose sources the diagnostic run chose, fallbacks among them.
+        online: Images whose sources the running pass chose by its own attention.
         uniform: Images whose sources were drawn.
         fallbacks: Images for which the diagnostic run stood in for the predictor, by reason: ``"low confidence"``,
             ``"drift"``, ``"not finite"`` or ``"no predictor"``.
@@ -38,6 +39,7 @@ class SCRStats:
     images: int = 0
     one_pass: int = 0
     two_pass: int = 0
+    online: int = 0
     uniform: int = 0
     fallbacks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FALLBACKS, 0))
     edits: int = 0
@@ -91,6 +93,7 @@ class StatsCounter:
             images=now.images + len(names),
             one_pass=now.one_pass + names.count(ONE_PASS),
             two_pass=now.two_pass + names.count(TWO_PASS),
+            online=now.online + names.count(ONLINE),
             uniform=now.uniform + names.count(UNIFORM),
             fallbacks={kind: count + kinds.count(kind) for kind, count in now.fallbacks.items()},
             edits=now.edits + edits,

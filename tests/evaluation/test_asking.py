@@ -58,6 +58,7 @@ def test_every_mode_is_the_runtimes_one_question_at_a_time(scene: Any, task: Tas
         ("two-pass", SCR(model, config=CONFIG, mode="two-pass")),
         ("one-pass", SCR(model, config=CONFIG, mode="one-pass", predictor=predictor)),
         ("auto", SCR(model, config=CONFIG, mode="auto", predictor=predictor)),
+        ("online", SCR(model, config=CONFIG.behind_map(8), mode="online")),
     ):
         for place in (0, len(task.items) - 1):
             answer = stores[name][place, None]

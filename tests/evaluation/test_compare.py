@@ -19,7 +19,7 @@ from evaluation.compare import Comparison, compare, measure_reference
 from evaluation.errors import EvaluationError
 from evaluation.page import page
 from evaluation.reference import prepare_reference
-from evaluation.settings import EvaluationSettings
+from evaluation.settings import DEFAULT_METHODS, EvaluationSettings
 from evaluation.tables import table
 from evaluation.verdict import verdict
 from predictor.metrics import Interval
@@ -31,9 +31,10 @@ SETTINGS = EvaluationSettings(
     benchmarks=["pope", "chair", "fidelity", "latency"], images=4, questions_per_image=2, chair_images=3,
     chair_tokens=[4, 12], fidelity_images=3, latency_repeats=1, bootstrap=20, prompts=["plain", "one-word"],
     thresholds=[0.5], decoding="greedy", max_new_tokens=3,
+    methods=[*DEFAULT_METHODS, "online"],
 )  # fmt: skip
 NAMES = ["vanilla", "two-pass", "one-pass", "one-pass:b", "auto", "auto@0.50", "auto:b", "auto@0.50:b", "uniform",
-         "swapped", "shift", "position"]  # fmt: skip
+         "swapped", "shift", "position", "online"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,12 @@ def test_everything_is_measured(comparison: Comparison) -> None:
     assert kept is not None and kept.low <= kept.mean <= kept.high < 1
     assert comparison.analysis is not None and 0.9 < comparison.analysis.entropy_normalised <= 1
     assert len(comparison.analysis.norms["two-pass", "sources"]) == 8
+    parts = {part.name: part.questions for part in comparison.analysis.objects}
+    by_size, by_relevance = (
+        sum(count for name, count in parts.items() if any(word in name for word in words))
+        for words in (("2 %", "10 %"), ("none of two-pass", "quarter"))
+    )
+    assert by_size == by_relevance > 3
 
 
 def test_the_shift_is_constant(comparison: Comparison) -> None:
@@ -62,6 +69,23 @@ def test_the_shift_is_constant(comparison: Comparison) -> None:
     shift = margins["shift"] - margins["vanilla"]
     assert np.ptp(shift) < 1e-9
     assert shift.mean() == pytest.approx((margins["two-pass"] - margins["vanilla"]).mean())
+
+
+def test_online_is_a_rival_and_no_control(comparison: Comparison) -> None:
+    differences = comparison.prompts[0].differences
+    assert {(a, b) for a, b, _ in differences if "online" in (a, b)} == {
+        *((name, "online") for name in NAMES if name.split(":")[0].split("@")[0] in ("two-pass", "one-pass", "auto")),
+        *(("online", name) for name in ("uniform", "swapped", "shift", "position")),
+    }
+    lines = report.reading(comparison, embedded=False)
+    told = [line for line in lines if "online, which needs no predictor" in line]
+    assert [line.split("'")[0] for line in told] == ["one-pass", "one-pass:b"]
+    assert "online" not in next(line for line in lines if line.startswith("Two-pass's HR minus each control's"))
+    behind = comparison.fidelity["online"]  # behind its own last block two-pass's edit has gone through others
+    assert behind.edit_kept is not None and behind.edit_kept.mean < 0.9
+    winning = {key: value._replace(mean=-0.2, low=-0.3, high=-0.1) for key, value in differences.items()}
+    better = replace(comparison, prompts=[replace(comparison.prompts[0], differences=winning)])
+    assert sum("the predictor is worth its fit" in line for line in report.reading(better, embedded=False)) == 2
 
 
 def test_the_tables_have_a_row_per_method(comparison: Comparison) -> None:

@@ -21,7 +21,7 @@ from evaluation.settings import EvaluationSettings
 from scr_runtime import SCR, PredictorConfig, SCRConfig, SourcePredictor
 from tests.data.tiny import WIDTH, build_qwen
 
-CONFIG = SCRConfig(num_sources=3, edit_layers=(0, 2), attention_layers=(1, 3), strength=2.0)
+CONFIG = SCRConfig(num_sources=3, edit_layers=(0, 2), attention_layers=(1, 1), strength=2.0)
 SIZES = ((64, 48), (48, 80), (64, 48), (72, 40))
 QUESTIONS = ("Is there a an in the image?", "Describe the image.")
 DECODING = Decoding("greedy", 3, margins=False)
@@ -35,6 +35,12 @@ def tiled(processor: Any, images: Any, texts: Any) -> Any:
     return processor(images=pictures, text=prompts, return_tensors="pt", padding=True)
 
 
+def tiled_rows(processor: Any, images: Any, texts: Any) -> tuple[Any, int]:
+    """Row by row, as `shared_chat_inputs` gives what can't be shared."""
+    rows = [image for image, own in zip(images, texts, strict=True) for _ in own]
+    return tiled(processor, rows, [text for own in texts for text in own]), 1
+
+
 @pytest.fixture(params=[1, 2], ids=["one-image", "tiles"])
 def asked(request: Any, tmp_path: Path, monkeypatch: Any) -> tuple[Asker, Task, int, Any]:
     model, processor = build_qwen()
@@ -46,10 +52,7 @@ def asked(request: Any, tmp_path: Path, monkeypatch: Any) -> tuple[Asker, Task, 
     if request.param == 2:
         make = tiled
         monkeypatch.setattr(batches, "chat_inputs", tiled)
-        monkeypatch.setattr(
-            batches, "shared_chat_inputs",
-            lambda processor, images, texts: (tiled(processor, images, [own[0] for own in texts]), 1),
-        )  # fmt: skip
+        monkeypatch.setattr(batches, "shared_chat_inputs", tiled_rows)
     items = [Item(f"{n}.png", text) for n in range(len(SIZES)) for text in QUESTIONS]
     return (
         Asker(model, processor, CONFIG, Pictures(tmp_path), 8, 0),
@@ -83,6 +86,7 @@ def test_every_method_on_grids_that_differ(asked: Any) -> None:
             ("vanilla", None),
             ("two-pass", SCR(asker.model, config=CONFIG, mode="two-pass")),
             ("one-pass", SCR(asker.model, config=CONFIG, mode="one-pass", predictor=predictor)),
+            ("online", SCR(asker.model, config=CONFIG.behind_map(4), mode="online")),
         ):
             answer = stores[name][n, None]
             assert answer.tokens == single(asker, item, make, scr or nullcontext())

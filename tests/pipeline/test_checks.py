@@ -8,6 +8,7 @@ import torch
 from configs import load_config
 from pipeline.checks import check_all
 from pipeline.errors import RunError
+from scr_runtime import PredictorConfig, SCRConfig, SourcePredictor, save_predictor
 
 
 def problems(*overrides: str) -> str:
@@ -33,6 +34,20 @@ def test_all_problems_are_reported_together_and_each_once(tmp_path: Path) -> Non
     assert message.startswith("5 problems before the start")
     assert message.count("data.train_annotations: ") == message.count("data.eval_images: ") == 1
     assert "ends at block 11, but the model has 8 decoder blocks" in message
+
+
+def test_predictors_to_compare_that_are_for_another_model(tmp_path: Path) -> None:
+    predictor = SourcePredictor(PredictorConfig(64, rank=4)).eval()
+    about = {"family": "llava", "hidden_size": 64, "num_blocks": 8, "embedding_probe": [0.0] * 32}
+    folder = save_predictor(tmp_path / "other", predictor, scr=SCRConfig.for_depth(8), model=about)
+    message = problems(f"runs_dir={tmp_path}", f"evaluation.predictors=[{folder}]")
+    assert f"{folder} is for a model of hidden_size 64, not 128: leave it out" in message
+
+
+def test_online_without_a_block_behind_the_map(tmp_path: Path) -> None:
+    layers = f"runs_dir={tmp_path}", "model.scr.attention_layers=[5,7]"
+    check_all([load_config(layers)])
+    assert "none is left behind them" in problems(*layers, "evaluation.methods=[vanilla,online]")
 
 
 @pytest.mark.parametrize("place", ["/proc/nope", "/dev/null/runs"])

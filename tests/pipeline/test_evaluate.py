@@ -7,18 +7,29 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
+import mlflow
 import pytest
+from mlflow import MlflowClient
 
 from configs import load_config
+from data.settings import VLMSettings
+from data.vlm import load_vlm
 from evaluation.errors import EvaluationError
 from evaluation.settings import EvaluationSettings
+from pipeline import runs
 from pipeline.commands import evaluation, long_forms
 from pipeline.compare_runs import compare_runs, read_run
+from pipeline.errors import RunError
 from pipeline.evaluate import evaluation_images, predictor_folders, run
+from pipeline.folders import named_folders
 from pipeline.tune import tune
+from scenes import CHECKPOINT
+from scr_runtime import PredictorConfig, SourcePredictor, describe_model, save_predictor
 from scr_runtime.errors import PredictorError
 
 # MLflow's own: its use of SQLAlchemy, and connections that its pool leaves to the garbage collector.
@@ -96,6 +107,7 @@ def test_predictor_folders_are_named(tmp_path: Path) -> None:
     places = [str(tmp_path / "one"), str(tmp_path / "two/predictor")]
     found = predictor_folders(config, EvaluationSettings(predictors=places))
     assert list(found) == ["", "two"]
+    assert list(named_folders([places[1], places[1]], [""])) == ["two", "two+"]  # beside train.py's own
     with pytest.raises(PredictorError, match="is no folder"):
         predictor_folders(config, EvaluationSettings(predictors=["/nowhere"]))
     assert predictor_folders(config, EvaluationSettings(methods=["vanilla", "two-pass"])) == {}
@@ -141,6 +153,75 @@ def test_official_files_of_the_world_give_the_same_figures(evaluated: Path) -> N
     )
     for name in ("hr", "accuracy", "auc", "hr_change"):
         assert read.get(f"eval/two-pass/pope_adversarial/{name}") == made.get(f"eval/two-pass/adversarial/{name}")
+
+
+@pytest.fixture(scope="module")
+def store(evaluated: Path) -> Iterator[MlflowClient]:
+    """The tracking store that the command looks into."""
+    former = mlflow.get_tracking_uri()
+    yield runs.connect(load_config([f"runs_dir={evaluated}"]).tracking_uri, ["fits"], evaluated / "mlflow")
+    mlflow.set_tracking_uri(former)
+
+
+def saved_predictor(folder: Path, run_id: str, **model: Any) -> Path:
+    """A random predictor of the embedded model, as one that this run has made."""
+    settings = VLMSettings(hub_id=str(CHECKPOINT))
+    about = describe_model(*load_vlm(settings)) | model
+    predictor = SourcePredictor(PredictorConfig(about["hidden_size"], rank=4)).eval()
+    scr, provenance = load_config(SMALL).scr, {"mlflow_run_id": run_id}
+    return save_predictor(folder, predictor, scr=scr, model=about, provenance=provenance)
+
+
+def one_pass(evaluated: Path, predictor: Path) -> list[str]:
+    return [
+        *SMALL, f"runs_dir={evaluated}", f"evaluation.predictors=[{predictor}]",
+        "evaluation.methods=[vanilla,one-pass]", "evaluation.benchmarks=[pope]",
+    ]  # fmt: skip
+
+
+def test_it_is_logged_on_the_run_that_made_the_predictor(
+    evaluated: Path, store: MlflowClient, tmp_path: Path, capsys: Any
+) -> None:
+    made, other = (runs.create_run(store, "fits", name, {}).info.run_id for name in ("made", "other"))
+    store.set_terminated(made)
+    arguments = one_pass(evaluated, saved_predictor(tmp_path / "mine", made))
+    assert run(load_config(arguments)) == 0
+    assert f"logged on the predictor's run {made}" in capsys.readouterr().out
+    found = store.get_run(made)
+    (folder,) = store.list_artifacts(made, "evaluations")
+    files = {Path(one.path).name for one in store.list_artifacts(made, folder.path)}
+    assert files == {"evaluation.html", "evaluation.md", "evaluation.json", "answers.jsonl"}
+    report = json.loads((evaluated / "fits/scene-llava" / folder.path / "evaluation.json").read_text())
+    assert found.data.metrics["hr_one_pass"] == pytest.approx(100 * report["metrics"]["eval/one-pass/adversarial/hr"])
+    assert found.info.status == "FINISHED" and not store.get_run(other).data.metrics
+
+
+def test_a_run_that_can_not_be_logged_on_costs_no_report(
+    evaluated: Path, store: MlflowClient, tmp_path: Path, capsys: Any
+) -> None:
+    made = runs.create_run(store, "fits", "made", {}).info
+    place = Path(unquote(urlparse(made.artifact_uri or "").path))
+    place.parent.mkdir(parents=True)
+    place.write_text("no folder")  # as a disk that can't be written to
+    for run_id, words in ((made.run_id, "exists|directory"), ("0" * 32, "not found")):
+        assert run(load_config(one_pass(evaluated, saved_predictor(tmp_path / run_id, run_id)))) == 0
+        printed = capsys.readouterr().out
+        assert re.search(rf"not logged on run {run_id} of .*({words})", printed)
+        assert Path(printed.split("report: ")[1].splitlines()[0]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"embedding_probe": [1.0] * 32}, ": the predictor is for another model: .*these are other weights.*or its"),
+        ({"num_blocks": 9}, " is for a model of num_blocks 9, not 8"),  # before the model is loaded
+    ],
+)
+def test_a_predictor_of_another_model(evaluated: Path, tmp_path: Path, model: Any, words: str, capsys: Any) -> None:
+    folder = saved_predictor(tmp_path / "foreign", "", **model)
+    with pytest.raises((PredictorError, RunError), match=f"{folder}{words}"):
+        run(load_config(one_pass(evaluated, folder)))
+    assert "ask" not in capsys.readouterr().out  # before any question
 
 
 def test_evaluations_are_put_beside_the_papers(evaluated: Path, capsys: Any, tmp_path: Path) -> None:

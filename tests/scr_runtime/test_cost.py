@@ -64,6 +64,13 @@ def test_auto_waits_once_and_two_pass_never(narrow: Any, predictor: SourcePredic
     assert two_pass.syncs == vanilla.syncs
 
 
+def test_online_adds_few_kernels_and_no_sync(narrow: Any) -> None:
+    vanilla = prefill(narrow, nullcontext())
+    online = prefill(narrow, SCR(narrow, config=CONFIG.behind_map(32), mode="online"))
+    assert online.net(vanilla) <= 123  # eight for each of the nine blocks of the map
+    assert online.syncs == vanilla.syncs
+
+
 def test_the_counter_sees_what_waits() -> None:
     x = torch.arange(6.0)
     waits: list[Any] = [
@@ -86,11 +93,12 @@ def test_the_counter_sees_what_waits() -> None:
     assert both.kernels.total() >= 3
 
 
-@pytest.mark.parametrize("mode", ["one-pass", "two-pass", "auto"])
+@pytest.mark.parametrize("mode", ["one-pass", "two-pass", "auto", "online"])
 def test_decode_steps_are_those_of_the_model(narrow: Any, predictor: SourcePredictor, mode: Any) -> None:
     inputs = models.llava_inputs(models.NARROW, 1, dtype=torch.bfloat16)
     counts = []
-    for scr in (nullcontext(), SCR(narrow, config=CONFIG, mode=mode, predictor=predictor)):
+    config = CONFIG.behind_map(32) if mode == "online" else CONFIG
+    for scr in (nullcontext(), SCR(narrow, config=config, mode=mode, predictor=predictor)):
         with torch.no_grad(), scr:
             cache = narrow(**inputs, logits_to_keep=1).past_key_values
             token = torch.tensor([[7]])

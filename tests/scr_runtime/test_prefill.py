@@ -22,7 +22,7 @@ CONFIG = SCRConfig(num_sources=4, strength=1.3, edit_layers=(0, 2), attention_la
 def made(blocks: Any, hooks: BlockHooks) -> Prefill:
     layout: Any = VisualLayout(1, [], blocks[0].weight)
     family = family_of(make_tiny_llava(0))
-    return Prefill(owner=hooks, call={}, layout=layout, decoder=Decoder(family, blocks), continued=False)
+    return Prefill(owner=hooks, call={}, layout=layout, decoder=Decoder(family, blocks), past=0)
 
 
 def test_hooks_are_there_while_a_prefill_lives() -> None:
