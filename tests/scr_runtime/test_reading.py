@@ -331,7 +331,8 @@ def test_settings_that_do_not_fit_the_depth_are_not_taken(written: Written) -> N
     with pytest.raises(errors.PredictorMismatchError, match="has 6 decoder blocks"):
         SCR(written.model, predictor=written.folder, mode="one-pass")
     assert auto_runs_two_pass(written).config == SCRConfig.for_depth(6)
-    SCR(written.model, predictor=written.folder, mode="one-pass", config=CONFIG)  # settings that fit
+    with pytest.warns(RuntimeWarning, match=r"edit_layers is \[0, 2\], was \[0, 11\]"):
+        SCR(written.model, predictor=written.folder, mode="one-pass", config=CONFIG)  # settings that fit
 
 
 def test_a_network_of_another_width_than_its_model(written: Written, tmp_path: Path) -> None:
