@@ -38,7 +38,8 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-wheel: $(VENV)/dev.stamp
+wheel: $(VENV)/venv.stamp
+	@$(INSTALL) build
 	$(BIN)/python -m build --wheel
 
 $(VENV)/venv.stamp:

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from export.card import model_card
+from export.errors import ExportError
+from export.fresh import check_fresh
 from predictor.batch import Batch
 from predictor.calibration import Calibration, calibrate, confidence_rows, fit_drift, spread_rows
 from predictor.module import SourceModule, load_module
 from predictor.settings import PredictorSettings
 from scr_runtime import SCRConfig, SourcePredictor, load_predictor, save_predictor
-from scr_runtime.files import sync_folder
+from scr_runtime.artifact import CARD_NAME, CONFIG_NAME
+from scr_runtime.files import sync_folder, write_file
+from scr_runtime.golden import golden_inputs, golden_outputs
 
 
-class ExportError(RuntimeError):
-    """There is nothing to export, or the folder that was written does not give the checkpoint's outputs."""
+@dataclass(frozen=True)
+class Facts:
+    """What a folder and its card say beside what the predictor itself knows.
+
+    Attributes:
+        metrics: What was measured on the test split: ``test/mass``, ``test/mass_low``, ``test/position/mass``, ...
+        provenance: Where it comes from, and what was used.
+        evaluation: ``sentence`` and ``reason`` of the evaluation's verdict; ``None`` if there is none yet.
+    """
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,8 +62,7 @@ def export_predictor(
     model: Mapping[str, Any],
     validation: Iterable[Batch],
     settings: PredictorSettings,
-    metrics: Mapping[str, float] | None = None,
-    provenance: Mapping[str, Any] | None = None,
+    facts: Facts | None = None,
 ) -> Exported:
     """Writes a predictor folder from a Lightning checkpoint, and checks it before it takes the folder's place.
 
@@ -57,27 +73,39 @@ def export_predictor(
         model: ``scr_runtime.describe_model`` of the VLM.
         validation: Batches of the validation split: confidence and drift guard are calibrated on them.
         settings: How much of them ``auto`` would hand to the diagnostic run, see ``fit_calibration``.
-        metrics: Numbers for the card.
-        provenance: Where it comes from.
+        facts: For config.json and the card.
 
     Raises:
         CheckpointMissingError: If there is no such checkpoint.
         FitError: If it can't be read, or its scores on the validation split are not finite.
-        ExportError: If the folder's outputs differ from the checkpoint's; the former folder is left as it was.
+        ExportError: If the folder's outputs differ from the checkpoint's, here or in a process of its own that has
+            the runtime's dependencies alone; the former folder is left as it was.
     """
-    folder = Path(folder)
+    folder, facts = Path(folder), facts or Facts()
     module = load_module(checkpoint)
     calibration = _calibrate(module, validation, scr, settings)
     staged = folder.with_name(f".{folder.name}.staged")
     shutil.rmtree(staged, ignore_errors=True)
-    save_predictor(staged, module.predictor, scr=scr, model=model, metrics=metrics, provenance=provenance)
-    reloaded = load_predictor(staged)
+    save_predictor(
+        staged, module.predictor, scr=scr, model=model, metrics=facts.metrics,
+        provenance=_provenance(facts, calibration, settings),
+    )  # fmt: skip
+    write_card(staged, facts.evaluation)
+    reloaded = load_predictor(staged, verify=True)
     _check_scores(module, reloaded, validation)
     _check_calibration(module.predictor, reloaded, staged)
+    check_fresh(staged, golden_outputs(module.predictor, golden_inputs(module.predictor), scr))
     keep_former(folder)
     staged.rename(folder)
     sync_folder(folder.parent)
     return Exported(folder, reloaded, calibration)
+
+
+def write_card(folder: Path, evaluation: Mapping[str, str] | None) -> Path:
+    """Writes the card of a folder anew; nothing else of the folder changes."""
+    record = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    write_file(folder / CARD_NAME, model_card(record, evaluation).encode())
+    return folder / CARD_NAME
 
 
 def keep_former(folder: Path) -> Path | None:
@@ -92,6 +120,14 @@ def keep_former(folder: Path) -> Path | None:
     while (former := folder.with_name(f"{folder.name}.former-{number}")).exists():
         number += 1
     return folder.rename(former)
+
+
+def _provenance(facts: Facts, calibration: Calibration, settings: PredictorSettings) -> dict[str, Any]:
+    """Where a predictor comes from, and how its threshold came about."""
+    names = ("target_fallback", "target_fidelity")
+    asked = {name: value for name in names if (value := getattr(settings, name)) is not None}
+    used = {**facts.provenance.get("used", {}), **asked, "temperature": calibration.temperature}
+    return {**facts.provenance, "used": used}
 
 
 def _calibrate(

@@ -15,6 +15,7 @@ from configs import TrainConfig, parse_cli
 from configs.load import CONFIGS, KEYS, saved_config, split_values
 
 _SHORT = ("benchmarks", "methods")
+_OF_A_FOLDER = ("verify", "diff", "card", "engines", "push", "pull", "promote", "rollback")
 
 
 def harvest(argv: Sequence[str] | None = None) -> int:
@@ -28,13 +29,16 @@ def harvest(argv: Sequence[str] | None = None) -> int:
 
 
 def export(argv: Sequence[str] | None = None) -> int:
-    """`python -m export`."""
+    """`python -m export`, and its commands for finished predictor folders."""
     about = [
         "Exports the best checkpoint of a finished fit again, for example with another fallback target.",
         "python -m export model=scene-llava predictor.target_fallback=0.1",
         "python -m export --config runs/fits/scene-llava/latest predictor.target_fallback=0.1",
+        f"python -m export {'|'.join(_OF_A_FOLDER)} ...   what a folder is good for: docs/deploy.md",
     ]
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in _OF_A_FOLDER:
+        return exit_code(lambda: import_module("pipeline.predictors").run_command(arguments[0], arguments[1:]))
     config = parse_cli(arguments, "python -m export", about, uses=("predictor", "trainer"))
     run = _run_of(arguments)
     return start("python -m export", config, lambda: import_module("pipeline.export").run(config, run))

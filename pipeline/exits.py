@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 from data.errors import DataError
 from evaluation.errors import EvaluationError
-from export.package import ExportError
+from export.errors import ExportError, PublishError
 from pipeline.errors import RunError
 from predictor.errors import FitError
 from predictor.fit import Preempted
 from scr_runtime.errors import SCRError
 
-USER_ERRORS = (DataError, SCRError, FitError, ExportError, EvaluationError, RunError)
+USER_ERRORS = (DataError, SCRError, FitError, ExportError, PublishError, EvaluationError, RunError)
 """Errors that a user caused or can mend: their message is enough. Every other error keeps its traceback."""
 STOPS = (KeyboardInterrupt, SystemExit, Preempted)
 """What ends a command, and with it a sweep, not one child alone."""

@@ -1,16 +1,18 @@
 """The command `python -m export`: exports the best checkpoint of a finished fit again.
 
-python -m export model=scene-llava predictor.target_fallback=0.1
+pipeline/predictors.py has the commands for a folder that was exported.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from configs import TrainConfig
 from data.datamodule import ShardDataModule
-from export.package import ExportError, export_predictor
+from export.errors import ExportError
+from export.package import Facts, export_predictor
 from pipeline.folders import RunFolder, latest_run
 from predictor.checkpoints import BEST
 from scr_runtime import SCRConfig
@@ -31,11 +33,16 @@ def run(config: TrainConfig, run_folder: Path | None = None) -> int:
         model=former["model"],
         validation=ShardDataModule(config.paths.harvest, config.trainer).val_dataloader(),
         settings=config.predictor,
-        metrics=former["metrics"],
-        provenance=former["provenance"],
+        facts=Facts(former["metrics"], former["provenance"], stored_verdict(folder)),
     )
     print(
         f"{exported.folder}: {exported.predictor.count_parameters():,} parameters, reloaded and equal; "
         f"auto falls back under an expected share of {exported.calibration.threshold:.3f}"
     )
     return 0
+
+
+def stored_verdict(folder: RunFolder) -> Mapping[str, str] | None:
+    """The verdict of the evaluation that ended a run; None if there was none."""
+    file = folder.reports / "evaluation.json"
+    return json.loads(file.read_text(encoding="utf-8"))["verdict"] if file.is_file() else None

@@ -20,6 +20,7 @@ from evaluation.compare import Comparison
 from evaluation.figures import map_example, reliability_figure, source_maps_figure
 from evaluation.tables import bullets, markdown, table
 from export import registry
+from export.package import write_card
 from pipeline import pages, runs
 from pipeline.folders import RunFolder
 from pipeline.harvest import training_images
@@ -71,6 +72,7 @@ def log_comparison(
     runs.log_curve(client, run, "auto_error", report.fallback_curve(comparison))
     for file in files.values():
         client.log_artifact(run, str(file), "reports")
+    registry.log_card(client, model_id, write_card(folder.predictor, vars(report.verdict(comparison))))
 
 
 def describe(config: TrainConfig, result: Result, tracker: MLFlowLogger, model_id: str) -> None:

@@ -13,9 +13,10 @@ from data.datamodule import ShardDataModule
 from data.grids import grids_of
 from data.index import read_sidecar
 from data.vlm import library_versions, load_vlm
+from evaluation import fit_report
 from evaluation.compare import Comparison, compare, measure_reference
 from evaluation.reference import Reference
-from export.package import Exported, export_predictor
+from export.package import Exported, Facts, export_predictor
 from pipeline.folders import RunFolder, named_folders
 from pipeline.harvest import harvest_from_config, held_out_images
 from predictor import baselines
@@ -90,12 +91,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Fit:
-    """A finished fit: its best checkpoint, and on the test split K, its metrics and those of floors and ceiling."""
+    """A finished fit: its best checkpoint, and on the test split K, its metrics and those of floors and ceiling.
+
+    Attributes:
+        epochs: How many it took in all.
+    """
 
     module: SourceModule
     sources: SourceCount
     metrics: dict[str, Interval]
     floors: dict[str, dict[str, Interval]]
+    epochs: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,8 @@ def fit_predictor(config: TrainConfig, work: Work, folder: RunFolder, tracker: M
     early = f" of at most {limit}: none of the last {patience} was better" if fitted.epochs < limit else ""
     print(f"best epoch: val/mass {fitted.score:.4f}; fitted for {fitted.epochs} epochs{early}")
     sources = SourceCount.of(data.grids("test"), config.scr)
-    return Fit(fitted.module, sources, measure(config, data, fitted.module.score), work.floors(config))
+    metrics, floors = measure(config, data, fitted.module.score), work.floors(config)
+    return Fit(fitted.module, sources, metrics, floors, fitted.epochs)
 
 
 def check_grids(config: TrainConfig, data: ShardDataModule) -> None:
@@ -173,17 +180,24 @@ def export(config: TrainConfig, fitted: Fit, work: Work, folder: RunFolder, run:
         model=describe_model(work.model, work.processor),
         validation=data.val_dataloader(),
         settings=config.predictor,
-        metrics={
-            **{f"test/{name}": interval.mean for name, interval in fitted.metrics.items()},
-            **{f"test/{name}": value for name, value in fitted.sources.metrics().items()},
-        },
-        provenance={
-            "mlflow_run_id": run,
-            "data_fingerprint": work.harvested.fingerprint,
-            "loss": config.predictor.loss,
-            "seed": config.seed,
-            "libraries": library_versions(),
-        },
+        facts=Facts(
+            metrics={
+                **fit_report.metrics(fitted.metrics, fitted.floors, {}),
+                **{f"test/{name}": value for name, value in fitted.sources.metrics().items()},
+            },
+            provenance={
+                "mlflow_run_id": run,
+                "data_name": config.data.name,
+                "data_fingerprint": work.harvested.fingerprint,
+                "loss": config.predictor.loss,
+                "seed": config.seed,
+                "libraries": library_versions(),
+                "used": {
+                    **{f"{split} maps": data.count(split) for split in ("train", "validation", "test")},
+                    "epochs": fitted.epochs,
+                },
+            },
+        ),
     )
     print(f"{exported.folder}: reloaded, outputs equal to the checkpoint's")
     rows = confidence_rows(fitted.module.score, data.test_dataloader(), config.scr)

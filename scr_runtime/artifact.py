@@ -1,9 +1,10 @@
-"""A predictor folder: config.json, model.safetensors and a model card. Saved and loaded here, nowhere else.
+"""A predictor folder: config.json, model.safetensors, golden.safetensors. Saved and loaded here, nowhere else.
 
 ``config.json`` holds everything that the runtime needs beside the weights: the format version, the network's
 sizes, the SCR settings and the model that the predictor was fitted for, its calibration threshold, its drift
-guard (null for none), its metrics, the sha256 of the weights, and a checksum of itself. There is no pickle, and no
-file name is guessed. ``scr_runtime.reading`` checks what is read.
+guard (null for none), its metrics, the sha256 of the other two files, and a checksum of itself;
+``config.schema.json`` beside this file describes it. There is no pickle, and no file name is guessed.
+``scr_runtime.reading`` checks what is read.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from torch import Tensor
 from scr_runtime.config import PredictorConfig, SCRConfig
 from scr_runtime.errors import ConfigurationError, PredictorCorruptError, PredictorNotFoundError
 from scr_runtime.files import write_file
+from scr_runtime.golden import check_golden, golden_pair, most_golden_bytes
 from scr_runtime.network import SourcePredictor
+from scr_runtime.places import FORMS, Place, local_folder
 from scr_runtime.reading import (
     FORMAT_VERSION,
     PROBE,
@@ -33,10 +36,20 @@ from scr_runtime.reading import (
     sized_network,
 )
 
-__all__ = ["CARD_NAME", "CONFIG_NAME", "FORMAT_VERSION", "PROBE", "WEIGHTS_NAME", "load_predictor", "save_predictor"]
+__all__ = [
+    "CARD_NAME",
+    "CONFIG_NAME",
+    "FORMAT_VERSION",
+    "GOLDEN_NAME",
+    "PROBE",
+    "WEIGHTS_NAME",
+    "load_predictor",
+    "save_predictor",
+]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+GOLDEN_NAME = "golden.safetensors"
 CARD_NAME = "README.md"
 
 _MOST_CONFIG = 2**20  # bytes
@@ -61,17 +74,19 @@ def save_predictor(
         model: The VLM it belongs to, as ``scr_runtime.describe_model`` describes it.
         metrics: What was measured, for example ``{"test/mass": 0.93}``.
         provenance: Where it comes from: data fingerprint, run id, versions.
-        card: Text of the model card; a short one is written if it is missing.
+        card: Text of the model card, README.md; ``None`` writes none.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigurationError: If ``model`` lacks a key, or a value is one that ``load_predictor`` would refuse.
+        ConfigurationError: If ``model`` lacks a key, or a value or a tensor is one that ``load_predictor`` would
+            refuse.
     """
     folder = Path(folder)
     tensors = {name: value.detach().cpu().float().contiguous() for name, value in predictor.state_dict().items()}
     weights = save_tensors(tensors)
+    golden = _golden_bytes(predictor, tensors, scr, folder)
     record: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "network": predictor.config.to_dict(),
@@ -84,6 +99,7 @@ def save_predictor(
         "metrics": dict(metrics or {}),
         "provenance": dict(provenance or {}),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "golden_sha256": hashlib.sha256(golden).hexdigest(),
     }
     record = json.loads(json.dumps(record, allow_nan=False))  # what will be read: tuples are lists, keys are strings
     record["checksum"] = checksum(record)
@@ -94,56 +110,107 @@ def save_predictor(
         raise ConfigurationError(f"what is to be saved could not be loaded again: {error}") from None
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / WEIGHTS_NAME, weights)
-    write_file(folder / CARD_NAME, (card or _card(record)).encode())
+    write_file(folder / GOLDEN_NAME, golden)
+    if card is not None:
+        write_file(folder / CARD_NAME, card.encode())
     write_file(folder / CONFIG_NAME, text.encode())
     return folder
 
 
-def load_predictor(folder: str | os.PathLike[str], device: str | torch.device | None = None) -> SourcePredictor:
-    """Reads a predictor folder, strictly. Whatever its files hold, nothing but these errors is raised.
+def _golden_bytes(predictor: SourcePredictor, tensors: dict[str, Tensor], scr: SCRConfig, folder: Path) -> bytes:
+    """The golden pair of the network as it will be read, and not of the one in memory."""
+    try:
+        with torch.device("meta"):
+            read = SourcePredictor(predictor.config)
+        read = _fill(read, tensors, folder / WEIGHTS_NAME).eval().requires_grad_(False)
+    except PredictorCorruptError as error:
+        raise ConfigurationError(f"what is to be saved could not be loaded again: {error}") from None
+    if predictor.drift_typical is not None and predictor.drift_limit is not None:
+        read.set_drift(predictor.drift_typical, predictor.drift_limit)
+    return save_tensors(golden_pair(read, scr))
+
+
+def load_predictor(
+    folder: Place,
+    device: str | torch.device | None = None,
+    *,
+    verify: bool = False,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> SourcePredictor:
+    """Reads a predictor, strictly. Whatever its files hold, nothing but these errors is raised.
 
     Args:
-        folder: A folder that ``save_predictor`` wrote.
+        folder: A folder that ``save_predictor`` wrote, ``"models:/NAME@ALIAS"`` of MLflow's registry, or
+            ``"ORG/NAME"`` of the Hugging Face Hub; ``scr_runtime.places.kind_of`` tells them apart.
         device: Where the network goes; the CPU if it is missing.
+        verify: Whether the stored golden inputs are scored and compared with the stored answers.
+        revision: Commit, tag or branch of a Hub repository.
+        local_files_only: Whether of the Hub only the cache on this machine is asked.
 
     Returns:
         The network in eval mode, its ``info`` filled with config.json.
 
     Raises:
-        PredictorNotFoundError: If the folder or its config.json is missing.
+        ConfigurationError: If a revision is given for what is no Hub repository.
+        PredictorNotFoundError: If the folder or its config.json is missing, or can't be fetched.
         PredictorVersionError: If another version of the format wrote it, newer or older.
         PredictorCorruptError: If a file is unreadable, larger than it can be or no regular file, a value is of another
-            type or out of range, the checksum or the weights' sha256 differs, or a tensor is missing, unexpected, of
-            another shape or type, or not finite; the message lists every such tensor.
+            type or out of range, the checksum or a sha256 differs, or a tensor is missing, unexpected, of
+            another shape or type, or not finite; the message lists every such tensor. With ``verify`` also if there
+            is no golden pair, or other answers come out.
     """
-    folder = Path(folder)
+    with local_folder(folder, revision, local_files_only=local_files_only) as place:
+        return _load(place, verify=verify).to(device)
+
+
+def _load(folder: Path, *, verify: bool) -> SourcePredictor:
     record = _read_record(folder)
     path = folder / CONFIG_NAME
     network = sized_network(record, path)
-    weights_path = folder / WEIGHTS_NAME
-    weights = read_regular(weights_path, network.most_bytes)
-    digest = hashlib.sha256(weights).hexdigest()
-    if digest != record["weights_sha256"]:
-        raise PredictorCorruptError(
-            f"{weights_path}: sha256 is {digest[:12]}..., config.json says {record['weights_sha256'][:12]}.... "
-            "The file was changed or cut; copy or export it again."
-        )
-    predictor = _fill(network.predictor, parse_weights(weights, weights_path), weights_path)
+    weights = _read_sealed(folder / WEIGHTS_NAME, network.most_bytes, record["weights_sha256"])
+    predictor = _fill(network.predictor, parse_weights(weights, folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
     _check_whole(record, path)
     predictor.threshold = float(record["threshold"])
     if record.get("drift_limit") is not None:  # a folder without it has no guard
         predictor.set_drift(float(record["drift_typical"]), float(record["drift_limit"]))
     predictor.info = record
-    return predictor.eval().requires_grad_(False).to(device)
+    predictor.eval().requires_grad_(False)
+    if verify:
+        _verify(predictor, folder)
+    return predictor
 
 
-def stored_settings(folder: str | os.PathLike[str] | SourcePredictor | None) -> SCRConfig | None:
-    """The SCR settings in a folder whose predictor can't be used; ``None`` if they can't be read either.
+def _verify(predictor: SourcePredictor, folder: Path) -> None:
+    path, record = folder / GOLDEN_NAME, predictor.info
+    if "golden_sha256" not in record:
+        raise PredictorCorruptError(
+            f"{folder / CONFIG_NAME}: missing key 'golden_sha256': this folder was written before there were golden "
+            "pairs. Export it again, or load it without verify."
+        )
+    content = _read_sealed(path, most_golden_bytes(predictor.config.hidden_size), record["golden_sha256"])
+    check_golden(predictor, parse_weights(content, path), SCRConfig.from_dict(record["scr"]), path)
+
+
+def _read_sealed(path: Path, most: int, sha256: str) -> bytes:
+    """Reads a file whose sha256 is in config.json."""
+    content = read_regular(path, most)
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != sha256:
+        raise PredictorCorruptError(
+            f"{path}: sha256 is {digest[:12]}..., config.json says {sha256[:12]}.... "
+            "The file was changed or cut; copy or export it again."
+        )
+    return content
+
+
+def stored_settings(folder: Place | None) -> SCRConfig | None:
+    """The SCR settings in a folder whose predictor can't be used; ``None`` without a folder.
 
     Raises:
         PredictorError: If its config.json is not what was written.
     """
-    if folder is None or isinstance(folder, SourcePredictor):
+    if folder is None:
         return None
     record = _read_record(Path(folder))
     _check_whole(record, Path(folder) / CONFIG_NAME)
@@ -161,7 +228,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         what = "has no config.json" if found else "does not exist"
         raise PredictorNotFoundError(
             f"predictor folder {str(folder)!r} {what}. Fit one with train.py, or give the folder that holds "
-            f"{CONFIG_NAME} and {WEIGHTS_NAME}."
+            f"{CONFIG_NAME} and {WEIGHTS_NAME}. {FORMS}"
         )
     return parse_record(read_regular(path, _MOST_CONFIG), path)
 
@@ -205,30 +272,3 @@ def _fill(predictor: SourcePredictor, tensors: dict[str, Tensor], path: Path) ->
     if problems:
         raise PredictorCorruptError(f"{path}: " + "; ".join(problems))
     return predictor
-
-
-def _card(config: Mapping[str, Any]) -> str:
-    model, scr = config["model"], config["scr"]
-    metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in config["metrics"].items())
-    table = f"\n| metric | value |\n|---|---|\n{metrics}\n" if metrics else ""
-    return f"""---
-library_name: scr-runtime
-tags: [vision-language-model, hallucination, spatial-credit-redistribution]
----
-
-# One-pass SCR source predictor for {model.get("name", "a vision-language model")}
-
-A network of {config["parameters"]:,} parameters that reads the hidden states of a vision-language model behind
-its block {scr["state_layer"]} and names the image patches whose activation Spatial Credit Redistribution (arXiv
-2602.22469) spreads to their neighbours, so that no diagnostic pass is needed.
-
-```python
-from scr_runtime import SCR
-
-with SCR(model, predictor="this/folder", mode="auto"):
-    tokens = model.generate(**inputs)
-```
-
-Fitted for family `{model.get("family")}`, hidden size {model.get("hidden_size")}, {model.get("num_blocks")} decoder
-blocks; K = {scr["num_sources"]}, edited blocks {scr["edit_layers"]}, attention of blocks {scr["attention_layers"]}.
-{table}"""

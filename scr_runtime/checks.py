@@ -15,6 +15,7 @@ from scr_runtime.config import Mode, SCRConfig
 from scr_runtime.errors import ConfigurationError, PrefillError, UnsupportedModelError
 from scr_runtime.families import Family, blocks_of
 from scr_runtime.network import SourcePredictor
+from scr_runtime.places import FORMS
 from scr_runtime.rule import effective_num_sources
 
 
@@ -29,7 +30,7 @@ def check_arguments(config: Any, predictor: Any, mode: Any, threshold: Any, seed
     if not (config is None or isinstance(config, SCRConfig)):
         raise ConfigurationError(f"config={config!r}: expected an SCRConfig; SCRConfig.from_dict makes one of a dict")
     if not (predictor is None or isinstance(predictor, str | os.PathLike | SourcePredictor)):
-        raise ConfigurationError(f"predictor={predictor!r}: expected a folder, or a SourcePredictor")
+        raise ConfigurationError(f"predictor={predictor!r}: expected a SourcePredictor, or its place. {FORMS}")
     if not (threshold is None or _is_finite(threshold)):
         raise ConfigurationError(f"threshold={threshold!r}: expected a finite number, or None for the predictor's own")
     if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:

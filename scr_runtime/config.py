@@ -107,6 +107,12 @@ class SCRConfig:
             problems.append(f"connectivity={self.connectivity}: expected 4 or 8")
         return problems
 
+    @property
+    def sources_in_words(self) -> str:
+        """K, or the share that is asked for instead."""
+        fraction = self.source_fraction
+        return f"{self.num_sources} sources" if fraction is None else f"{fraction:.2%} of the patches as sources"
+
     @classmethod
     def for_depth(cls, num_blocks: int) -> SCRConfig:
         """The paper's settings for LLaVA-1.5, whose layer ranges are of 32 blocks, as shares of another depth.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import logging
 import math
 import os
+import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +22,15 @@ from scr_runtime.config import Mode, SCRConfig
 from scr_runtime.errors import ConfigurationError, PredictorError, PredictorMismatchError
 from scr_runtime.families import blocks_of, family_of, generative_model
 from scr_runtime.network import SourcePredictor
+from scr_runtime.places import Place, local_folder
 
 logger = logging.getLogger("scr_runtime")
 
-_CALIBRATED_FOR = ("num_sources", "source_fraction", "exclude_border", "connectivity", "suppress_claimed")
+_SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\][0-9a-f]+")  # of the Hub's cache
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_HOW_IT_RUNS = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "architectures")
 
-Given = str | os.PathLike[str] | SourcePredictor | None
+Given = Place | SourcePredictor | None
 
 
 def describe_model(model: Any, processor: Any = None) -> dict[str, Any]:
@@ -37,14 +45,52 @@ def describe_model(model: Any, processor: Any = None) -> dict[str, Any]:
             other pixels of the same image.
 
     Returns:
-        Plain values: ``name``, ``revision``, ``family``, ``hidden_size``, ``num_blocks``, ``image_backend`` (``None``
-        without a processor), ``embedding_probe`` (``None`` where the weights are offloaded).
+        Plain values: ``name`` (see ``public_name``), ``revision`` (the Hub's commit; ``None`` for a local folder),
+        ``family``, ``hidden_size``, ``num_blocks``, ``image_backend`` (``None`` without a processor),
+        ``embedding_probe`` (``None`` where the weights are offloaded).
     """
     model = generative_model(model)
+    return {"name": public_name(model), **_facts(model, processor)}
+
+
+def public_name(model: Any) -> str:
+    """A model's name for other machines, without a path of this one.
+
+    Returns:
+        Its Hub id. Of a local folder, its last part and eight digits of a checksum of the model's configuration and
+        input embeddings, such as ``scene-llava-1a2b3c4d``. The class's name for a model that was made in memory.
+    """
+    place = str(getattr(model.config, "_name_or_path", "") or "")
+    if (cached := _SNAPSHOT.search(place)) is not None:
+        return cached[1].replace("--", "/")
+    if not place:
+        return type(model).__name__
+    if _HUB_NAME.fullmatch(place) and place.strip(".") and not os.path.isdir(place):
+        return place
+    settings: Any = json.loads(model.config.to_json_string(use_diff=False))
+    text = json.dumps([_without(settings), _rounded(_probe(model))], sort_keys=True)
+    last = Path(place.replace("\\", "/")).absolute().name
+    return f"{last}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _without(value: Any) -> Any:
+    """A configuration without what says how or where a model runs, and not which it is."""
+    if isinstance(value, dict):
+        items: dict[str, Any] = value  # pyright: ignore[reportUnknownVariableType]
+        return {key: _without(inner) for key, inner in items.items() if key not in _HOW_IT_RUNS}
+    return value
+
+
+def _rounded(probe: list[float] | None) -> list[float] | None:
+    """A probe in bfloat16, so that a model has one name in float32 and in that."""
+    return None if probe is None else torch.tensor(probe).bfloat16().tolist()
+
+
+def _facts(model: Any, processor: Any) -> dict[str, Any]:
+    """What ``describe_model`` says of a model beside its name."""
     family = family_of(model)
     image_processor = getattr(processor, "image_processor", processor)
     return {
-        "name": str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
         "revision": getattr(model.config, "_commit_hash", None),
         "family": family.name,
         "hidden_size": int(family.text_config(model).hidden_size),
@@ -65,10 +111,13 @@ def _probe(model: Any) -> list[float] | None:
 
 def model_differences(expected: Mapping[str, Any], model: Any, processor: Any = None) -> list[str]:
     """Lists in words how a model, and its processor if given, differ from what a predictor was fitted for."""
-    found = describe_model(model, processor)
+    model = generative_model(model)
+    found = _facts(model, processor)
     keys = ["family", "hidden_size", "num_blocks"]
     if found["image_backend"] is not None and expected.get("image_backend") is not None:
         keys.append("image_backend")
+    if found["revision"] and expected.get("revision") and expected.get("name") == public_name(model):
+        keys.append("revision")
     problems = [
         f"{key} is {found[key]!r}, the predictor expects {expected.get(key)!r}"
         for key in keys
@@ -131,29 +180,38 @@ def _too_deep(settings: SCRConfig, num_blocks: int) -> list[str]:
     return []
 
 
-def choose_predictor(
-    given: Given, model: Any, mode: Mode, processor: Any = None, config: SCRConfig | None = None
-) -> tuple[SourcePredictor | None, str | None]:
-    """The predictor of an SCR, and why there is none where the mode would ask it.
+def choose(
+    given: Given, model: Any, mode: Mode, processor: Any, config: SCRConfig | None, revision: str | None
+) -> tuple[SourcePredictor | None, SCRConfig, str | None]:
+    """The predictor and the settings of an SCR. Called by ``SCR.__init__``, whose caller is warned.
+
+    Returns:
+        The predictor, the settings, and why there is no predictor where the mode would ask it.
 
     Raises:
-        ConfigurationError: In mode ``"one-pass"``, if none is given.
+        ConfigurationError: In mode ``"one-pass"``, if no predictor is given; if there are no settings.
         PredictorError: In every mode but ``"auto"`` and ``"off"``, if it can't be used.
     """
-    if mode == "off":
-        return None, None
-    if mode not in ("one-pass", "auto"):  # only what it was fitted with is of use
-        return given if given is None or isinstance(given, SourcePredictor) else load_predictor(given), None
-    try:
-        return usable_predictor(given, model, processor, config), None
-    except (PredictorError, ConfigurationError) as error:
-        if mode == "one-pass":
-            raise
-        return None, str(error)
+    with contextlib.ExitStack() as fetched:
+        predictor, reason = None, None
+        try:
+            if isinstance(given, str | os.PathLike) and mode != "off":
+                given = fetched.enter_context(local_folder(given, revision))
+            if mode in ("one-pass", "auto"):
+                predictor = usable_predictor(given, model, processor, config)
+            elif mode != "off" and isinstance(given, Path):
+                predictor = load_predictor(given)  # only what it was fitted with is of use
+            elif isinstance(given, SourcePredictor):
+                predictor = given
+        except (PredictorError, ConfigurationError) as error:
+            if mode != "auto":
+                raise
+            reason = str(error)
+        return predictor, _choose_settings(predictor or given, model, mode, config, reason), reason
 
 
-def choose_settings(given: Given, model: Any, mode: Mode, config: SCRConfig | None, reason: str | None) -> SCRConfig:
-    """The settings of an SCR: those given, else the predictor's. Called by ``SCR.__init__``, whose caller is warned.
+def _choose_settings(given: Given, model: Any, mode: Mode, config: SCRConfig | None, reason: str | None) -> SCRConfig:
+    """The settings of an SCR: those given, else the predictor's.
 
     Args:
         given: The predictor that is asked, or what was given as one.
@@ -169,14 +227,13 @@ def choose_settings(given: Given, model: Any, mode: Mode, config: SCRConfig | No
     if reason is not None:
         settings, words = (config, "") if config is not None else _settings_without(given, len(blocks_of(model)))
         message = f"predictor not usable, every prefill runs two-pass{words}: {reason}"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
         logger.info(message)
         return settings
-    info = given.info if isinstance(given, SourcePredictor) else {}
-    fitted = SCRConfig.from_dict(info["scr"]) if info else None
+    fitted = fitted_settings(given)
     if config is not None:
-        if fitted is not None and mode in ("one-pass", "auto"):
-            _warn_of_other_calibration(config, fitted)
+        if mode in ("one-pass", "auto"):
+            warn_of_other_settings(config, fitted, stacklevel=5)
         return config
     if fitted is not None:
         return fitted
@@ -185,12 +242,16 @@ def choose_settings(given: Given, model: Any, mode: Mode, config: SCRConfig | No
     raise ConfigurationError("no settings: give config=SCRConfig(...), or a predictor folder that holds them")
 
 
+def fitted_settings(given: Given) -> SCRConfig | None:
+    """The settings that a loaded predictor was fitted with; ``None`` if it was not loaded from a folder."""
+    info = given.info if isinstance(given, SourcePredictor) else {}
+    return SCRConfig.from_dict(info["scr"]) if info else None
+
+
 def _settings_without(given: Given, num_blocks: int) -> tuple[SCRConfig, str]:
     """Settings where the predictor can't be used, and what they are in words."""
     try:
-        stored = stored_settings(given) if not isinstance(given, SourcePredictor) else None
-        if isinstance(given, SourcePredictor) and given.info:
-            stored = SCRConfig.from_dict(given.info["scr"])
+        stored = fitted_settings(given) if isinstance(given, SourcePredictor) else stored_settings(given)
         if stored is not None:
             stored.check_depth(num_blocks)
             return stored, f" with the folder's settings ({_ranges(stored)})"
@@ -204,13 +265,14 @@ def _ranges(config: SCRConfig) -> str:
     return f"edit_layers={config.edit_layers}, attention_layers={config.attention_layers}"
 
 
-def _warn_of_other_calibration(config: SCRConfig, fitted: SCRConfig) -> None:
-    mine, theirs = config.to_dict(), fitted.to_dict()
-    other = [f"{key} is {mine[key]!r}, was {theirs[key]!r}" for key in _CALIBRATED_FOR if mine[key] != theirs[key]]
+def warn_of_other_settings(config: SCRConfig, fitted: SCRConfig | None, stacklevel: int) -> None:
+    """Warns, with both values, where the settings in force are not those that a predictor was fitted with."""
+    mine, theirs = config.to_dict(), (config if fitted is None else fitted).to_dict()
+    other = [f"{key} is {mine[key]!r}, was {theirs[key]!r}" for key in mine if mine[key] != theirs[key]]
     if other:
         warnings.warn(
-            f"the predictor's confidence was calibrated for other settings: {'; '.join(other)}. Its threshold does "
-            "not mean the same share of fallbacks here.",
+            f"the predictor was fitted and calibrated with other settings: {'; '.join(other)}. Its threshold and its "
+            "metrics don't mean the same here.",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )

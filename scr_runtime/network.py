@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scr_runtime.confidence import Judgement, check_calibration, check_drift, drift_ratio, interpolate
-from scr_runtime.config import FREQUENCIES, PositionFeatures, PredictorConfig
+from scr_runtime.config import FREQUENCIES, PositionFeatures, PredictorConfig, SCRConfig
 from scr_runtime.redistribute import Grid
 from scr_runtime.rule import SourceRule
 
@@ -79,6 +79,16 @@ class SourcePredictor(nn.Module):
         self.register_buffer("calibration_raw", torch.tensor([0.0, 1.0], **wide))
         self.register_buffer("calibration_expected", torch.tensor([0.0, 1.0], **wide))
         self._kept_fold: tuple[tuple[object, ...], _Fold] | None = None
+
+    def __repr__(self) -> str:
+        """Names what it was fitted for, instead of its layers."""
+        parts = [f"{self.count_parameters():,} parameters", f"hidden size {self.config.hidden_size}"]
+        if self.info:
+            scr, recall = SCRConfig.from_dict(self.info["scr"]), self.info.get("metrics", {}).get("test/recall")
+            parts += [f"block {scr.state_layer}", scr.sources_in_words, f"threshold {self.threshold:.3f}"]
+            parts += [f"recall {recall:.3f}"] if isinstance(recall, int | float) else []
+        name = self.info.get("model", {}).get("name")
+        return f"<SourcePredictor{f' for {name}' if name else ''}: {', '.join(parts)}>"
 
     def forward(self, states: Tensor, grid: Grid, question: Tensor | None = None) -> Tensor:
         """Scores patches.
@@ -168,10 +178,14 @@ class SourcePredictor(nn.Module):
             around = functional.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
             features.append(around.permute(0, 2, 3, 1).flatten(1, 2))
         if self.config.position != "none":
-            places = _position_features(grid, self.config.position, states.device)
+            places = self._places(grid, states.device)
             features.append(places.expand(batch, -1, -1))
         features = torch.cat(features, dim=-1) if len(features) > 1 else patch
         return features, weights if self.weights is not None else None
+
+    def _places(self, grid: Grid, device: torch.device) -> Tensor:
+        """[N, P] features of the patches' places."""
+        return _kept_places(grid, self.config.position, device)
 
     def _score(self, features: Tensor, weights: Tensor | None) -> Tensor:
         """[B, N] float32 scores, also where autocast made the layers' outputs narrower."""
@@ -289,11 +303,15 @@ class SourcePredictor(nn.Module):
 
 @functools.lru_cache(maxsize=_KEPT_GRIDS)
 @torch.inference_mode(False)
-def _position_features(grid: Grid, kind: PositionFeatures, device: torch.device) -> Tensor:
-    """[N, P] features of the patches' places, each within [-1, 1]. Kept per grid; do not write to them."""
-    rows, columns = grid
-    row = torch.linspace(-1, 1, rows, dtype=torch.float32)[:, None].expand(rows, columns)
-    column = torch.linspace(-1, 1, columns, dtype=torch.float32)[None, :].expand(rows, columns)
+def _kept_places(grid: Grid, kind: PositionFeatures, device: torch.device) -> Tensor:
+    """``position_features``, kept per grid; do not write to them."""
+    axes = [torch.linspace(-1, 1, side, dtype=torch.float32) for side in grid]
+    return position_features(axes[0], axes[1], kind).to(device)
+
+
+def position_features(rows: Tensor, columns: Tensor, kind: PositionFeatures) -> Tensor:
+    """[N, P] features of the patches' places, each within [-1, 1], from the rows' and the columns' places there."""
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
     features = [row, column, 1 - torch.maximum(row.abs(), column.abs())]
     if kind == "fourier":
         features += [
@@ -302,4 +320,4 @@ def _position_features(grid: Grid, kind: PositionFeatures, device: torch.device)
             for axis in (row, column)
             for wave in (torch.sin, torch.cos)
         ]
-    return torch.stack(features, dim=-1).flatten(0, 1).to(device)
+    return torch.stack(features, dim=-1).flatten(0, 1)

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,18 @@ class OuterCall(Running):
     finished: list[Prefill] = field(default_factory=list[Prefill])
 
 
+class Asked(NamedTuple):
+    """Who chooses the sources of a prefill. Replaced as one, between the choices of two prefills.
+
+    Attributes:
+        provide: State layer output -> scores.
+        wide: Whether a predictor reads the question's states too.
+    """
+
+    provide: Provider
+    wide: bool
+
+
 class Passes:
     """The forward passes of one model under one SCR.
 
@@ -64,8 +76,7 @@ class Passes:
         family: Its family.
         config: The settings in force.
         mode: The SCR's.
-        provide: Chooses the sources.
-        wide: Whether a predictor will read the states.
+        asked: Chooses the sources.
         finished: What to do with a prefill that is over.
     """
 
@@ -75,8 +86,7 @@ class Passes:
         family: Family,
         config: SCRConfig,
         mode: Mode,
-        provide: Provider,
-        wide: bool,
+        asked: Asked,
         finished: Callable[[Prefill], None],
     ) -> None:
         self.checks = DeferredChecks()
@@ -84,8 +94,7 @@ class Passes:
         self._model = model
         self._family = family
         self._config = config
-        self._provide = provide
-        self._wide = wide
+        self.asked = asked
         self._diagnoses = mode in ("two-pass", "auto")
         self._online = mode == "online"
         self._modules = frozenset(module for block in family.blocks(model) for module in block.modules())
@@ -277,14 +286,14 @@ class Passes:
                 prefill.choice, prefill.fresh = prefill.known.choice, False
                 self._plan(prefill, hidden)
             else:
-                call, question = block_arguments(module, args, kwargs), prefill.question
-                state = StateLayerOutput(hidden, layout, config, prefill.decoder, call, question, self._wide)
+                asked, call, question = self.asked, block_arguments(module, args, kwargs), prefill.question
+                state = StateLayerOutput(hidden, layout, config, prefill.decoder, call, question, asked.wide)
                 prefill.norms = [state_norms(state.states(group)) for group in layout.groups]
                 if self._online:  # from here on the pass reads its own attention
                     rows = AttentionRows(config.attention_layers, layout.text_rows, prefill.past, self._modules)
                     prefill.rows = here.rows = rows
                 else:
-                    self._choose(state, prefill)
+                    self._choose(state, prefill, asked.provide)
         if config.edit_layers[0] == config.state_layer:
             prefill.edit(config.state_layer, output)
 
@@ -295,13 +304,12 @@ class Passes:
         rows, hidden = prefill.rows, residual_stream(output)
         prefill.rows = here.rows = None
         with torch.no_grad():
-            self._choose(
-                StateLayerOutput(hidden, prefill.layout, self._config, prefill.decoder, {}, read=rows), prefill
-            )
+            state = StateLayerOutput(hidden, prefill.layout, self._config, prefill.decoder, {}, read=rows)
+            self._choose(state, prefill, self.asked.provide)
 
-    def _choose(self, state: StateLayerOutput, prefill: Prefill) -> None:
+    def _choose(self, state: StateLayerOutput, prefill: Prefill, provide: Provider) -> None:
         """Chooses the sources of a prefill, and plans its edit."""
-        prefill.choice = self._choices(state, prefill)
+        prefill.choice = self._choices(state, prefill, provide)
         if prefill.generate is not None:
             prefill.generate.freeze(prefill.call, prefill.length, prefill.layout, prefill.choice)
         self._plan(prefill, state.hidden)
@@ -314,14 +322,14 @@ class Passes:
         ]
         prefill.plan = merge_plans(plans)
 
-    def _choices(self, state: StateLayerOutput, prefill: Prefill) -> list[Choice]:
+    def _choices(self, state: StateLayerOutput, prefill: Prefill, provide: Provider) -> list[Choice]:
         if prefill.past and self._diagnoses:
             raise PrefillError(
                 "an image in a prompt that continues a filled cache: the diagnostic run would not see the "
                 "earlier turns. Start from an empty cache, or use mode='one-pass'."
             )
         chosen: list[Choice] = []
-        for scores, norm in zip(self._provide(state), prefill.norms, strict=True):
+        for scores, norm in zip(provide(state), prefill.norms, strict=True):
             k = scores.rule.k
             values, patches = scores.rule.rank(scores.scores)
             top = values[:, :k]  # NaN ranks first, so the best K show it

@@ -28,7 +28,7 @@ from scr_runtime.errors import ConfigurationError, PredictorCorruptError, Predic
 from scr_runtime.network import SourcePredictor
 
 FORMAT_VERSION = 3
-"""3 is 2 with a checksum of config.json in it."""
+"""3 is 2 with a checksum of config.json in it. When it rises, and what is still read, is said in docs/deploy.md."""
 PROBE = 32
 """Entries of the input embedding that a model is known by."""
 
@@ -162,7 +162,7 @@ def _problems(record: dict[str, Any]) -> list[str]:
     problems = [*_network_problems(record), *_model_problems(record["model"])]
     if not _is_finite(record["threshold"]):
         problems.append(f"threshold={record['threshold']!r:.40}: expected a finite number")
-    for key in ("weights_sha256", *(["checksum"] if "checksum" in record else [])):
+    for key in ("weights_sha256", *(key for key in ("checksum", "golden_sha256") if key in record)):
         value = record[key]
         if not (isinstance(value, str) and _SHA256.fullmatch(value)):
             problems.append(f"{key}={value!r:.80}: expected 64 hexadecimal digits")
@@ -211,8 +211,9 @@ def _model_problems(model: Any) -> list[str]:
     for key in ("hidden_size", "num_blocks"):
         if key in section and not (_is_integer(section[key]) and section[key] > 0):
             problems.append(f"model.{key}={section[key]!r:.40}: expected an integer over 0")
-    if not isinstance(section.get("image_backend"), str | None):
-        problems.append(f"model.image_backend={section['image_backend']!r:.40}: expected a string or null")
+    for key in ("image_backend", "revision"):
+        if not isinstance(section.get(key), str | None):
+            problems.append(f"model.{key}={section[key]!r:.40}: expected a string or null")
     probe: Any = section.get("embedding_probe")
     if "embedding_probe" in section and not (
         isinstance(probe, list) and len(probe) == PROBE and all(map(_is_finite, probe))  # pyright: ignore[reportUnknownArgumentType]

@@ -9,12 +9,11 @@ from typing import NamedTuple
 import torch
 
 from scr_runtime.layout import VisualLayout
-from scr_runtime.network import SourcePredictor
 from scr_runtime.redistribute import Grid, credit_entropy
 from scr_runtime.sources import Choice
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImageReport:
     """What SCR did to one image of the last prefill, or to one grid of an image that has several.
 
@@ -46,6 +45,18 @@ class ImageReport:
     row: int = 0
     image: int = 0
     place: int = 0
+
+    def __repr__(self) -> str:
+        """One line: who chose, how many sources where, and how sure."""
+        rows, columns = self.grid
+        first, last = (self.layers_edited[0], self.layers_edited[-1]) if self.layers_edited else ("none", "none")
+        sure = "" if self.confidence is None else f", confidence {self.confidence:.3f}"
+        drift = "" if self.drift is None else f", drift {self.drift:.2f}"
+        why = "" if self.fallback_reason is None else f", because {self.fallback_reason}"
+        return (
+            f"<ImageReport, row {self.row} image {self.image} grid {self.place}: {self.provider}, {len(self.sources)} "
+            f"sources of {rows} x {columns} patches, blocks {first}-{last} edited{sure}{drift}{why}>"
+        )
 
 
 class Origin(NamedTuple):
@@ -84,7 +95,6 @@ def origins(layout: VisualLayout, tiles: bool) -> list[Origin]:
 def report_prefill(
     layout: VisualLayout,
     choices: list[Choice],
-    predictor: SourcePredictor | None,
     layers_edited: tuple[int, ...],
     tiles: bool,
 ) -> list[ImageReport]:
@@ -93,26 +103,22 @@ def report_prefill(
     Args:
         layout: Where they are.
         choices: Per group, the sources of those that are no copies.
-        predictor: The one that scored them, if any did.
         layers_edited: The decoder blocks whose output was edited.
         tiles: Whether the family gives an image several grids.
     """
     found: dict[int, ImageReport] = {}
     for group, choice in zip(layout.groups, choices, strict=True):
         images = [group.images[place] for place in layout.firsts(group)]
-        found |= zip(images, report_images(choice, predictor, layers_edited), strict=True)
+        found |= zip(images, report_images(choice, layers_edited), strict=True)
     where = origins(layout, tiles)
     return [replace(found[image], **where[image]._asdict()) for image in sorted(found)]
 
 
-def report_images(
-    choice: Choice, predictor: SourcePredictor | None, layers_edited: tuple[int, ...]
-) -> list[ImageReport]:
+def report_images(choice: Choice, layers_edited: tuple[int, ...]) -> list[ImageReport]:
     """Reports on the images of one group, in the group's order. Waits for the device.
 
     Args:
         choice: Their sources.
-        predictor: The one that scored them, if any did.
         layers_edited: The decoder blocks whose output was edited.
     """
     scores = choice.scores
@@ -120,8 +126,8 @@ def report_images(
     patches = choice.norms.shape[-1]
     normalised = entropies / math.log(patches) if patches > 1 else torch.zeros_like(entropies)
     judged = None
-    if predictor is not None and scores.predicted is not None:
-        judged = predictor.judge(scores.predicted, scores.spread, scores.rule)
+    if scores.predictor is not None and scores.predicted is not None:
+        judged = scores.predictor.judge(scores.predicted, scores.spread, scores.rule)
     reports: list[ImageReport] = []
     for index, (provider, fallback) in enumerate(zip(scores.providers, scores.fallbacks, strict=True)):
         report = ImageReport(

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -16,12 +16,13 @@ from scr_runtime import sources as providers
 from scr_runtime.attention import hold, release, unregister_unused
 from scr_runtime.checks import attention_configs, check_arguments, check_decoder, check_grid
 from scr_runtime.config import Mode, SCRConfig
-from scr_runtime.errors import AttachError
+from scr_runtime.errors import AttachError, ConfigurationError
 from scr_runtime.families import blocks_of, family_of, generative_model
 from scr_runtime.here import Turns, here
-from scr_runtime.identity import choose_predictor, choose_settings
+from scr_runtime.identity import choose, fitted_settings, usable_predictor, warn_of_other_settings
 from scr_runtime.network import SourcePredictor
-from scr_runtime.passes import Passes
+from scr_runtime.passes import Asked, Passes
+from scr_runtime.places import Place, local_folder
 from scr_runtime.prefill import Prefill
 from scr_runtime.prefix import Question
 from scr_runtime.reports import ImageReport, report_prefill
@@ -47,7 +48,9 @@ class SCR:
     Args:
         model: A transformers model of a supported family, in eval mode, or a module that wraps one.
         config: The method's settings. ``None`` takes those that the predictor was fitted with.
-        predictor: A predictor folder, or a loaded SourcePredictor. ``None`` where the mode needs none.
+        predictor: A predictor folder; ``"models:/NAME@ALIAS"`` of MLflow's registry; ``"ORG/NAME"`` of the Hugging
+            Face Hub (``scr_runtime.places.kind_of`` has the rules); or a loaded SourcePredictor. ``None`` where the
+            mode needs none.
         mode: ``"one-pass"``: the predictor chooses. ``"two-pass"``: the nested diagnostic run chooses.
             ``"auto"``: the predictor, and the diagnostic run for images of low confidence; two-pass with a
             warning if the predictor can't be used. ``"online"``: the attention of the running pass chooses; the edits
@@ -56,6 +59,7 @@ class SCR:
         seed: Of the uniform draw.
         processor: The model's processor, to check that its image back end is the one that the predictor was fitted
             with. Without it that is not checked.
+        revision: Commit, tag or branch of a predictor on the Hub.
 
     Attributes:
         model: The transformers model, without a wrapper.
@@ -80,33 +84,30 @@ class SCR:
         model: nn.Module,
         *,
         config: SCRConfig | None = None,
-        predictor: str | os.PathLike[str] | SourcePredictor | None = None,
+        predictor: Place | SourcePredictor | None = None,
         mode: Mode = "auto",
         threshold: float | None = None,
         seed: int = 0,
         processor: Any = None,
+        revision: str | None = None,
     ) -> None:
         check_arguments(config, predictor, mode, threshold, seed)
         self.model: Any = generative_model(model)
         self.mode: Mode = mode
         self._family = family_of(self.model)
         self._blocks = blocks_of(self.model)
-        self._predictor, reason = choose_predictor(predictor, self.model, mode, processor, config)
-        self.config = choose_settings(self._predictor or predictor, self.model, mode, config, reason)
+        self._predictor, self.config, reason = choose(predictor, self.model, mode, processor, config, revision)
         self._reads_attention = mode in ("two-pass", "auto", "online")
         self._check_model()
-        if self._predictor is not None and threshold is None:
-            threshold = self._predictor.threshold
-        self._threshold = 0.0 if threshold is None else float(threshold)
+        self._given_threshold, self._seed, self._processor = threshold, seed, processor
+        self._threshold = self._threshold_of(self._predictor)
         self._warned: dict[str, object] = {} if reason is None else {providers.NO_PREDICTOR: None}
-        provide = providers.provider_of(mode, self._predictor, reason, self._threshold, seed)
-        asked = self._predictor if mode in ("one-pass", "auto") else None
-        wide = asked is not None and asked.config.reads_question
-        self._passes = Passes(self.model, self._family, self.config, mode, provide, wide, self._finished)
+        asked = self._ask(self._predictor, reason)
+        self._passes = Passes(self.model, self._family, self.config, mode, asked, self._finished)
         self._shadows = Shadows()
         self._owner = object()  # of the attention wrapper's selection: nobody's model is kept for it
         weakref.finalize(self, release, self._owner).atexit = False
-        self._counter = StatsCounter(self._predictor)
+        self._counter = StatsCounter()
         self._last_here = threading.local()
         self._last_anywhere: Prefill | None = None
 
@@ -119,8 +120,50 @@ class SCR:
         known = "no predictor" if self._predictor is None else f"threshold {self._threshold:.3f}"
         return (
             f"{type(self.model).__name__} ({self._family.name}): mode {self.mode}, blocks {first}-{last}, "
-            f"{self.config.num_sources} sources, strength {self.config.strength:g}, {known}"
+            f"{self.config.sources_in_words}, strength {self.config.strength:g}, {known}"
         )
+
+    def _threshold_of(self, predictor: SourcePredictor | None) -> float:
+        given = self._given_threshold
+        if given is None:
+            given = 0.0 if predictor is None else predictor.threshold
+        return float(given)
+
+    def _ask(self, predictor: SourcePredictor | None, reason: str | None) -> Asked:
+        provide = providers.provider_of(self.mode, predictor, reason, self._threshold_of(predictor), self._seed)
+        asked = predictor if self.mode in ("one-pass", "auto") else None
+        return Asked(provide, asked is not None and asked.config.reads_question)
+
+    def load(self, predictor: Place | SourcePredictor, *, revision: str | None = None) -> None:
+        """Puts another predictor in the place of the one in use, without detaching.
+
+        A prefill asks either the former or the new one: those that have chosen their sources keep them, the next ones
+        ask the new one. The settings in force stay; the threshold is the new predictor's, unless this SCR was given
+        one. If anything is wrong with the new predictor, the former one stays in use.
+
+        Args:
+            predictor: As of ``SCR``.
+            revision: Commit, tag or branch of a Hub repository.
+
+        Raises:
+            ConfigurationError: If this SCR's mode asks no predictor.
+            PredictorError: If it is missing, corrupt or made for another model.
+        """
+        if self.mode not in ("one-pass", "auto"):
+            raise ConfigurationError(f"mode {self.mode!r} asks no predictor, so none can be loaded")
+        check_arguments(self.config, predictor, self.mode, self._given_threshold, self._seed)
+        with ExitStack() as fetched:
+            if isinstance(predictor, str | os.PathLike):
+                predictor = fetched.enter_context(local_folder(predictor, revision))
+            loaded = usable_predictor(predictor, self.model, self._processor, self.config)
+        warn_of_other_settings(self.config, fitted_settings(loaded), stacklevel=3)
+        asked = self._ask(loaded, None)
+        self._replace(loaded, asked)
+        logger.info("loaded another predictor: %r", loaded)
+
+    @_TURNS
+    def _replace(self, predictor: SourcePredictor, asked: Asked) -> None:
+        self._passes.asked, self._predictor, self._threshold = asked, predictor, self._threshold_of(predictor)
 
     # -- attaching -----------------------------------------------------------------------------------------------
 
@@ -248,9 +291,7 @@ class SCR:
         last = self._last
         if last is None or last.failed:
             return []
-        return report_prefill(
-            last.layout, last.counted(), self._predictor, tuple(last.fired), self._family.several_grids
-        )
+        return report_prefill(last.layout, last.counted(), tuple(last.fired), self._family.several_grids)
 
     @property
     def stats(self) -> SCRStats:

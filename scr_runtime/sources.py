@@ -53,6 +53,7 @@ class Scores:
         fallbacks: Per image, why the diagnostic run stood in for the predictor; ``None`` where it did not.
         predicted: [I, N] the predictor's scores, also where others stood in; ``None`` if it was not asked.
         spread: [I] spread of the features that it read; ``None`` if it was not asked or has no drift guard.
+        predictor: Who predicted them; ``None`` if none was asked.
     """
 
     scores: Tensor
@@ -61,6 +62,7 @@ class Scores:
     fallbacks: list[Fallback | None]
     predicted: Tensor | None = None
     spread: Tensor | None = None
+    predictor: SourcePredictor | None = None
 
     def only(self, places: list[int]) -> Scores:
         """What it says about some of the images."""
@@ -74,6 +76,7 @@ class Scores:
             [self.fallbacks[place] for place in places],
             None if self.predicted is None else self.predicted[index],
             None if self.spread is None else self.spread[index],
+            self.predictor,
         )
 
 
@@ -138,7 +141,7 @@ def predicted(predictor: SourcePredictor) -> Provider:
             guarded = ask.drift_limit is not None
             scores, spread = ask.score_and_spread(*given) if guarded else (ask(*given), None)
             result = _scores(state, group, scores, ONE_PASS)
-            result.predicted, result.spread = scores, spread
+            result.predicted, result.spread, result.predictor = scores, spread, predictor
             results.append(result)
         return results
 

@@ -17,7 +17,7 @@ _KEPT_PREFILLS = 64
 _TURNS = Turns()  # nobody waits for a device in it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SCRStats:
     """Counts since an SCR was made, or since its last ``reset_stats``.
 
@@ -46,19 +46,26 @@ class SCRStats:
     mean_confidence: float | None = None
     drifted: int = 0
 
+    def __repr__(self) -> str:
+        """One line, without what is zero."""
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.fallbacks.items() if count)
+        counts = {"one-pass": self.one_pass, "two-pass": self.two_pass, "uniform": self.uniform}
+        parts = [f"{count:,} {name}" for name, count in counts.items() if count]
+        parts += [f"fallbacks: {kinds}"] if kinds else []
+        parts += [f"{self.drifted:,} drifted"] if self.drifted else []
+        parts += [] if self.mean_confidence is None else [f"mean confidence {self.mean_confidence:.3f}"]
+        images = f"{self.images:,} images" + (f" ({'; '.join(parts)})" if parts else "")
+        return f"<SCRStats: {self.prefills:,} prefills, {images}, {self.edits:,} edited block outputs>"
+
 
 class StatsCounter:
     """Adds up prefills, for several threads.
 
     Counts are the host's own. Confidence and drift are the device's: the scores of up to 64 prefills are kept
     (some kilobytes each) and then added up there in one go, and read when somebody asks.
-
-    Args:
-        predictor: Judges the scores that it made; ``None`` if none is asked.
     """
 
-    def __init__(self, predictor: SourcePredictor | None) -> None:
-        self._predictor = predictor
+    def __init__(self) -> None:
         self.reset()
 
     @_TURNS
@@ -116,16 +123,16 @@ class StatsCounter:
 
     def _add_up(self) -> None:
         """Judges all kept scores, those of equal grids as one batch, and adds them to the sums on their device."""
-        by_rule: dict[tuple[SourceRule, bool], list[Scores]] = {}
+        by_rule: dict[tuple[SourceRule, bool, SourcePredictor], list[Scores]] = {}
         for scores in (scores for prefill in self._kept for scores in prefill):
-            by_rule.setdefault((scores.rule, scores.spread is not None), []).append(scores)
+            assert scores.predictor is not None  # it predicted them
+            by_rule.setdefault((scores.rule, scores.spread is not None, scores.predictor), []).append(scores)
         all_sums = dict(self._sums)
         with torch.inference_mode(False), torch.no_grad():
-            for (rule, guarded), parts in by_rule.items():
-                assert self._predictor is not None  # these are its scores
+            for (rule, guarded, predictor), parts in by_rule.items():
                 predicted = torch.cat([part.predicted for part in parts if part.predicted is not None])
                 spread = torch.cat([part.spread for part in parts if part.spread is not None]) if guarded else None
-                judged = self._predictor.judge(predicted, spread, rule)
+                judged = predictor.judge(predicted, spread, rule)
                 device, finite = predicted.device, judged.confidence.isfinite()
                 exact = torch.float32 if device.type == "mps" else torch.float64
                 confidence = torch.where(finite, judged.confidence, 0).sum(dtype=exact)

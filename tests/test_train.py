@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from PIL import Image
 
 from export import registry
 from scr_runtime import load_predictor
@@ -54,7 +55,7 @@ def run(*arguments: str, cwd: Path = ROOT, program: str = "train.py") -> subproc
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A folder in which `python train.py` has run, and what it printed."""
     folder = tmp_path_factory.mktemp("chain")
-    result = run(*SMALL, cwd=folder)
+    result = run(*SMALL, "tracking.register=scr-scene-llava", cwd=folder)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder, result
 
@@ -340,6 +341,67 @@ def test_sigterm_behind_the_fit_leaves_a_run_that_is_not_finished(
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "KILLED" and "config.fingerprint" not in run.data.tags
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_guide_to_deployment_run(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """The first of them is what `finished` has run, with smaller sizes."""
+    folder, _ = finished
+    guide = (ROOT / "docs" / "deploy.md").read_text()
+    shell, code = (re.search(rf"```{kind}\n(.*?)```", guide, re.DOTALL) for kind in ("bash", "python"))
+    assert shell is not None and code is not None
+    first, *commands = (line.split("#")[0].split() for line in shell[1].splitlines())
+    assert first == ["python", "train.py", "tracking.register=scr-scene-llava"] and len(commands) == 2
+    printed = []
+    for command in commands:
+        assert command[:3] == ["python", "-m", "export"]
+        done = run(*command[3:], cwd=folder, program="export")
+        assert done.returncode == 0, done.stderr[-2000:]
+        printed.append(done.stdout)
+    assert "the golden inputs give the stored answers" in printed[0]
+    assert "models:/scr-scene-llava@champion is version 1: the first champion" in printed[1]
+    Image.new("RGB", (96, 96), "green").save(folder / "runs" / "picture.png")
+    script = code[1].replace('"picture.png"', '"runs/picture.png"')
+    served = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert served.returncode == 0, served.stderr[-2000:]
+    assert "<SCRStats: 1 prefills, 1 images (" in served.stdout
+
+
+@pytest.mark.slow
+def test_the_folder_says_what_was_used_and_how_it_was_judged(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = finished
+    place = folder / "runs/predictors/scene-llava"
+    record = json.loads((place / "config.json").read_text())
+    used = record["provenance"]["used"]
+    assert (used["epochs"], used["target_fallback"]) == (2, 0.2) and used["test maps"] == 20
+    assert record["metrics"]["test/mass_low"] <= record["metrics"]["test/mass"] <= record["metrics"]["test/mass_high"]
+    assert (record["scr"]["num_sources"], record["metrics"]["test/k_max"]) == (8, 8)
+    verdict = json.loads((folder / "runs/reports/scene-llava/evaluation.json").read_text())["verdict"]
+    card = (place / "README.md").read_text()
+    assert f"**{verdict['sentence']}**" in card and "8 sources asked for, 8 used" in card
+    for file in place.iterdir():
+        content = file.read_bytes()
+        assert str(folder).encode() not in content and str(ROOT).encode() not in content, file.name
+    uri = f"sqlite:///{folder}/runs/mlflow.db"
+    fetched = registry.download("models:/scr-scene-llava/1", folder / "runs" / "registered", uri)
+    assert {file.name: file.read_bytes() for file in place.iterdir()} == {
+        file.name: file.read_bytes() for file in fetched.iterdir()
+    }
+
+
+@pytest.mark.slow
+def test_exported_again_it_has_the_same_bytes(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = finished
+    place = folder / "runs/predictors/scene-llava"
+    before = {file.name: file.read_bytes() for file in place.iterdir()}
+    exported = run(*SMALL, cwd=folder, program="export")
+    assert exported.returncode == 0, exported.stderr[-2000:]
+    assert {file.name: file.read_bytes() for file in place.iterdir()} == before
 
 
 @pytest.mark.slow

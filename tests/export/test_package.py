@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from export.package import ExportError, export_predictor
+from export.errors import ExportError
+from export.package import Facts, export_predictor
 from predictor.errors import FitError
 from predictor.module import SourceModule, load_module
 from predictor.settings import PredictorSettings
@@ -18,6 +20,13 @@ MODEL = {
     "name": "tiny", "revision": None, "family": "llava", "hidden_size": 16, "num_blocks": 4,
     "embedding_probe": [0.5] * 32,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_new_process(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """It takes seconds; tests/export/test_fresh.py is about it."""
+    if "new_process" not in request.keywords:
+        monkeypatch.setattr("export.package.check_fresh", lambda *_: None)
 
 
 @pytest.fixture
@@ -57,7 +66,7 @@ def run(checkpoint: Path, folder: Path, batches: list[dict[str, Any]], **kwargs:
 def test_the_folder_gives_the_checkpoints_outputs(
     checkpoint: Path, batches: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    exported = run(checkpoint, tmp_path / "predictor", batches, metrics={"test/mass": 0.5})
+    exported = run(checkpoint, tmp_path / "predictor", batches, facts=Facts({"test/mass": 0.5}, {"seed": 3}))
     module = load_module(checkpoint)
     loaded = load_predictor(tmp_path / "predictor")
     batch = batches[0]
@@ -67,6 +76,9 @@ def test_the_folder_gives_the_checkpoints_outputs(
     assert loaded.threshold == exported.calibration.threshold
     assert SCRConfig.from_dict(loaded.info["scr"]) == SCR_CONFIG
     assert loaded.info["metrics"] == {"test/mass": 0.5}
+    assert loaded.info["provenance"] == {
+        "seed": 3, "used": {"target_fallback": 0.2, "temperature": exported.calibration.temperature}
+    }  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.ckpt", "predictor"]
 
 
@@ -76,8 +88,8 @@ def test_a_failed_check_leaves_the_former_folder(
     folder = run(checkpoint, tmp_path / "predictor", batches).folder
     before = (folder / "config.json").read_bytes()
 
-    def damaged(path: Path) -> Any:
-        predictor = load_predictor(path)
+    def damaged(path: Path, verify: bool) -> Any:
+        predictor = load_predictor(path, verify=verify)
         assert predictor.weights is not None
         with torch.no_grad():
             predictor.weights.bias.add_(1e-3)
@@ -85,7 +97,7 @@ def test_a_failed_check_leaves_the_former_folder(
 
     monkeypatch.setattr("export.package.load_predictor", damaged)
     with pytest.raises(ExportError, match=r"differ from the checkpoint's by up to 0\.001"):
-        run(checkpoint, tmp_path / "predictor", batches, metrics={"test/mass": 0.9})
+        run(checkpoint, tmp_path / "predictor", batches, facts=Facts({"test/mass": 0.9}))
     assert (folder / "config.json").read_bytes() == before
 
 
@@ -125,3 +137,40 @@ def test_scores_that_are_not_finite_are_the_fits_fault(
     with pytest.raises(FitError, match=r"trainer\.learning_rate"):
         run(checkpoint, tmp_path / "predictor", batches)
     assert not (tmp_path / "predictor").exists()
+
+
+def test_twice_gives_the_same_bytes(checkpoint: Path, batches: list[dict[str, Any]], tmp_path: Path) -> None:
+    facts = Facts({"test/mass": 0.5}, {"data_fingerprint": "f"}, {"sentence": "No effect shown.", "reason": "Few."})
+    first, second = (run(checkpoint, tmp_path / name / "predictor", batches, facts=facts).folder for name in "ab")
+    names = ["README.md", "config.json", "golden.safetensors", "model.safetensors"]
+    assert sorted(path.name for path in first.iterdir()) == names
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_nothing_of_this_machine_is_in_the_folder(
+    checkpoint: Path, batches: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = run(checkpoint, tmp_path / "predictor", batches).folder
+    mine = [str(tmp_path), str(Path.cwd()), str(Path.home()), socket.gethostname()]
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        assert not [place for place in mine if len(place) > 2 and place.encode() in content], file.name
+
+
+@pytest.mark.new_process
+def test_a_new_process_reads_it_too(
+    checkpoint: Path, batches: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the real one: it is called with what the checkpoint answers, and a refusal keeps the former folder."""
+    folder = run(checkpoint, tmp_path / "predictor", batches).folder
+    before = (folder / "config.json").read_bytes()
+
+    def refuse(staged: Path, expected: Any) -> None:
+        assert load_predictor(staged).info["metrics"] == {"test/mass": 0.9} and "scores" in expected
+        raise ExportError("the new process answers otherwise")
+
+    monkeypatch.setattr("export.package.check_fresh", refuse)
+    with pytest.raises(ExportError, match="answers otherwise"):
+        run(checkpoint, tmp_path / "predictor", batches, facts=Facts({"test/mass": 0.9}))
+    assert (folder / "config.json").read_bytes() == before

@@ -99,6 +99,11 @@ class Written:
             assert str(self.folder) in str(error)
             assert len(str(error)) < 5000
             return True
+        self.is_usable(predictor)
+        return False
+
+    def is_usable(self, predictor: SourcePredictor) -> None:
+        """What is loaded is used, and its numbers are numbers."""
         numbers = [predictor.threshold, *(tensor.sum().item() for tensor in predictor.state_dict().values())]
         assert all(map(math.isfinite, numbers))
         SCRConfig.from_dict(predictor.info["scr"])
@@ -106,7 +111,6 @@ class Written:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             SCR(self.model, predictor=predictor, mode="auto")
-        return False
 
 
 def auto_runs_two_pass(written: Written, *, config: SCRConfig | None = None) -> SCR:

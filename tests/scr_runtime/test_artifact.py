@@ -54,7 +54,7 @@ def test_round_trip(folder: Path, tiny_llava: Any) -> None:
     assert again.calibration_raw.tolist() == pytest.approx([0.1, 0.5, 0.9])
     assert predictor.info["metrics"] == {"test/mass": 0.9}
     assert not predictor.training
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "golden.safetensors", "model.safetensors"]
     assert (folder / "model.safetensors").stat().st_mode & 0o044 == 0o044  # readable by a server's user
 
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from scr_runtime import SCR, PredictorConfig, SCRConfig, SourcePredictor, describe_model, errors, save_predictor
-from scr_runtime.identity import model_differences, usable_predictor
+from scr_runtime import (
+    SCR,
+    PredictorConfig,
+    SCRConfig,
+    SourcePredictor,
+    describe_model,
+    errors,
+    load_predictor,
+    save_predictor,
+)
+from scr_runtime.identity import model_differences, public_name, usable_predictor
 from tests.scr_runtime.reference import make_predictor
 from tests.scr_runtime.test_artifact import change_config
 
@@ -119,3 +131,74 @@ def test_a_usable_predictor_comes_on_the_models_device(folder: Path, tiny_llava:
     assert usable_predictor(predictor, model, config=LATER) is predictor  # without a folder, any layer is possible
     with pytest.raises(errors.ConfigurationError, match="pass predictor=FOLDER"):
         usable_predictor(None, model)
+
+
+def test_another_revision_of_the_same_repository_is_refused(folder: Path, tiny_llava: Any) -> None:
+    model = tiny_llava(0)
+    model.config._name_or_path, model.config._commit_hash = "org/llava", "b" * 40
+    record = json.loads((folder / "config.json").read_text())
+    change_config(folder, model=record["model"] | {"name": "org/llava", "revision": "a" * 40})
+    words = f"revision is '{'b' * 40}', the predictor expects '{'a' * 40}'"
+    with pytest.raises(errors.PredictorMismatchError, match=words):
+        SCR(model, predictor=folder, mode="one-pass")
+    with pytest.warns(RuntimeWarning, match=words):
+        SCR(model, predictor=folder, mode="auto")
+    for name, revision in (("org/llava", "b" * 40), ("org/llava", None), ("org/copy", "a" * 40)):
+        change_config(folder, model=record["model"] | {"name": name, "revision": revision})
+        SCR(model, predictor=folder, mode="one-pass")  # equal, not known, or not to be compared
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_sources": 5},
+        {"strength": 1.2},
+        {"edit_layers": (0, 1)},
+        {"attention_layers": (3, 4)},
+        {"connectivity": 4},
+    ],
+)
+def test_other_settings_than_those_of_the_fit_warn_once_with_both(
+    folder: Path, tiny_llava: Any, changes: dict[str, Any]
+) -> None:
+    (key,) = changes
+    fitted = CONFIG.to_dict()[key]
+    config = dataclasses.replace(CONFIG, **changes)
+    for mode in ("one-pass", "auto"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            scr = SCR(tiny_llava(0), config=config, predictor=folder, mode=mode)  # type: ignore[arg-type]
+        (warning,) = caught
+        assert f"{key} is {config.to_dict()[key]!r}, was {fitted!r}" in str(warning.message)
+        assert warning.filename == __file__ and scr.config == config
+    SCR(tiny_llava(0), config=config, predictor=folder, mode="two-pass")  # asks no predictor
+
+
+def test_names_are_those_of_the_hub_or_hold_no_path(tiny_llava: Any, tmp_path: Path) -> None:
+    model, commit = tiny_llava(0), "c" * 40
+    assert public_name(model) == "LlavaForConditionalGeneration"
+    for place, name in (
+        ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-7b-hf"),
+        (f"/home/me/.cache/huggingface/hub/models--org--my-llava/snapshots/{commit}", "org/my-llava"),
+    ):
+        model.config._name_or_path = place
+        assert public_name(model) == name
+    names = []
+    for place in (tmp_path / "one" / "my llava", tmp_path / "two" / "my llava"):
+        place.mkdir(parents=True)
+        model.config._name_or_path = str(place)
+        names.append(public_name(model))
+    assert names[0] == names[1] and re.fullmatch("my llava-[0-9a-f]{8}", names[0])
+    model.config._name_or_path = str(tmp_path / "gone")
+    assert re.fullmatch("gone-[0-9a-f]{8}", public_name(model))
+    half, other = tiny_llava(0, dtype=torch.bfloat16), tiny_llava(1)
+    half.config._name_or_path = other.config._name_or_path = str(tmp_path / "one" / "my llava")
+    assert public_name(half) == names[0] and public_name(other) != names[0]
+
+
+def test_the_predictor_names_itself(folder: Path, tiny_llava: Any) -> None:
+    change_config(folder, metrics={"test/recall": 0.8312})
+    words = "block 0, 4 sources, threshold 0.000, recall 0.831>"
+    assert repr(load_predictor(folder)).startswith("<SourcePredictor for LlavaForConditionalGeneration: ")
+    assert repr(load_predictor(folder)).endswith(words)
+    assert repr(make_predictor(tiny_llava(0))).endswith("parameters, hidden size 32>")

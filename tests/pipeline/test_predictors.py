@@ -1,0 +1,88 @@
+"""The commands behind `python -m export`: their arguments, and what they print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import commands, predictors
+from pipeline.commands import export as main
+from scr_runtime import PredictorConfig, SCRConfig, SourcePredictor, save_predictor
+
+MODEL = {"family": "llava", "hidden_size": 16, "num_blocks": 4, "embedding_probe": [0.5] * 32}
+
+
+def saved(folder: Path, seed: int = 0, **kwargs: Any) -> Path:
+    torch.manual_seed(seed)
+    predictor = SourcePredictor(PredictorConfig(16, rank=4, width=8))
+    scr = SCRConfig(num_sources=4, edit_layers=(0, 1), attention_layers=(1, 2))
+    return save_predictor(folder, predictor, scr=scr, model=MODEL, **kwargs)
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    code = main([str(one) for one in arguments])
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+def test_they_are_found() -> None:
+    assert tuple(predictors.COMMANDS) == commands._OF_A_FOLDER
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["verify"], "0 folders are given, expected 1. Usage: python -m export verify FOLDER"),
+        (["diff", "a"], "1 folders are given, expected 2"),
+        (["card", "a"], "evaluation= is missing"),
+        (["push", "a", "repo=", "privat=true"], "repo= is missing; unknown privat="),
+        (["push", "a", "repo=a/b", "repo=c/d"], "an option is given twice"),
+        (["push", "a", "repo=a/b", "private=yes"], "private=yes: expected true or false"),
+        (["pull", "repo=a/b"], "folder= is missing"),
+        (["promote", "name=m"], "version= is missing"),
+        (["engines", "a", "formats=onnx,tflite"], "formats=tflite: expected onnx or pt2"),
+        (["verify", "nowhere"], "predictor folder 'nowhere' does not exist"),
+    ],
+)
+def test_mistakes_are_told(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    code, printed = told(capsys, *arguments)
+    assert code == 1 and words in printed and "Traceback" not in printed
+
+
+def test_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = saved(tmp_path / "p")
+    code, printed = told(capsys, "verify", folder)
+    assert code == 0 and "<SourcePredictor: 772 parameters" in printed and "give the stored answers" in printed
+    (folder / "golden.safetensors").unlink()
+    code, printed = told(capsys, "verify", folder)
+    assert code == 1 and "golden.safetensors: cannot be read" in printed
+
+
+def test_diff(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    first = saved(tmp_path / "a", metrics={"test/mass": 0.5})
+    code, printed = told(capsys, "diff", first, saved(tmp_path / "b", 1, metrics={"test/mass": 0.75}))
+    assert code == 0 and "metrics.test/mass" in printed and "+0.25" in printed and "sources in common" in printed
+    assert "config.json says the same in both" in told(capsys, "diff", first, first)[1]
+
+
+def test_card(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder, file = saved(tmp_path / "p"), tmp_path / "evaluation.json"
+    file.write_text(json.dumps({"verdict": {"kind": "none", "sentence": "No effect shown.", "reason": "Too few."}}))
+    code, _ = told(capsys, "card", folder, f"evaluation={file}")
+    assert code == 0 and "**No effect shown.** Too few." in (folder / "README.md").read_text()
+    file.write_text("[]")
+    code, printed = told(capsys, "card", folder, f"evaluation={file}")
+    assert code == 1 and "not what python -m evaluation writes" in printed
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
+def test_promote_without_a_registered_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, printed = told(capsys, "promote", "name=nobody", "version=1", f"runs_dir={tmp_path}")
+    assert code == 1 and "version 1 of nobody:" in printed and "Traceback" not in printed
+    code, printed = told(capsys, "rollback", "name=nobody", f"runs_dir={tmp_path}")
+    assert code == 1 and "nobody:" in printed
