@@ -10,12 +10,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet -c constraints.txt
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help train test ui format wheel lock clean
+.PHONY: help train test ui playground docs format wheel lock clean
 
 help:
 	@echo "make train     harvest, fit, export, compare; ARGS='key=value ...' changes settings, ARGS=--help lists them"
 	@echo "make test      every check: ruff, pyright, import-linter, pytest"
 	@echo "make ui        open the runs in MLflow; URI=sqlite:///FILE for another store, ARGS='--port 5001' for MLflow's options"
+	@echo "make playground  look at one picture and one question under every mode; ARGS='model=... predictor=FOLDER'"
+	@echo "make docs      build the documentation into build/docs, warnings are errors"
 	@echo "make format    format the code, fix what ruff can fix"
 	@echo "make wheel     build dist/scr_runtime-*.whl"
 	@echo "make lock      write constraints.txt anew, from the newest versions that fit together"
@@ -33,6 +35,13 @@ test: $(VENV)/dev.stamp
 
 ui: $(VENV)/train.stamp
 	@$(BIN)/python -m pipeline.ui --backend-store-uri $(URI) $(ARGS)
+
+playground: $(VENV)/playground.stamp
+	$(BIN)/python -m playground $(ARGS)
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "open build/docs/index.html"
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
@@ -61,9 +70,17 @@ $(VENV)/train.stamp: pyproject.toml $(VENV)/torch.stamp
 	@$(INSTALL) -e ".[train]"
 	@touch $@
 
+$(VENV)/playground.stamp: $(VENV)/train.stamp
+	@$(INSTALL) -e ".[train,playground]"
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/train.stamp
+	@$(INSTALL) -e ".[train,playground,docs]"
+	@touch $@
+
 $(VENV)/dev.stamp: $(VENV)/train.stamp
 	@echo "installing the checks into $(VENV)"
-	@$(INSTALL) -e ".[train,dev]"
+	@$(INSTALL) -e ".[train,playground,docs,dev]"
 	@touch $@
 
 # A fresh environment without constraints, but for torch: edit its line in constraints.txt to move it. The local
@@ -73,7 +90,7 @@ lock:
 	@echo "resolving in .lock (some minutes)"
 	@rm -rf .lock && $(PYTHON) -m venv .lock
 	@.lock/bin/python -m pip --disable-pip-version-check install --quiet \
-	  "$$(grep '^torch==' constraints.txt)" -e ".[train,dev,ray]"
+	  "$$(grep '^torch==' constraints.txt)" -e ".[train,playground,docs,dev,ray]"
 	@{ sed -n '/^#/p;/^[^#]/q' constraints.txt; \
 	  .lock/bin/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools --exclude wheel \
 	  | sed 's/+.*//' | grep -Ev '^(nvidia|cuda|triton)' | LC_ALL=C sort -f; } > constraints.new

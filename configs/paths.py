@@ -19,9 +19,9 @@ class Paths:
     data: Path
     """Root of the data set: data.root, or runs/data/<data.name>, with its sizes behind it for a world of others."""
     train_images: Path
-    train_annotations: Path
-    eval_images: Path
-    eval_annotations: Path
+    train_annotations: Path | None
+    eval_images: Path | None
+    eval_annotations: Path | None
     harvest: Path
     """Shards: runs/harvest/<model>-<data>; behind it -block<n> where model.scr.state_layer is not 0, and a digest
     where settings of the harvest are not the defaults."""
@@ -54,9 +54,9 @@ def paths_of(config: TrainConfig) -> Paths:
     return Paths(
         data=root,
         train_images=root / data.train_images,
-        train_annotations=root / data.train_annotations,
-        eval_images=root / data.eval_images,
-        eval_annotations=root / data.eval_annotations,
+        train_annotations=root / data.train_annotations if data.train_annotations else None,
+        eval_images=root / data.eval_images if data.eval_images else None,
+        eval_annotations=root / data.eval_annotations if data.eval_annotations else None,
         harvest=runs / "harvest" / (config.harvest.name or harvest),
         fits=runs / "fits" / name,
         latest=own or runs / "fits" / name / "latest",

@@ -115,12 +115,13 @@ class DataConfig(BaseModel):
     """Folder of the data set; null means runs_dir/data/<data.name>, which only a rendered world may use."""
     train_images: str
     """Folder of the images to harvest, from data.root."""
-    train_annotations: str
-    """Instances file of those images, from data.root."""
-    eval_images: str
-    """Folder of the images to evaluate on, from data.root."""
-    eval_annotations: str
-    """Instances file of those images, from data.root."""
+    train_annotations: str | None
+    """Instances file of those images, from data.root; null: there are none, every picture in the folder is taken, and
+    harvest.prompts are captions and texts."""
+    eval_images: str | None
+    """Folder of the images to evaluate on, from data.root; null: there are none."""
+    eval_annotations: str | None
+    """Instances file of those images, from data.root; null: there are none, and evaluation.images has to be 0."""
 
     @field_validator("root")
     @classmethod
@@ -134,8 +135,8 @@ class DataConfig(BaseModel):
 
     @field_validator("eval_images")
     @classmethod
-    def _held_out(cls, folder: str, info: ValidationInfo) -> str:
-        if folder == info.data.get("train_images"):
+    def _held_out(cls, folder: str | None, info: ValidationInfo) -> str | None:
+        if folder is not None and folder == info.data.get("train_images"):
             reason = "is data.train_images too: a predictor must not be judged on images it was fitted to"
             raise PydanticCustomError("contradiction", "{reason}", {"reason": reason, "legal": "another folder"})
         return folder
@@ -254,8 +255,20 @@ class TrainConfig(BaseModel):
     @field_validator("evaluation")
     @classmethod
     def _has_the_images(cls, evaluation: EvaluationSettings, info: ValidationInfo) -> EvaluationSettings:
-        world = info.data["data"].world if "data" in info.data else None
-        if world is None or evaluation.images <= world.val or not _uses(info, "evaluation"):
+        data = info.data.get("data")
+        if data is None or not _uses(info, "evaluation"):
+            return evaluation
+        if evaluation.images and None in (data.eval_images, data.eval_annotations):
+            details = {
+                "key": "images",
+                "value": evaluation.images,
+                "reason": f"data={data.name} has no annotated images to make questions from",
+                "legal": "0",
+                "hint": "Add evaluation.images=0, or set data.eval_images and data.eval_annotations.",
+            }
+            raise PydanticCustomError("contradiction", "{reason}", details)
+        world = data.world
+        if world is None or evaluation.images <= world.val:
             return evaluation
         details = {
             "key": "images",

@@ -1,5 +1,7 @@
 """Images in COCO layout: a folder of image files and one `instances_*.json` that lists them and their objects.
 
+Without annotations the folder itself is the list: nothing is known of the objects, so prompts are captions and texts.
+
 Files stay where they are and are decoded through Hugging Face `datasets`: RGB, turned upright by their EXIF tag, for
 the harvest and for the evaluation alike. Annotations are parsed once: what is needed of them, 2 % of their bytes, is
 kept as an index under the checksum of the file (`runs/cache`).
@@ -46,6 +48,7 @@ _SPLIT_KEYS = {
 _INDEX_VERSION = 2  # raised when other annotations are accepted: an index must not let in what parsing rejects
 _INDEX_BYTES = 1 << 29
 _IMAGE_BYTES = 1 << 30
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange width and height
 _PARSING_SECONDS = 600.0  # longest wait for another process that parses the same file
 
@@ -58,29 +61,37 @@ class CocoImages:
 
     Args:
         images_dir: folder that the annotations' `file_name`s are relative to.
-        annotations_file: COCO `instances_*.json`.
+        annotations_file: COCO `instances_*.json`; None takes every picture in the folder and in those below it.
         cache: folder for the index of the annotations; None parses them every time.
 
     Attributes:
+        annotated: whether there are annotations; without them, `annotations_file` is the folder.
         ids: image ids, ascending.
         categories: all category names of the annotations, by category id.
-        annotations_sha256: checksum of the annotations file, as the data's identity.
+        annotations_sha256: checksum of the annotations file, as the data's identity; without one, of the names and
+            sizes of the pictures.
 
     Raises:
         AnnotationError: no such folder or file, unreadable annotations, or images that are listed but missing.
     """
 
-    def __init__(self, images_dir: str | Path, annotations_file: str | Path, cache: str | Path | None = None) -> None:
+    def __init__(
+        self, images_dir: str | Path, annotations_file: str | Path | None, cache: str | Path | None = None
+    ) -> None:
         self.images_dir = Path(images_dir)
-        self.annotations_file = Path(annotations_file)
+        self.annotated = annotations_file is not None
+        self.annotations_file = Path(images_dir if annotations_file is None else annotations_file)
         names = _files_in(self.images_dir)
-        if not _exists(self.annotations_file):
+        if not self.annotated:
+            index, self.annotations_sha256 = list_pictures(self.images_dir)
+        elif _exists(self.annotations_file):
+            index, self.annotations_sha256 = read_annotations(self.annotations_file, Path(cache) if cache else None)
+        else:
             raise AnnotationError(
                 f"{images_dir} holds {len(names)} files, but its annotations {annotations_file} do not exist. "
-                "Questions are made from COCO annotations: put instances_*.json there, or set data.train_annotations "
-                "/ data.eval_annotations."
+                "Questions are made from COCO annotations: put instances_*.json there, set data.train_annotations "
+                "/ data.eval_annotations, or do without them: data=pictures."
             )
-        index, self.annotations_sha256 = read_annotations(self.annotations_file, Path(cache) if cache else None)
         self.categories: tuple[str, ...] = index.categories
         self._file_names = index.files
         self.ids: tuple[int, ...] = tuple(sorted(self._file_names))
@@ -140,6 +151,28 @@ class CocoImages:
                 f"in {self.images_dir}: {shown}. Point the images key at the folder that belongs to these "
                 "annotations, or fetch the missing files."
             )
+
+
+def list_pictures(folder: Path) -> tuple[AnnotationIndex, str]:
+    """Lists the pictures of a folder and of those below it, numbered by name from 0.
+
+    Returns:
+        An index without categories, and the sha256 of names and sizes.
+
+    Raises:
+        AnnotationError: there is none.
+    """
+    found = sorted(
+        (path.relative_to(folder).as_posix(), path.stat().st_size)
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _PICTURES and _is_file(path)
+    )
+    if not found:
+        raise AnnotationError(
+            f"{folder} holds no pictures ({' '.join(_PICTURES)}): set data.root to a folder of them."
+        )
+    files = {number: name for number, (name, _) in enumerate(found)}
+    return AnnotationIndex((), files, {}), hashlib.sha256(canonical_json(found)).hexdigest()
 
 
 def _files_in(folder: Path) -> set[str]:

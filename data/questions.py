@@ -19,11 +19,13 @@ from typing import get_args
 
 from data.errors import SettingsError
 from data.images import CocoImages, seeded_order
-from data.settings import DEFAULT_MIX, PromptKind
+from data.settings import DEFAULT_MIX, PromptKind, is_prompt_text
 from data.wording import CAPTION_PROMPT, question_text
 
 STRATEGIES = ("random", "popular", "adversarial")
 PROMPT_KINDS: tuple[str, ...] = get_args(PromptKind)
+CATEGORY_KINDS = frozenset(PROMPT_KINDS) - {"caption"}
+"""Kinds that ask about a category of the annotations."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Question:
         label: "yes" or "no"; None for a caption prompt.
         category: the object asked about; None for a caption prompt.
         strategy: in `pope_questions` the strategy of the whole list (as in POPE's files, where the yes questions
-            belong to a list too); in `image_prompts` how this prompt was chosen, one of `PROMPT_KINDS`.
+            belong to a list too); in `image_prompts` how this prompt was chosen: one of `PROMPT_KINDS`, or `text`.
     """
 
     image_id: int
@@ -140,22 +142,22 @@ def image_prompts(
 ) -> list[Question]:
     """The prompts under which one image's maps are harvested: `mix` in turn, from a seeded start.
 
-    No prompt comes twice: a caption is asked for once per image, and no category is asked about twice. When an image
-    has no present (absent) category left, an absent (present) one takes its place.
+    No prompt comes twice: a caption or a text is asked once per image, and no category is asked about twice. When an
+    image has no present (absent) category left, an absent (present) one takes its place.
 
     Args:
         index: images and annotations.
         counts: tables to rank absent categories by.
         image_id: the image.
         prompts: how many.
-        mix: kinds of prompts.
+        mix: kinds of prompts, and texts that are asked as they are.
         seed: chooses start and categories.
 
     Raises:
         SettingsError: an unknown kind in `mix`, or more prompts than `mix` and the categories can give.
     """
     check_prompts(index, prompts, mix)
-    captions = "caption" in mix
+    fixed = {kind: CAPTION_PROMPT if kind == "caption" else kind for kind in mix if kind not in CATEGORY_KINDS}
     order = {kind: absent_categories(index, counts, image_id, kind, seed) for kind in STRATEGIES}
     order["present"] = seeded_order(index.present(image_id), seed, f"present:{image_id}")
     # an even start keeps yes and no alternating in the default mix
@@ -165,13 +167,12 @@ def image_prompts(
     for kind in islice(cycle(mix), start, None):
         if len(chosen) == prompts:
             break
-        if kind == "caption":
-            if captions:
-                chosen.append(Question(image_id, CAPTION_PROMPT, None, None, kind))
-                captions = False
+        if kind not in CATEGORY_KINDS:
+            if text := fixed.pop(kind, None):
+                chosen.append(Question(image_id, text, None, None, kind if kind == "caption" else "text"))
             continue
         if len(asked) == len(index.categories):
-            continue  # only the caption is left
+            continue  # only captions and texts are left
         other = "random" if kind == "present" else "present"
         kind, category = next((way, name) for way in (kind, other) for name in order[way] if name not in asked)
         asked.add(category)
@@ -184,14 +185,22 @@ def check_prompts(index: CocoImages, prompts: int, mix: Sequence[str]) -> None:
     """Checks that an image can have so many prompts of these kinds.
 
     Raises:
-        SettingsError: an unknown kind in `mix`, or more prompts than `mix` and the categories can give.
+        SettingsError: an unknown kind in `mix`, kinds that need annotations where there are none, or more prompts than
+            `mix` and the categories can give.
     """
-    unknown = sorted(set(mix) - set(PROMPT_KINDS))
+    unknown = sorted(kind for kind in set(mix) - set(PROMPT_KINDS) if not is_prompt_text(kind))
     if unknown or not mix:
-        raise SettingsError(f"harvest.prompts has unknown kinds {unknown or mix}: use {', '.join(PROMPT_KINDS)}")
-    most = ("caption" in mix) + len(index.categories) * (set(mix) != {"caption"})
+        known = f"{', '.join(PROMPT_KINDS)}, or texts of several words"
+        raise SettingsError(f"harvest.prompts has unknown kinds {unknown or mix}: use {known}")
+    fixed, about = set(mix) - CATEGORY_KINDS, set(mix) & CATEGORY_KINDS
+    if about and not index.annotated:
+        raise SettingsError(
+            f"harvest.prompts has {', '.join(sorted(about))}, which ask about annotated objects, and "
+            f"{index.images_dir} has no annotations: use caption, or texts of several words"
+        )
+    most = len(fixed) + len(index.categories) * bool(about)
     if not 1 <= prompts <= most:
         raise SettingsError(
             f"harvest.prompts_per_image={prompts}: use 1 to {most}: {len(index.categories)} categories can be asked "
-            "about, and one caption asked for, each once, if harvest.prompts lists questions and caption"
+            "about, captions and texts asked for, each once, if harvest.prompts lists questions and caption"
         )

@@ -34,6 +34,11 @@ def _folder_name(name: str) -> str:
     return name
 
 
+def is_prompt_text(kind: str) -> bool:
+    """Whether an entry of `harvest.prompts` is a text to ask, not a kind of prompt: it has several words."""
+    return len(kind.split()) > 1
+
+
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 
@@ -86,7 +91,8 @@ class HarvestSettings(BaseModel):
     harvest's index.json. The paper takes 200."""
     prompts: list[str] = list(DEFAULT_MIX)
     """Kinds of prompts, assigned to each image in turn from a seeded start: questions about a present object, about
-    an absent one chosen as POPE does (random, popular, adversarial), or one caption."""
+    an absent one chosen as POPE does (random, popular, adversarial), or one caption. A text of several words is asked
+    as it is. Images without annotations (data=pictures) take captions and texts alone."""
     prompts_per_image: int = Field(default=2, ge=1)
     """Prompts per image; each gives one attention map."""
     batch_size: int = Field(default=32, ge=1)
@@ -121,23 +127,26 @@ class HarvestSettings(BaseModel):
     @classmethod
     def _known_prompts(cls, prompts: list[str]) -> list[str]:
         known = PromptKind.__args__
-        unknown = [kind for kind in prompts if kind not in known]
+        unknown = [kind for kind in prompts if kind not in known and not is_prompt_text(kind)]
         if unknown or not prompts:
             reason = f"has no kind of prompt {unknown[0]!r}" if unknown else "is empty"
             raise PydanticCustomError(
-                "contradiction", "{reason}", {"reason": reason, "legal": "a list of " + " | ".join(known)}
-            )
+                "contradiction", "{reason}",
+                {"reason": reason, "legal": "a list of " + " | ".join(known) + " | texts of several words"},
+            )  # fmt: skip
         return prompts
 
     @field_validator("prompts_per_image")
     @classmethod
     def _one_caption(cls, count: int, info: ValidationInfo) -> int:
-        if set(info.data.get("prompts", ())) == {"caption"} and count > 1:
-            raise PydanticCustomError(
-                "contradiction",
-                "there is one caption prompt per image",
-                {"legal": "1", "hint": "Lower it to 1, or add questions to harvest.prompts."},
-            )
+        given = set(info.data.get("prompts", ()))
+        fixed = {kind for kind in given if kind == "caption" or is_prompt_text(kind)}
+        if given and given == fixed and count > len(fixed):
+            one = fixed == {"caption"}
+            reason = "there is one caption prompt per image" if one else f"harvest.prompts has {len(fixed)} texts"
+            hint = f"Lower it to {len(fixed)}, or add questions to harvest.prompts."
+            legal = "1" if len(fixed) == 1 else f"1 to {len(fixed)}"
+            raise PydanticCustomError("contradiction", "{reason}", {"reason": reason, "legal": legal, "hint": hint})
         return count
 
     @field_validator("output")

@@ -113,7 +113,11 @@ def scatter(points: Mapping[str, tuple[float, float]], x_label: str, y_label: st
             label_y -= 14
         taken.append((place, label_y))
         parts.append(symbol(name, place, mark_y, 6))
-        parts.append(f'<text class="note" x="{place + 11:.1f}" y="{label_y:.1f}">{html.escape(name)}</text>')
+        covers = any(
+            0 < across(other) - place < 90 and abs(up(beside) - label_y) < 14 for other, beside in finite.values()
+        )
+        side = f'x="{place - 11:.1f}" text-anchor="end"' if covers else f'x="{place + 11:.1f}"'
+        parts.append(f'<text class="note" {side} y="{label_y:.1f}">{html.escape(name)}</text>')
     return _svg(
         width, height, [*parts, *_axes(x_label, y_label, left, width - 96, height)], f"{y_label} against {x_label}"
     )

@@ -136,10 +136,15 @@ def owned_neighbours(sources: Sequence[int], grid: Grid, connectivity: int) -> i
     return int(owned[1:].sum())
 
 
+def owned_by(sources: Sequence[int], grid: Grid, connectivity: int) -> list[list[int]]:
+    """The neighbours that each source writes to."""
+    patches, owned = claim_neighbours(torch.tensor([list(sources)]), grid, connectivity)
+    return [patches[1:, 0, place][owned[1:, 0, place]].tolist() for place in range(len(sources))]
+
+
 def owned_patches(sources: Sequence[int], grid: Grid, connectivity: int) -> list[int]:
     """The neighbours that the sources write to."""
-    patches, owned = claim_neighbours(torch.tensor([list(sources)]), grid, connectivity)
-    return patches[1:][owned[1:]].tolist()
+    return [patch for neighbours in owned_by(sources, grid, connectivity) for patch in neighbours]
 
 
 def near_patches(grid: Grid, radius: int) -> Tensor:

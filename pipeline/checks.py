@@ -10,6 +10,7 @@ import torch
 
 from configs import TrainConfig
 from data.errors import DataError
+from data.questions import CATEGORY_KINDS
 from data.vlm import model_config
 from pipeline.errors import RunError
 from pipeline.folders import named_folders
@@ -62,6 +63,12 @@ def _runs_dir(config: TrainConfig) -> Iterator[str]:
 
 
 def _training_data(config: TrainConfig) -> Iterator[str]:
+    about = [kind for kind in config.harvest.prompts if kind in CATEGORY_KINDS]
+    if about and config.paths.train_annotations is None:
+        yield (
+            f"harvest.prompts: {', '.join(dict.fromkeys(about))} ask about annotated objects, and data="
+            f"{config.data.name} has no annotations; use caption, or texts of several words"
+        )
     if config.data.world is None:  # else it will be rendered
         yield from _missing("data.train_images", config.paths.train_images)
         yield from _missing("data.train_annotations", config.paths.train_annotations)
@@ -77,8 +84,8 @@ def _held_out_data(config: TrainConfig) -> Iterator[str]:
         yield from _missing("data.eval_annotations", config.paths.eval_annotations)
 
 
-def _missing(key: str, place: Path) -> Iterator[str]:
-    if not place.exists():
+def _missing(key: str, place: Path | None) -> Iterator[str]:
+    if place is not None and not place.exists():
         yield f"{key}: {place} does not exist; set data.root to the folder that holds it"
 
 

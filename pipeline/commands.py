@@ -1,6 +1,7 @@
 """The commands as they are typed: each is parsed and checked before torch, Lightning and MLflow are imported.
 
-data/harvest.py, export/__main__.py and evaluation/__main__.py name these functions; train.py starts in the same way.
+data/harvest.py and the __main__.py of export, evaluation and playground name these functions; train.py starts in the
+same way.
 """
 
 from __future__ import annotations
@@ -67,6 +68,20 @@ def evaluation(argv: Sequence[str] | None = None) -> int:
         config = config.model_copy(update={"evaluation": chosen})
     typed = shlex.join([*program.split(), *arguments])
     return start(program, config, lambda: import_module("pipeline.evaluate").run(config, typed))
+
+
+def playground(argv: Sequence[str] | None = None) -> int:
+    """`python -m playground`."""
+    program, arguments = "python -m playground", list(sys.argv[1:] if argv is None else argv)
+    ports = [text for text in arguments if text.startswith("port=")]
+    about = [
+        "Opens a local page: one picture and one question under every mode, with maps, sources and timings.",
+        f"{program} model=scene-llava predictor=FOLDER port=7860",
+    ]
+    settings = long_forms([text for text in arguments if text not in ports])
+    config = parse_cli(settings, program, about, uses=("model", "data"))
+    port = ports[-1] if ports else "port=7860"
+    return start(program, config, lambda: import_module("pipeline.playground").serve(config, port))
 
 
 def start(program: str, config: TrainConfig, command: Callable[[], int], more: str = "") -> int:

@@ -140,7 +140,7 @@ def evaluation_images(config: TrainConfig, settings: EvaluationSettings) -> Coco
     places = [("evaluation.images_dir", settings.images_dir, paths.train_images),
               ("evaluation.annotations", settings.annotations, paths.train_annotations)]  # fmt: skip
     for key, given, training in places:
-        if given is not None and Path(given).expanduser().resolve() == training.resolve():
+        if given and training and Path(given).expanduser().resolve() == training.resolve():
             raise EvaluationError(f"{key}={given} is what the predictor was fitted to: give held-out images")
     if (
         settings.annotations is None
@@ -153,6 +153,11 @@ def evaluation_images(config: TrainConfig, settings: EvaluationSettings) -> Coco
         return held_out_images(config)
     folder = Path(settings.images_dir).expanduser() if settings.images_dir else paths.eval_images
     annotations = Path(settings.annotations).expanduser() if settings.annotations else paths.eval_annotations
+    if folder is None or annotations is None:
+        raise EvaluationError(
+            f"data={config.data.name} has no annotated images to evaluate on: set evaluation.images_dir with "
+            "evaluation.pope_files or evaluation.annotations"
+        )
     return CocoImages(folder, annotations, paths.cache)
 
 

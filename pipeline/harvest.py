@@ -21,6 +21,7 @@ from data.locks import exclusively
 from data.plan import Job
 from data.ranks import Rank, rank_of_this_process
 from data.vlm import load_vlm
+from evaluation.errors import EvaluationError
 from pipeline.checks import check_all
 
 _RENDERING_SECONDS = 1800.0  # longest wait for another process that renders the embedded world
@@ -85,9 +86,19 @@ def training_images(config: TrainConfig) -> CocoImages:
 
 
 def held_out_images(config: TrainConfig) -> CocoImages:
-    """Index of the images to evaluate on; renders the embedded world first if the configuration has one."""
+    """Index of the images to evaluate on; renders the embedded world first if the configuration has one.
+
+    Raises:
+        EvaluationError: The data set has none.
+    """
     render_world(config)
-    return CocoImages(config.paths.eval_images, config.paths.eval_annotations, config.paths.cache)
+    paths = config.paths
+    if paths.eval_images is None:
+        raise EvaluationError(
+            f"data={config.data.name} has no images to evaluate on: set data.eval_images and data.eval_annotations, "
+            "or give evaluation.pope_files and evaluation.images_dir"
+        )
+    return CocoImages(paths.eval_images, paths.eval_annotations, paths.cache)
 
 
 def render_world(config: TrainConfig) -> None:

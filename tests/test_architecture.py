@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("configs", "data", "predictor", "export", "evaluation", "scenes", "pipeline", "benchmarks", "train")
+ROOMS = (
+    "configs", "data", "predictor", "export", "evaluation", "scenes", "playground", "pipeline", "benchmarks", "train",
+)  # fmt: skip
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Top-level packages that only some files may import: name -> patterns of those files.
@@ -26,6 +28,8 @@ RESTRICTED = {
     "pipeline": r"pipeline/.*|train\.py|benchmarks/(states_dtype|kills)\.py",
     "matplotlib": r"evaluation/.*|benchmarks/learning_curve\.py",
     "ray": r"data/cluster\.py",
+    "starlette": r"playground/server\.py",
+    "uvicorn": r"pipeline/playground\.py",
     "lightning": r"(?!)",  # one name for one thing: pytorch_lightning
     "train": r"benchmarks/kills\.py",
     "benchmarks": r"benchmarks/.*",
@@ -111,7 +115,8 @@ def test_files_functions_and_signatures_stay_small():
 def test_doors_name_the_pipeline_without_importing_it():
     commands = (ROOT / "pipeline/commands.py").read_text(encoding="utf-8")
     for door, command in (("data/harvest.py", "harvest"), ("export/__main__.py", "export"),
-                          ("evaluation/__main__.py", "evaluation")):  # fmt: skip
+                          ("evaluation/__main__.py", "evaluation"),
+                          ("playground/__main__.py", "playground")):  # fmt: skip
         assert f'import_module("pipeline.commands").{command}()' in (ROOT / door).read_text(encoding="utf-8"), door
         assert f"def {command}(" in commands
     for name in re.findall(r'import_module\("pipeline\.(\w+)"\)', commands):

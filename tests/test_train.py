@@ -19,6 +19,7 @@ from mlflow.entities import Run
 from PIL import Image
 
 from export import registry
+from scenes.world import render_scene
 from scr_runtime import load_predictor
 
 # MLflow's own: its use of SQLAlchemy, and connections that its pool leaves to the garbage collector.
@@ -496,3 +497,24 @@ def test_an_interrupted_comparison_resumes_without_another_fit(
     assert after != before and before.is_dir()
     written = json.loads((after.parent / "reports/evaluation.json").read_text())
     assert written["metrics"]["eval/two-pass/adversarial/hr"] >= 0
+
+
+@pytest.mark.slow
+def test_a_folder_of_pictures_without_annotations_gives_a_predictor(tmp_path: Path) -> None:
+    for number in range(24):
+        place = tmp_path / "pictures" / ("below" if number % 3 else ".") / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(render_scene(0, "val", number).image).save(place)
+    (tmp_path / "pictures/notes.txt").write_text("no picture")
+    sizes = ["harvest.samples=14", "harvest.validation=5", "harvest.test=5", "trainer.max_epochs=2"]
+    folder = ["data=pictures", f"data.root={tmp_path / 'pictures'}"]
+    result = run(*folder, *sizes, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "[5/5]" not in result.stdout and "The predictor on 5 test images" in result.stdout
+    predictor = load_predictor(tmp_path / "runs/predictors/scene-llava")
+    assert 0 < predictor.info["metrics"]["test/recall"] <= 1
+    refused = run(*folder, *sizes, "harvest.prompts=[present]", cwd=tmp_path)
+    assert refused.returncode == 1 and "[1/5]" not in refused.stdout
+    assert "present ask about annotated objects, and data=pictures has no annotations" in refused.stderr
+    asked = run(*folder, *sizes, "evaluation.images=4", cwd=tmp_path)
+    assert asked.returncode == 2 and "has no annotated images to make questions from" in asked.stderr

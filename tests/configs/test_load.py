@@ -29,7 +29,7 @@ SIZES = {
     "data.world.val": 500,
 }
 # What a file needs beside itself to make a complete configuration.
-NEEDS = {("data", "coco2014"): ["data.root=/path/to/coco2014"]}
+NEEDS = {("data", name): [f"data.root=/path/to/{name}"] for name in ("coco2014", "pictures")}
 
 
 def problems(*overrides: str) -> list:
@@ -51,6 +51,7 @@ def test_every_yaml_file_is_found():
     files = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
     assert files == [
         "data/coco2014.yaml",
+        "data/pictures.yaml",
         "data/scenes-next.yaml",
         "data/scenes.yaml",
         "model/chameleon-30b.yaml",

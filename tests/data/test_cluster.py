@@ -189,7 +189,7 @@ def test_workers_that_do_not_start_end_the_job(tmp_path: Path, many: CocoImages,
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")
 def test_the_command_with_ray(tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]):
-    from pipeline.harvest import main
+    from pipeline.commands import harvest as main
 
     images = tiny.write_coco(tmp_path / "coco", 12)
     for part in tiny.build_llava():  # not the shared one: saving changes a model's config

@@ -188,7 +188,7 @@ def test_a_disk_that_fills_up_costs_the_running_shard_only(
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    from pipeline.harvest import main
+    from pipeline.commands import harvest as main
 
     images = tiny.write_coco(tmp_path / "coco", 12)
     for part in tiny.build_llava():  # not the shared one: saving changes a model's config

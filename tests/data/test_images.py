@@ -50,6 +50,23 @@ def test_index_of_a_coco_folder(coco: CocoImages):
     assert picture.mode == "RGB" and picture.size == (tiny.SIDE, tiny.SIDE)
 
 
+def test_a_folder_without_annotations_is_its_own_list(tmp_path: Path):
+    for name in ("b.PNG", "a.jpg", "deeper/c.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    pictures = CocoImages(tmp_path, None)
+    assert [pictures.path(number).relative_to(tmp_path).as_posix() for number in pictures.ids] == [
+        "a.jpg", "b.PNG", "deeper/c.webp",
+    ]  # fmt: skip
+    assert pictures.categories == () and pictures.present(0) == frozenset() and pictures.open(1).size == (8, 8)
+    Image.new("RGB", (9, 9)).save(tmp_path / "d.png")
+    assert CocoImages(tmp_path, None).annotations_sha256 != pictures.annotations_sha256
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AnnotationError, match=r"empty holds no pictures \(\.jpg"):
+        CocoImages(tmp_path / "empty", None)
+
+
 @pytest.mark.parametrize(
     ("mode", "format"), [("L", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("I;16", "PNG")]
 )

@@ -9,6 +9,7 @@ from data.questions import (
     PROMPT_KINDS,
     STRATEGIES,
     Question,
+    check_prompts,
     count_objects,
     image_prompts,
     pope_questions,
@@ -98,6 +99,27 @@ def test_a_caption_is_asked_for_once(coco: CocoImages):
     assert [q.strategy for q in image_prompts(coco, counts, 10, 1, mix=("caption",))] == ["caption"]
     with pytest.raises(ValueError, match="prompts_per_image=2: use 1 to 1"):
         image_prompts(coco, counts, 10, 2, mix=("caption",))
+
+
+def test_texts_are_asked_as_they_are_each_once(coco: CocoImages):
+    counts = count_objects(coco)
+    mix = ["What is on the left?", "caption", "present"]
+    asked = image_prompts(coco, counts, 10, 4, mix)
+    assert {(one.text, one.strategy) for one in asked if one.label is None} == {
+        ("What is on the left?", "text"), ("Describe the image.", "caption"),
+    }  # fmt: skip
+    assert len({one.text for one in asked}) == 4
+
+
+def test_without_annotations_captions_and_texts_alone_are_asked(coco: CocoImages):
+    pictures = CocoImages(coco.images_dir, None)
+    mix = ["caption", "Is there a person in the image?"]
+    asked = image_prompts(pictures, count_objects(pictures), 0, 2, mix)
+    assert {one.text for one in asked} == {"Describe the image.", "Is there a person in the image?"}
+    with pytest.raises(SettingsError, match=r"present, which ask about .* has no annotations"):
+        check_prompts(pictures, 1, ["present", "caption"])
+    with pytest.raises(SettingsError, match="use 1 to 2"):
+        check_prompts(pictures, 3, mix)
 
 
 def test_bad_values_name_the_legal_ones(coco: CocoImages):

@@ -196,7 +196,7 @@ def command(tmp_path: Path) -> list[str]:
 @pytest.mark.slow
 def test_torchrun_and_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Two processes of torchrun render one world and harvest it; then ranks of other counts, as Slurm starts them."""
-    from pipeline.harvest import main
+    from pipeline.commands import harvest as main
 
     arguments = command(tmp_path)
     plain = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}

@@ -115,7 +115,7 @@ def test_the_figure_has_a_title_and_a_row_for_each_combination() -> None:
     lines = left.get_lines()
     seeds = [line for line in lines if line.get_alpha()]
     assert len(seeds) == 6 and np.asarray(seeds[0].get_xdata()) == pytest.approx([0.9, 0.91, 0.92])
-    assert len({line.get_marker() for line in seeds}) == 3  # one for each loss, besides its colour
+    assert len({str(line.get_marker()) for line in seeds}) == 3  # one for each loss, besides its colour
     assert len([line for line in lines if line.get_linestyle() == "-"]) == 6
     two = sweep_report.figure([trial for trial in trials if trial.choices["seed"] != "2"], NAMES, "two seeds")
     assert two is not None and not [line for line in two.axes[0].get_lines() if line.get_linestyle() == "-"]

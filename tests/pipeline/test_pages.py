@@ -115,7 +115,7 @@ def test_artifacts_are_found_in_a_folder_that_was_moved_or_copied(folder: Path, 
     client = open_store(second)
     (run,) = client.search_runs([runs.experiment_id(client, "fits")], "attributes.run_name = 'defaults'")
     assert run.info.artifact_uri == f"{(second / 'mlflow').as_uri()}/{run.info.run_id}/artifacts"
-    assert (Path(url2pathname(run.info.artifact_uri.removeprefix("file://"))) / "reports/fit.json").is_file()
+    assert (Path(url2pathname(str(run.info.artifact_uri).removeprefix("file://"))) / "reports/fit.json").is_file()
     fresh = runs.create_run(client, "fits", "later", {}).info.run_id
     client.log_text(fresh, "new", "new.txt")
     assert (second / "mlflow" / fresh / "artifacts/new.txt").is_file() and not list(first.rglob("new.txt"))
