@@ -160,7 +160,7 @@ def _by_object(
         number = image_id(quiz.items[item].image)
         own = boxes.get((number, found[1].lower())) if found and present and number is not None else None
         if own:
-            largest = max(own, key=lambda box: box.area)
+            largest = max(own, key=lambda box: (box.area, box.distance))
             grids = two_pass.of(item)[0].images
             shares = [sources_on(own, one.sources, one.grid, crops) for one in grids[:1]]
             items.append(item)  # tiles don't say where in the image they lie

@@ -286,8 +286,7 @@ class Passes:
                 prefill.choice, prefill.fresh = prefill.known.choice, False
                 self._plan(prefill, hidden)
             else:
-                asked = self.asked
-                call, question = block_arguments(module, args, kwargs), prefill.question
+                asked, call, question = self.asked, block_arguments(module, args, kwargs), prefill.question
                 state = StateLayerOutput(hidden, layout, config, prefill.decoder, call, question, asked.wide)
                 prefill.norms = [state_norms(state.states(group)) for group in layout.groups]
                 if self._online:  # from here on the pass reads its own attention
@@ -305,11 +304,8 @@ class Passes:
         rows, hidden = prefill.rows, residual_stream(output)
         prefill.rows = here.rows = None
         with torch.no_grad():
-            self._choose(
-                StateLayerOutput(hidden, prefill.layout, self._config, prefill.decoder, {}, read=rows),
-                prefill,
-                self.asked.provide,
-            )
+            state = StateLayerOutput(hidden, prefill.layout, self._config, prefill.decoder, {}, read=rows)
+            self._choose(state, prefill, self.asked.provide)
 
     def _choose(self, state: StateLayerOutput, prefill: Prefill, provide: Provider) -> None:
         """Chooses the sources of a prefill, and plans its edit."""
