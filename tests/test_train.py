@@ -149,7 +149,7 @@ def test_a_run_has_its_origin_its_data_and_its_model(
     model = MlflowClient(uri).get_logged_model(str(model_id))
     found = {metric.key: metric.value for metric in model.metrics or []}
     assert found["mass"] == single.data.metrics["mass"]
-    assert model.name == f"scene-llava {single.info.run_name}".replace("/", "-").replace(".", "-")
+    assert model.name == re.sub(r"[/:.%]+", "-", f"scene-llava {single.info.run_name}")
     report = json.loads((folder / "runs/reports/scene-llava/evaluation.json").read_text())
     for described in (tags, model.tags):
         assert described["mlflow.note.content"].startswith(f"**{report['verdict']['sentence']}**")

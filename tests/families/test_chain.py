@@ -50,7 +50,7 @@ def test_the_chain_comes_to_its_end(work: Path, name: str):
     code, printed = run_chain(name, model, photos, runs)
     assert code == 0, printed[-3000:]
     reports = {path.name for path in (runs / f"reports/{name}").iterdir()}
-    assert reports == {"maps.png", "reliability.png"}
+    assert reports == {"fit.json", "maps.png", "reliability.png"}
     metrics = load_predictor(runs / "predictors" / name).info["metrics"]
     if name in SEVERAL_GRIDS:
         assert 6 == metrics["test/k_min"] < metrics["test/k_mean"] < metrics["test/k_max"] == 26  # of 8 x 8 to 16 x 16
