@@ -38,7 +38,7 @@ _TOWER = (1024, 4096, 24, 16)
 LLAVA = {
     "llava-1.5-7b": Shape(4096, 11_008, 32, 32, _TOWER, words=32_064),
     "llava-1.5-13b": Shape(5120, 13_824, 40, 40, _TOWER, words=32_064),
-    "tiny": Shape(64, 128, 4, 4, (32, 64, 2, 2), side=6, words=32_064),
+    "tiny": Shape(64, 128, 6, 4, (32, 64, 2, 2), side=6, words=32_064),
 }
 MODELS = ("llava-1.5-7b", "llava-1.5-13b", "qwen2-vl-7b")
 SETTINGS = {  # the layers of arXiv 2602.22469

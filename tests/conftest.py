@@ -21,6 +21,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _one_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages are wrapped in the same places, whatever the terminal."""
+    monkeypatch.setenv("COLUMNS", "110")
+
+
+@pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Equal results on any machine, and no fight for cores between tests."""
     threads = torch.get_num_threads()
