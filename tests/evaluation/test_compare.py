@@ -88,7 +88,8 @@ def test_online_is_a_rival_and_no_control(comparison: Comparison) -> None:
     assert sum("the predictor is worth its fit" in line for line in report.reading(better, embedded=False)) == 2
 
 
-def test_the_tables_have_a_row_per_method(comparison: Comparison) -> None:
+def test_the_tables_have_a_row_per_method(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # in one part
     rows = report.answer_rows(comparison)
     assert [row[0] for row in rows[1:]] == NAMES and len({len(row) for row in rows}) == 1
     assert len(table(rows).splitlines()) == len(rows) + 1

@@ -49,7 +49,7 @@ def test_settings_take_effect_and_auto_says_why(place: Place):
     assert low["answers"][3]["why"].startswith("the predictor chose: confidence")
     assert "is under the threshold 1.000" in high["answers"][3]["why"]
     assert high["answers"][3]["yes"] == high["answers"][1]["yes"] != high["answers"][0]["yes"]
-    assert any("calibrated for other settings" in note for note in low["notes"])
+    assert any("calibrated with other settings" in note for note in low["notes"])
     with pytest.raises(ConfigurationError, match="ends at block 8, but the model has 8"):
         place.engine.look(picture, ask(edit_layers=(0, 8)))
 
