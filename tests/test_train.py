@@ -160,6 +160,30 @@ def test_a_run_has_its_origin_its_data_and_its_model(
     ).read_bytes()
 
 
+@pytest.mark.slow
+def test_the_folder_says_what_was_used_and_how_it_was_judged(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = finished
+    place = folder / "runs/predictors/scene-llava"
+    record = json.loads((place / "config.json").read_text())
+    used = record["provenance"]["used"]
+    assert (used["epochs"], used["target_fallback"]) == (2, 0.2) and used["test maps"] == 20
+    assert record["metrics"]["test/mass_low"] <= record["metrics"]["test/mass"] <= record["metrics"]["test/mass_high"]
+    assert (record["scr"]["num_sources"], record["metrics"]["test/k_max"]) == (8, 8)
+    verdict = json.loads((folder / "runs/reports/scene-llava/evaluation.json").read_text())["verdict"]
+    card = (place / "README.md").read_text()
+    assert f"**{verdict['sentence']}**" in card and "8 sources asked for, 8 used" in card
+    for file in place.iterdir():
+        content = file.read_bytes()
+        assert str(folder).encode() not in content and str(ROOT).encode() not in content, file.name
+    uri = f"sqlite:///{folder}/runs/mlflow.db"
+    fetched = registry.download("models:/scr-scene-llava/1", folder / "runs" / "registered", uri)
+    assert {file.name: file.read_bytes() for file in place.iterdir()} == {
+        file.name: file.read_bytes() for file in fetched.iterdir()
+    }
+
+
 FITS = [text for text in SMALL if not text.startswith(("evaluation.images=", "trainer.max_epochs="))]
 FITS += ["evaluation.images=0", "trainer.max_epochs=1"]
 SWEEP = [*FITS, "predictor.loss=kl,bce", "seed=0,1"]
@@ -369,30 +393,6 @@ def test_the_lines_of_the_guide_to_deployment_run(finished: tuple[Path, subproce
     )  # fmt: skip
     assert served.returncode == 0, served.stderr[-2000:]
     assert "<SCRStats: 1 prefills, 1 images (" in served.stdout
-
-
-@pytest.mark.slow
-def test_the_folder_says_what_was_used_and_how_it_was_judged(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
-    folder, _ = finished
-    place = folder / "runs/predictors/scene-llava"
-    record = json.loads((place / "config.json").read_text())
-    used = record["provenance"]["used"]
-    assert (used["epochs"], used["target_fallback"]) == (2, 0.2) and used["test maps"] == 20
-    assert record["metrics"]["test/mass_low"] <= record["metrics"]["test/mass"] <= record["metrics"]["test/mass_high"]
-    assert (record["scr"]["num_sources"], record["metrics"]["test/k_max"]) == (8, 8)
-    verdict = json.loads((folder / "runs/reports/scene-llava/evaluation.json").read_text())["verdict"]
-    card = (place / "README.md").read_text()
-    assert f"**{verdict['sentence']}**" in card and "8 sources asked for, 8 used" in card
-    for file in place.iterdir():
-        content = file.read_bytes()
-        assert str(folder).encode() not in content and str(ROOT).encode() not in content, file.name
-    uri = f"sqlite:///{folder}/runs/mlflow.db"
-    fetched = registry.download("models:/scr-scene-llava/1", folder / "runs" / "registered", uri)
-    assert {file.name: file.read_bytes() for file in place.iterdir()} == {
-        file.name: file.read_bytes() for file in fetched.iterdir()
-    }
 
 
 @pytest.mark.slow
