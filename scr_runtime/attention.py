@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from scr_runtime.errors import UnsupportedModelError
-from scr_runtime.here import Turns, here
+from scr_runtime.here import Turns, frames_of_threads, here
 from scr_runtime.redistribute import wide
 
 _PREFIX = "scr_"
@@ -340,7 +340,7 @@ def check_selectable(config: Any) -> None:
 
 def _models_run_elsewhere() -> bool:
     """Whether a transformers model runs in another thread."""
-    for thread, frame in sys._current_frames().items():
+    for thread, frame in frames_of_threads().items():
         while frame is not None and thread != threading.get_ident():
             if frame.f_code.co_name == "forward" and str(frame.f_globals.get("__name__")).startswith("transformers"):
                 return True

@@ -10,6 +10,7 @@ itself.
 from __future__ import annotations
 
 import _thread
+import gc
 import sys
 import threading
 from contextlib import ContextDecorator
@@ -77,7 +78,9 @@ class Running:
     @property
     def alive(self) -> bool:
         """Whether the frame is still on its thread's stack."""
-        frame = None if self.frame is None else sys._current_frames().get(self.thread)
+        if self.frame is None:
+            return False
+        frame = sys._getframe() if self.thread == threading.get_ident() else frames_of_threads().get(self.thread)
         while frame is not None:
             if frame is self.frame:
                 return True
@@ -91,3 +94,19 @@ class Turns(ContextDecorator, _thread.RLock):  # pyright: ignore[reportGeneralTy
     Signals and tracers may raise at any line of ours; none of these lines is between the lock's acquisition and its
     release, but for the function's own, whose exceptions release it.
     """
+
+
+@Turns()
+def frames_of_threads() -> dict[int, FrameType]:
+    """The innermost frame of each thread, by thread identifier.
+
+    The garbage collector waits meanwhile: CPython holds a lock in `sys._current_frames` that a collection may need,
+    and the process stopped for good (seen with 3.11.7; github.com/python/cpython/issues/106883).
+    """
+    enabled = gc.isenabled()
+    try:
+        gc.disable()
+        return sys._current_frames()
+    finally:
+        if enabled:
+            gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from scr_runtime import SCR, SCRConfig
 from scr_runtime.errors import PrefillError
-from scr_runtime.here import Running, Turns, here
+from scr_runtime.here import Running, Turns, frames_of_threads, here
 
 
 def test_each_thread_has_its_own_state() -> None:
@@ -94,3 +95,26 @@ def test_turns_nest_and_end_with_an_exception() -> None:
     thread.start()
     thread.join()
     assert taken == [True]
+
+
+def test_no_collection_while_the_frames_of_threads_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython stops for good if one comes in there: it once did, in the middle of a prefill."""
+    read, collecting = sys._current_frames, []
+
+    def current_frames() -> Any:
+        collecting.append(gc.isenabled())
+        return read()
+
+    monkeypatch.setattr(sys, "_current_frames", current_frames)
+    running = Running.of(sys._getframe())
+    assert running.alive and not collecting  # its own thread's frames are at hand
+    assert threading.get_ident() in frames_of_threads()
+    running.thread += 1
+    assert not running.alive
+    assert collecting and not any(collecting) and gc.isenabled()
+    gc.disable()
+    try:
+        frames_of_threads()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
