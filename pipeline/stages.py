@@ -81,7 +81,7 @@ class Work:
             rules = baselines.floors(data.train_dataloader(), scr, settings.seed)
             if config.harvest.prompts_per_image > 1:
                 rules["other prompts (ceiling)"] = baselines.OtherPrompts.fit(data.test_dataloader(), scr)
-            self._floors[key] = {name: measure(config, data, rule) for name, rule in rules.items()}
+            self._floors[key] = {name: measure(config, data, rule, name) for name, rule in rules.items()}
         return self._floors[key]
 
     def result_id(self, config: TrainConfig) -> str:
@@ -141,7 +141,7 @@ def fit_predictor(config: TrainConfig, work: Work, folder: RunFolder, tracker: M
     early = f" of at most {limit}: none of the last {patience} was better" if fitted.epochs < limit else ""
     print(f"best epoch: val/mass {fitted.score:.4f}; fitted for {fitted.epochs} epochs{early}")
     sources = SourceCount.of(data.grids("test"), config.scr)
-    metrics, floors = measure(config, data, fitted.module.score), work.floors(config)
+    metrics, floors = measure(config, data, fitted.module.score, "predictor"), work.floors(config)
     return Fit(fitted.module, sources, metrics, floors, fitted.epochs)
 
 
@@ -163,9 +163,9 @@ def check_grids(config: TrainConfig, data: ShardDataModule) -> None:
                 ) from error
 
 
-def measure(config: TrainConfig, data: ShardDataModule, score: baselines.Score) -> dict[str, Interval]:
-    """Metrics of a predictor, or of a rule, on the test split."""
-    rows = baselines.evaluate(score, data.test_dataloader(), config.scr)
+def measure(config: TrainConfig, data: ShardDataModule, score: baselines.Score, name: str) -> dict[str, Interval]:
+    """Metrics of a predictor, or of a rule of this name, on the test split."""
+    rows = baselines.evaluate(score, data.test_dataloader(), config.scr, f"test split, {name}")
     return summarise_rows(rows, config.evaluation.bootstrap, config.evaluation.seed)
 
 
