@@ -1,4 +1,4 @@
-"""Does a predictor gain from the first attention layer behind block 0, which is at hand before the edit?
+"""Does a predictor gain from the first attention layer behind block 0, which is known before the edit?
 
     python train.py model=scene-next harvest.samples=2000 evaluation.images=0
     python -m benchmarks.probe runs/harvest/scene-next-... model=scene-next

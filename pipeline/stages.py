@@ -135,7 +135,6 @@ def fit_predictor(config: TrainConfig, work: Work, folder: RunFolder, tracker: M
     print(f"{count:,} parameters, rank {module.predictor.config.rank}; {data.count('train'):,} training maps")
     module.compute_statistics(data.train_dataloader())
     fitted = fit(module, data, folder.checkpoints, config.trainer, logger=tracker)
-    tracker.experiment.update_run(tracker.run_id, status="RUNNING")  # Lightning's logger has marked it as finished
     tracker.log_metrics({SELECTED_BY: round(fitted.score, 4)}, step=fitted.epochs)
     limit, patience = config.trainer.max_epochs, config.trainer.patience
     early = f" of at most {limit}: none of the last {patience} was better" if fitted.epochs < limit else ""
