@@ -99,11 +99,12 @@ class FirstLayer:
 
 
 def probe(config: TrainConfig, folder: Path) -> Probe:
-    """Looks at every sample of a harvest."""
+    """Looks at every sample of a harvest that is fitted to, or measured on."""
     layer, images, found = FirstLayer(config), training_images(config), {}
     for split in SPLITS:
         reader = ShardReader(folder, split)
-        for key, number in zip(tqdm(reader.keys, desc=split), range(len(reader)), strict=True):
+        keys = reader.keys[: config.trainer.train_images] if split == "train" else reader.keys
+        for number, key in enumerate(tqdm(keys, desc=split)):
             for place, prompt, attention in layer.look(images, reader[number]):
                 found[key, place, prompt] = attention
     return found
