@@ -42,7 +42,11 @@ _NAMED = ("model", "data.root")
 """Settings that are in no run's name: the experiment has the model's."""
 _LONGEST_NAME = 80
 _HOST, _PROCESS = "process.host", "process.id"
-_STAGES = {fit_predictor.__code__: "the fit", export.__code__: "the export", compare_answers.__code__: "the comparison"}
+_STAGES = {
+    fit_predictor.__code__: "the fit",
+    export.__code__: "the export",
+    compare_answers.__code__: "the comparison",
+}
 FILES = ("fit.json", "evaluation.json")
 """Artifacts below reports/ that hold every number of a run, under `metrics`."""
 SYSTEM_METRICS_SECONDS = 5

@@ -205,10 +205,10 @@ def test_the_report_goes_to_the_run_of_the_predictor(tmp_path: Path) -> None:
     (fits / "latest").symlink_to("2")
     (tmp_path / "link").symlink_to(older.predictor)
     (tmp_path / "copy/predictor").mkdir(parents=True)
-    for named, run in (([older.predictor], older), ([tmp_path / "link", newer.predictor], older), ([], newer),
+    for named, wanted in (([older.predictor], older), ([tmp_path / "link", newer.predictor], older), ([], newer),
                        ([tmp_path / "copy/predictor"], newer)):  # fmt: skip
         places = f"evaluation.predictors=[{','.join(map(str, named))}]"
-        assert run_of_the_predictor(load_config([f"runs_dir={tmp_path}", places])) == run.path
+        assert run_of_the_predictor(load_config([f"runs_dir={tmp_path}", places])) == wanted.path
 
 
 def test_a_run_that_can_not_be_logged_on_costs_no_report(
