@@ -33,6 +33,6 @@ def test_sources_on_an_object() -> None:
     ],
 )
 def test_bounds_of_tertiles_can_be_told_apart(step: float, names: list[str]) -> None:
-    entropy = step * np.arange(9)
+    entropy = np.linspace(0, 8 * step, 9)
     found = tertiles(entropy, np.arange(9), {"vanilla": np.zeros(9)}, [])
     assert [part.name for part in found] == names
