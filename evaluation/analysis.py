@@ -110,7 +110,7 @@ def analyse(
         entropy_normalised=float(np.nanmean(share)),
         by_question=_correlation(*rates),
         by_image=_correlation(*map(np.array, grouped)),
-        tertiles=_tertiles(share, absent, yes, shown),
+        tertiles=tertiles(share, absent, yes, shown),
         norm_attention=states.norm_attention if states else math.nan,
         norm_overlap=states.norm_overlap if states else math.nan,
         norms=states.norms if states else {},
@@ -118,17 +118,19 @@ def analyse(
     )
 
 
-def _tertiles(
+def tertiles(
     share: NDArray[np.float64], absent: NDArray[np.int64], yes: Mapping[str, NDArray[np.float64]], shown: list[str]
 ) -> list[Part]:
+    """Absent objects by tertile of entropy, with as many digits as tell the bounds apart."""
     values = share[absent]
     if not len(values) or not np.isfinite(values).all():
         return []
     low, high = np.quantile(values, [1 / 3, 2 / 3])
+    digits = next((count for count in range(3, 9) if round(low, count) < round(high, count)), 3)
     members = {
-        f"H / ln N up to {low:.3f}": values <= low,
-        f"between {low:.3f} and {high:.3f}": (values > low) & (values <= high),
-        f"above {high:.3f}": values > high,
+        f"H / ln N up to {low:.{digits}f}": values <= low,
+        f"between {low:.{digits}f} and {high:.{digits}f}": (values > low) & (values <= high),
+        f"above {high:.{digits}f}": values > high,
     }
     return [_part(name, absent[chosen], yes, shown) for name, chosen in members.items() if chosen.any()]
 

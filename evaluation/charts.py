@@ -89,13 +89,13 @@ def forest(rows: Mapping[str, Interval], label: str, *, zero: bool, absolute: Ma
     return _svg(_WIDTH, height, parts, label)
 
 
-def scatter(points: Mapping[str, tuple[float, float]], x_label: str, y_label: str) -> str:
-    """One marker per method, named beside it."""
-    finite = {name: xy for name, xy in points.items() if all(map(math.isfinite, xy))}
+def scatter(points: Mapping[str, tuple[float, Interval]], x_label: str, y_label: str) -> str:
+    """One marker per method with its interval of y, named beside it."""
+    finite = {name: (x, y.mean) for name, (x, y) in points.items() if all(map(math.isfinite, (x, *y)))}
     if not finite:
         return ""
     width, height, left, top = 560, 340, 64, 14
-    xs, ys = ([xy[place] for xy in finite.values()] for place in (0, 1))
+    xs, ys = ([points[name][0] for name in finite], [end for name in finite for end in points[name][1]])
     x_ticks, y_ticks = nice_ticks(min(xs), max(xs)), nice_ticks(min(ys), max(ys))
 
     def across(value: float) -> float:
@@ -112,6 +112,8 @@ def scatter(points: Mapping[str, tuple[float, float]], x_label: str, y_label: st
         while any(abs(label_y - other) < 14 and abs(place - beside) < 110 for beside, other in taken):
             label_y -= 14
         taken.append((place, label_y))
+        low, high = (up(end) for end in points[name][1][1:])
+        parts.append(f'<path class="{mark(name)[0]} line thin" d="M{place:.1f} {low:.1f}V{high:.1f}"/>')
         parts.append(symbol(name, place, mark_y, 6))
         covers = any(
             0 < across(other) - place < 90 and abs(up(beside) - label_y) < 14 for other, beside in finite.values()
@@ -124,7 +126,7 @@ def scatter(points: Mapping[str, tuple[float, float]], x_label: str, y_label: st
 
 
 def curves(lines: Mapping[str, Points], x_label: str, y_label: str, *, unit: bool) -> str:
-    """Lines with a legend; each carries its method's marker at a few places.
+    """Lines with a legend; each carries its method's marker at a few places. Lines that coincide share the stroke.
 
     Args:
         lines: Name -> points (x, y).
@@ -132,7 +134,9 @@ def curves(lines: Mapping[str, Points], x_label: str, y_label: str, *, unit: boo
         y_label: Of the axis.
         unit: Whether both axes run from 0 to 1, with the diagonal.
     """
-    width, height, left, top, right = 560, 400 if unit else 320, 64, 14, 150
+    height, left, top = 400 if unit else 320, 64, 14
+    right = max(150, 40 + 8 * max(map(len, lines), default=0))
+    width = 410 + right
     listed = {name: [(float(x), float(y)) for x, y in points] for name, points in lines.items()}
     every = [point for points in listed.values() for point in points if all(map(math.isfinite, point))]
     if not every:
@@ -149,18 +153,39 @@ def curves(lines: Mapping[str, Points], x_label: str, y_label: str, *, unit: boo
     parts = [_grid_x(x_ticks, across, top, height - 50), _grid_y(y_ticks, up, left, width - right)]
     if unit:
         parts.append(f'<path class="zero dashed" d="M{across(0):.1f} {up(0):.1f}L{across(1):.1f} {up(1):.1f}"/>')
-    for place, (name, points) in enumerate(listed.items()):
-        kept = _thinned([point for point in points if all(map(math.isfinite, point))])
-        path = "L".join(f"{across(x):.1f} {up(y):.1f}" for x, y in kept)
-        parts.append(f'<path class="{mark(name)[0]} line thin" d="M{path}"/>')
-        step = max(len(kept) // 5, 1)
-        parts += [symbol(name, across(x), up(y), 3.5) for x, y in kept[place % step :: step]]
+    drawn = {
+        name: [(across(x), up(y)) for x, y in _thinned([point for point in points if all(map(math.isfinite, point))])]
+        for name, points in listed.items()
+    }
+    for place, (name, kept) in enumerate(drawn.items()):
+        alike = [other for other in drawn if _coincide(drawn[other], kept)]
+        number = alike.index(name) if kept else 0
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in kept)
+        dashes = f' style="stroke-dasharray:9 {9 * (len(alike) - 1)};stroke-dashoffset:{-9 * number}"' * (number > 0)
+        parts.append(f'<path class="{mark(name)[0]} line thin butt"{dashes} d="M{path}"/>')
+        step = max(len(kept) // 5, len(alike), 1)
+        parts += [symbol(name, x, y, 3.5) for x, y in kept[number * step // max(len(alike), 1) :: step]]
         y = top + 12 + 20 * place
         parts.append(symbol(name, width - right + 18, y - 4, 4.5))
         parts.append(f'<text class="note" x="{width - right + 30}" y="{y}">{html.escape(name)}</text>')
+    if any("stroke-dasharray" in part for part in parts):
+        y = top + 12 + 20 * len(drawn)
+        parts.append(f'<text class="note" x="{width - right + 12}" y="{y}">dashed: lines coincide</text>')
     return _svg(
         width, height, [*parts, *_axes(x_label, y_label, left, width - right, height)], f"{y_label} against {x_label}"
     )
+
+
+def _coincide(one: Points, other: Points, most: float = 2.0) -> bool:
+    """Whether two lines lie less than `most` pixels apart on average, at equal shares of their lengths."""
+    if len(one) == 0 or len(other) == 0:
+        return False
+    places: list[NDArray[np.float64]] = []
+    for line in (np.asarray(one), np.asarray(other)):
+        lengths = np.concatenate([[0.0], np.hypot(*np.diff(line, axis=0).T).cumsum()])
+        at = np.linspace(0, lengths[-1], 100)
+        places.append(np.stack([np.interp(at, lengths, line[:, axis]) for axis in (0, 1)]))
+    return bool(np.hypot(*(places[0] - places[1])).mean() < most)
 
 
 def _thinned(points: list[tuple[float, float]], most: int = 160) -> list[tuple[float, float]]:

@@ -319,7 +319,7 @@ def _facts(reference: Reference, predictors: Predictors, settings: EvaluationSet
         "images": str(asker.pictures.folder),
         "prompts": settings.templates,
         "decoding": decoding.in_words,
-        "parser": settings.parser if decoding.name != "margin" else "none: the margin's sign",
+        "parser": settings.parser if decoding.name != "margin" else "no parser: the sign of the margin",
         "seed": settings.seed,
         "settings": settings.model_dump(),
         "libraries": library_versions(),

@@ -99,7 +99,10 @@ def source_maps_figure(examples: Sequence[MapExample]) -> Figure:
         label = f"sources: {len(hits)} of {len(example.true_sources)} hit, {mass:.0%} of the mass"
         _show_image(axes[3], example, label, dim=0.55)
         _mark_sources(axes[3], example)
+    border = any(np.isnan(example.true_map).any() for example in examples)
     figure.legend(
+        title="Maps: brighter is more attention." + " The grey border is never a source." * border,
+        title_fontsize=10,
         handles=[
             Patch(facecolor=_HIT, edgecolor="white", label="hit: both choose it"),
             Patch(facecolor="none", edgecolor=_MISSED, linewidth=2, label="missed: two-pass only"),

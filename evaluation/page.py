@@ -87,7 +87,7 @@ def _questions(comparison: Comparison, prompt: Prompted) -> str:
             + forest(changes, "percentage points", zero=True, absolute=absolute) + "</div>"
         )  # fmt: skip
         latency = {
-            name: (cost.milliseconds, 100 * scores[name].hr.mean)
+            name: (cost.milliseconds, Interval(*(100 * end for end in scores[name].hr)))
             for name, cost in comparison.costs.items()
             if name in scores
         }
@@ -96,7 +96,8 @@ def _questions(comparison: Comparison, prompt: Prompted) -> str:
         cells = []
         if latency:
             chart = scatter(latency, "prefill of one question (ms)", "hallucination rate (%)")
-            cells.append(f"<div><h3>Latency against hallucination</h3><div class='chart'>{chart}</div></div>")
+            heading = "Latency against hallucination, with 95 % intervals"
+            cells.append(f"<div><h3>{heading}</h3><div class='chart'>{chart}</div></div>")
         chart = curves(rocs, "yes to absent objects", "yes to present objects", unit=True)
         cells.append(f"<div><h3>ROC of the yes margin</h3><div class='chart'>{chart}</div></div>")
         parts.append(f'<div class="two">{"".join(cells)}</div>')
@@ -136,8 +137,9 @@ def _analysis(comparison: Comparison) -> str:
         }
         chart = curves(lines, "decoder block", "mean norm of the residual stream", unit=False)
         parts.append(
-            "<h3>Norm by block: sources, their neighbours, other patches</h3><p class='soft'>Plain names are the "
-            f"sources; near: their neighbours. Rank correlation of norm and attention {one.norm_attention:.2f}; "
+            "<h3>Norm by block: sources, their neighbours, other patches</h3><p class='soft'>'two-pass': its "
+            "sources; ':near': their neighbours; ':elsewhere': the other patches. "
+            f"Rank correlation of norm and attention {one.norm_attention:.2f}; "
             f"{100 * one.norm_overlap:.0f} % of two-pass's sources are among the patches of largest norm.</p>"
             f"<div class='chart'>{chart}</div>"
         )

@@ -131,7 +131,10 @@ def fact_rows(comparison: Comparison, command: str = "") -> list[list[str]]:
     model = facts["model"]
     rows = [["what", "value"]]
     rows += [["command", command]] if command else []
-    rows.append(["model", f"{model['hub_id']}, revision {model['revision'] or '-'}, {model['dtype']}"])
+    place = f"folder {model['hub_id']}" if model.get("weights_sha256") else model["hub_id"]
+    place += f", revision {model['revision']}" if model["revision"] else ""
+    name = facts.get("model_name")
+    rows.append(["model", f"{f'{name} ({place})' if name else place}, {model['dtype']}"])
     weights = str(model.get("weights_sha256") or model["config_sha256"])[:16]
     rows.append(["weights, processor", f"sha256 {weights}, {model['image_processor']}"])
     layers = "edit blocks {} to {}, map from blocks {} to {}".format(*scr["edit_layers"], *scr["attention_layers"])
@@ -139,9 +142,8 @@ def fact_rows(comparison: Comparison, command: str = "") -> list[list[str]]:
         ["SCR", f"K = {scr['num_sources']}, lambda = {scr['strength']}, {layers}, {scr['connectivity']}-connected"]
     )
     for name, about in facts["predictors"].items():
-        rows.append(
-            [f"predictor {name}", ", ".join(f"{key} {value}" for key, value in about.items() if value is not None)]
-        )
+        known = ", ".join(f"{key} {value}" for key, value in about.items() if value is not None)
+        rows.append(["predictor" if name == "predictor" else f"predictor {name}", known])
     for split, (origin, count, checksum) in facts.get("questions", {}).items():
         rows.append([f"questions, {split}", f"{count:,}, {origin}, sha256 {checksum[:16]}"])
     rows.append(["images", facts["images"]])

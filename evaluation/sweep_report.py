@@ -41,6 +41,7 @@ HEADLINES = {
 NOTE = "Means over seeds; in brackets, from three seeds on, the 95 % interval (Student's t; of shares, on Fisher's z)."
 _DRAWN = ("test/mass", "test/recall", "eval/one-pass/edit_kept")
 _FEWEST = 3  # seeds of an interval
+_SPAN = 0.1  # of an axis, at least; every metric that is drawn is a share
 _MARKERS = "osD^vP"  # besides the colours: they can be told apart without them
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#b8860b")  # Okabe and Ito's, without pale ones
 
@@ -182,7 +183,7 @@ def figure(trials: Sequence[Trial], names: Mapping[str, str], title: str) -> Fig
                 kind = kinds.index(cell.choices[swept[0]] if swept else "") % len(_MARKERS)
                 _draw(axes, row, cell.means[name], _COLOURS[kind], _MARKERS[kind])
         low, high = axes.get_xlim()
-        wider = max(0.02 - (high - low), 0) / 2  # a small difference should not look like a large one
+        wider = max(_SPAN - (high - low), 0) / 2  # a small difference should not look like a large one
         axes.set_xlim(low - wider, high + wider)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_title(HEADLINES[name][0], loc="left", fontsize=10)

@@ -104,11 +104,12 @@ def reading(comparison: Comparison, *, embedded: bool) -> list[str]:
     headline, quiz = comparison.headline, comparison.quiz
     lines: list[str] = []
     if headline is not None and quiz is not None:
-        questions = len(quiz.splits[quiz.headline].ids)
+        questions, parser = len(quiz.splits[quiz.headline].ids), comparison.facts["parser"]
+        read_by = parser if parser.startswith("no ") else f"parser: {parser}"
         lines.append(
             f"{len(quiz.images):,} images, {questions:,} {quiz.headline} questions; prompt {headline.name}; answers: "
-            f"{comparison.facts['decoding']}; parser: {comparison.facts['parser']}. Rates in percent, changes in "
-            "percentage points against vanilla with 95 % intervals over images."
+            f"{comparison.facts['decoding']}; {read_by}. Rates in percent, changes in percentage "
+            "points against vanilla with 95 % intervals over images."
         )
         lines += quiz.notes
         if questions < 300:
@@ -173,9 +174,9 @@ def _about_answers(comparison: Comparison, headline: Prompted) -> list[str]:
     for name in (TWO_PASS, ONE_PASS):
         test = headline.scores[name, quiz.headline].mcnemar if name in comparison.names else None
         if test is not None:
+            answers = "1 answer" if test.corrected == 1 else f"{test.corrected} answers"
             lines.append(
-                f"{name} corrects {test.corrected} answers and breaks {test.broken} (McNemar's exact test: "
-                f"p = {test.p:.2g})."
+                f"{name} corrects {answers} and breaks {test.broken} (McNemar's exact test: p = {test.p:.2g})."
             )
     return lines
 

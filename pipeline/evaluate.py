@@ -10,6 +10,7 @@ torchrun --nproc-per-node 2 -m evaluation ...      by several processes
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +77,25 @@ def run(config: TrainConfig, command: str = "") -> int:
 
 
 def write_report(config: TrainConfig, comparison: Comparison, command: str, predictor: SourcePredictor | None) -> Path:
-    """Prints the tables, writes the files beside the newest run, and logs them to MLflow."""
+    """Prints the tables, writes the files into the folder of the predictor's run, and logs them to MLflow."""
     embedded = config.data.world is not None and not comparison.settings.pope_files
     print_comparison(comparison, embedded=embedded)
-    run_folder = config.paths.latest
-    parent = RunFolder(run_folder.resolve()).path if run_folder.exists() else run_folder.parent
-    folder = new_folder(parent / "evaluations")
+    folder = new_folder(run_of_the_predictor(config) / "evaluations")
     files = report.write(folder, comparison, embedded=embedded, command=command)
     print(f"\nreport: {files['html']}\nanswers, one line each: {files['answers']}")
     if predictor is not None:
         log_on_run(config, predictor, comparison, list(files.values()))
     return folder
+
+
+def run_of_the_predictor(config: TrainConfig) -> Path:
+    """Folder of the run that made the first named predictor; the newest run's for a predictor that lies elsewhere."""
+    for place in config.evaluation.predictors[:1]:
+        run = RunFolder(Path(place).expanduser().resolve().parent)
+        if run.record and os.access(run.path, os.W_OK):
+            return run.path
+    latest = config.paths.latest
+    return latest.resolve() if latest.exists() else latest.parent
 
 
 def _digest(comparison: Comparison) -> str:

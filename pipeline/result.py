@@ -66,7 +66,7 @@ def log_comparison(
 ) -> None:
     """Writes the report of a comparison, and logs it with its headline numbers."""
     client, run = tracker.experiment, str(tracker.run_id)
-    command = shlex.join(sys.argv)
+    command = shlex.join(["python", *sys.argv])
     files = report.write(folder.reports, comparison, embedded=config.data.world is not None, command=command)
     runs.log_metrics(client, run, report.headlines(comparison), model_id)
     runs.log_curve(client, run, "auto_error", report.fallback_curve(comparison))

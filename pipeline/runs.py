@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -31,8 +32,9 @@ from pipeline import pages
 from pipeline.errors import TrackingError
 from pipeline.exits import STOPS
 from pipeline.folders import RunFolder
-from pipeline.stages import SELECTED_BY
+from pipeline.stages import SELECTED_BY, compare_answers, export, fit_predictor
 from pipeline.store import follow_moved_artifacts
+from predictor.fit import Preempted
 
 _PLACES = ("runs_dir", "overwrite", "variant", "harvest.name", "tracking.")
 """Settings that are no params: they would tell equal runs apart."""
@@ -40,6 +42,11 @@ _NAMED = ("model", "data.root")
 """Settings that are in no run's name: the experiment has the model's."""
 _LONGEST_NAME = 80
 _HOST, _PROCESS = "process.host", "process.id"
+_STAGES = {
+    fit_predictor.__code__: "the fit",
+    export.__code__: "the export",
+    compare_answers.__code__: "the comparison",
+}
 FILES = ("fit.json", "evaluation.json")
 """Artifacts below reports/ that hold every number of a run, under `metrics`."""
 SYSTEM_METRICS_SECONDS = 5
@@ -92,7 +99,7 @@ def tracked(
     # Lightning's logger marks a run as finished when its fit is; the folder knows better
     run = reopen_run(client, earlier, even_finished=not folder.complete) if isinstance(earlier, str) else None
     if run is None:
-        name = child.short_label or unused_name(client, config.experiment, run_name(child))
+        name = unused_name(client, config.experiment, child.short_label or run_name(child))
         tags = {"run.kind": "child", "sweep.choice": child.label} if parent else {"run.kind": "single"}
         run = create_run(client, config.experiment, name, tags, parent.info.run_id if parent else None)
         client.log_metric(run.info.run_id, SELECTED_BY, 0.0, step=0)  # MLflow's comparison shows the first metric
@@ -202,6 +209,8 @@ def reopen_run(client: MlflowClient, run_id: str, *, even_finished: bool = False
     if run.info.lifecycle_stage != "active" or (run.info.status == "FINISHED" and not even_finished):
         return None
     client.update_run(run_id, status="RUNNING")
+    for key in {"error", pages.NOTE} & set(run.data.tags):  # they say how it ended
+        client.delete_tag(run_id, key)
     for key, value in _process_tags().items():
         client.set_tag(run_id, key, value)
     return run
@@ -214,7 +223,9 @@ def close_dead_runs(client: MlflowClient, experiments: Sequence[str]) -> int:
         wanted = f"attributes.status = 'RUNNING' and tags.`{_HOST}` = '{socket.gethostname()}'"
         for run in client.search_runs([experiment_id(client, name)], wanted, max_results=1000):
             if not _is_alive(run.data.tags.get(_PROCESS, "")):
-                client.set_tag(run.info.run_id, "error", "the process died (SIGKILL, out of memory, power)")
+                died = "the process died (SIGKILL, out of memory, power)"
+                client.set_tag(run.info.run_id, "error", died)
+                pages.describe_run(client, run.info.run_id, f"{died}; the same command resumes it")
                 client.set_terminated(run.info.run_id, "KILLED")
                 closed += 1
     return closed
@@ -255,8 +266,10 @@ def recorded(
         monitor.start()
         yield
         status = "FINISHED"
-    except stops:
+    except stops as stop:
         status = "KILLED"
+        with contextlib.suppress(Exception):
+            pages.describe_run(client, run_id, f"{_what_stopped(stop)}; the same command resumes it")
         raise
     except Exception as error:
         with contextlib.suppress(Exception):  # on a full disk the store fails too; the error itself counts
@@ -267,6 +280,14 @@ def recorded(
         with contextlib.suppress(*(Exception,) * failed):
             monitor.finish()
             client.set_terminated(run_id, status)
+
+
+def _what_stopped(stop: BaseException) -> str:
+    """What ended a run, and in which stage, if one had begun."""
+    called = [frame.f_code for frame, _ in traceback.walk_tb(stop.__traceback__)]
+    stage = next((f" in {_STAGES[code]}" for code in called if code in _STAGES), "")
+    signals = {KeyboardInterrupt: "Ctrl-C", Preempted: "SIGTERM"}
+    return f"stopped by {signals.get(type(stop), type(stop).__name__)}{stage}"
 
 
 def find_run(client: MlflowClient, experiment: str, tag: str, value: str, status: str | None = None) -> Run | None:

@@ -134,7 +134,8 @@ def open_parent(children: Sequence[Child], sweep: Sweep, client: MlflowClient) -
     if found := runs.find_run(client, experiment, GRID_TAG, grid):
         client.update_run(found.info.run_id, status="RUNNING")
         return found
-    name = f"sweep: {' x '.join(short_names(sweep.keys).values())} ({len(children)})"
+    swept_names = " x ".join(short_names(sweep.keys).values())
+    name = runs.unused_name(client, experiment, f"sweep: {swept_names} ({len(children)})")
     tags = {"run.kind": "sweep", "sweep.keys": " ".join(sweep.keys), GRID_TAG: grid}
     parent = runs.create_run(client, experiment, name, tags)
     swept = {key: list(dict.fromkeys(child.choices[key] for child in children)) for key in sweep.keys}

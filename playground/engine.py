@@ -28,6 +28,7 @@ from scr_runtime.rule import effective_num_sources, source_rule
 MODES: dict[str, Mode] = {"vanilla": "off", "two-pass": "two-pass", "one-pass": "one-pass", "auto": "auto"}
 """As the page names them -> as the runtime does."""
 _NEED_PREDICTOR = ("one-pass", "auto")
+_LEAST_YES_NO = 0.5  # of the first token's probability, where a question is one of yes and no
 
 
 class Engine:
@@ -90,6 +91,11 @@ class Engine:
             grids = [self._grid(one, config) for one in capture(self.model, config, inputs)]
             answers = [self._answer(name, inputs, config, ask) for name in self.modes]
         notes = dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, RuntimeWarning))
+        if "yes" in answers[0] and (known := answers[0]["yes"] + answers[0]["no"]) < _LEAST_YES_NO:
+            notes[
+                f"yes and no have {100 * known:.0f} % of the first token's probability: the model may not know this "
+                "kind of question"
+            ] = None
         sizes = [grid["rows"] * grid["columns"] for grid in grids]
         overview = max(place for place, size in enumerate(sizes) if size == max(sizes))  # covers the whole picture
         return {"answers": answers, "grids": grids, "overview": overview, "notes": list(notes)}

@@ -38,7 +38,8 @@ function ask() {
 const byFraction = () => state.facts.source_fraction !== null && Number($("num_sources").value) === state.facts.num_sources;
 
 async function look() {
-  if (!state.picture || !$("question").value.trim()) return;
+  if (!state.picture) return;
+  if (!$("question").value.trim()) { say(new Error("Type a question.")); return; }
   const number = ++state.number, asked = ask();
   document.body.classList.add("busy");
   try {
@@ -175,6 +176,7 @@ async function upload(file) {
     press(null);
     choose(picture);
   } catch (error) {
+    if (state.picture && !(error instanceof TypeError)) error.message += "; the picture below is unchanged.";
     say(error);
   }
 }

@@ -149,7 +149,7 @@ def decode(content: bytes) -> PILImage:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, bomb errors...
         raise RefusedError(
-            f"this file is no picture that can be read, or it is cut short ({type(error).__name__})"
+            f"This file could not be read as a picture, or it is cut short ({type(error).__name__})"
         ) from error
 
 

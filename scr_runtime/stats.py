@@ -54,8 +54,10 @@ class SCRStats:
         parts += [f"fallbacks: {kinds}"] if kinds else []
         parts += [f"{self.drifted:,} drifted"] if self.drifted else []
         parts += [] if self.mean_confidence is None else [f"mean confidence {self.mean_confidence:.3f}"]
-        images = f"{self.images:,} images" + (f" ({'; '.join(parts)})" if parts else "")
-        return f"<SCRStats: {self.prefills:,} prefills, {images}, {self.edits:,} edited block outputs>"
+        names = {"prefill": self.prefills, "image": self.images, "edited block output": self.edits}
+        prefills, images, edits = (f"{count:,} {name}{'s' * (count != 1)}" for name, count in names.items())
+        images += f" ({'; '.join(parts)})" if parts else ""
+        return f"<SCRStats: {prefills}, {images}, {edits}>"
 
 
 class StatsCounter:

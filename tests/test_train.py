@@ -392,7 +392,7 @@ def test_the_lines_of_the_guide_to_deployment_run(finished: tuple[Path, subproce
         text=True, check=False,
     )  # fmt: skip
     assert served.returncode == 0, served.stderr[-2000:]
-    assert "<SCRStats: 1 prefills, 1 images (" in served.stdout
+    assert "<SCRStats: 1 prefill, 1 image (" in served.stdout
 
 
 @pytest.mark.slow

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from evaluation.analysis import Box, sources_on
+from evaluation.analysis import Box, sources_on, tertiles
 
 
 def test_a_box_by_shares_of_its_image() -> None:
@@ -21,3 +22,17 @@ def test_sources_on_an_object() -> None:
     assert sources_on([left, right], [0, 4, 5, 15], (4, 4), crops=True) == 0  # it begins at x = 20
     middle = Box((20.0, 0.0, 30.0, 20.0), (80.0, 40.0))
     assert sources_on([middle], [0, 4, 8, 1], (4, 4), crops=True) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("step", "names"),
+    [
+        (0.1, ["H / ln N up to 0.267", "between 0.267 and 0.533", "above 0.533"]),
+        (0.00001, ["H / ln N up to 0.0000", "between 0.0000 and 0.0001", "above 0.0001"]),
+        (0.0, ["H / ln N up to 0.000"]),
+    ],
+)
+def test_bounds_of_tertiles_can_be_told_apart(step: float, names: list[str]) -> None:
+    entropy = np.linspace(0, 8 * step, 9)
+    found = tertiles(entropy, np.arange(9), {"vanilla": np.zeros(9)}, [])
+    assert [part.name for part in found] == names

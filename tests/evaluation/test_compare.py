@@ -160,6 +160,7 @@ def test_the_page_is_self_contained_and_well_formed(comparison: Comparison) -> N
     assert not re.search(r"https?://|@import|url\(|<script", text)
     assert "prefers-color-scheme: dark" in text or "prefers-color-scheme:dark" in text
     assert text.index('class="verdict') < text.index("<table")
+    assert "':near': their neighbours; ':elsewhere': the other patches" in text
     assert "a&lt;b" in text and text.count("<svg") >= 7 and "data:image/jpeg;base64," in text
 
 
@@ -178,6 +179,30 @@ def test_a_browser_shows_the_page_without_scrolling_sideways(
     found = re.search(r"<title>wide (\d+)</title>", done.stdout)
     assert found is not None, done.stderr[-500:]
     assert int(found[1]) <= max(width, 500)  # headless Chromium's own least width
+
+
+def test_facts_name_the_model_and_its_predictors(comparison: Comparison) -> None:
+    named = replace(comparison, facts={**comparison.facts, "model_name": "scene-llava"})
+    rows = {row[0]: row[1] for row in report.fact_rows(named)}
+    assert rows["model"] == "scene-llava (folder checkpoint), float32" and {"predictor", "predictor b"} <= set(rows)
+    hub = {**comparison.facts["model"], "hub_id": "owner/name", "revision": "abc", "weights_sha256": None}
+    rows = {row[0]: row[1] for row in report.fact_rows(replace(comparison, facts={**comparison.facts, "model": hub}))}
+    assert rows["model"] == "owner/name, revision abc, float32"
+
+
+def test_one_answer_is_singular(comparison: Comparison) -> None:
+    headline = comparison.prompts[0]
+    score = headline.scores["two-pass", "adversarial"]
+    assert score.mcnemar is not None
+    scores = {
+        **headline.scores,
+        ("two-pass", "adversarial"): replace(score, mcnemar=replace(score.mcnemar, corrected=1, broken=0)),
+    }
+    changed = replace(comparison, prompts=[replace(headline, scores=scores)],
+                      settings=comparison.settings.model_copy(update={"decoding": "margin"}),
+                      facts={**comparison.facts, "parser": "no parser: the sign of the margin"})  # fmt: skip
+    text = " ".join(report.reading(changed, embedded=True))
+    assert "two-pass corrects 1 answer and breaks 0" in text and "; no parser: the sign of the margin." in text
 
 
 def test_the_reading_says_what_is_not_shown(comparison: Comparison) -> None:

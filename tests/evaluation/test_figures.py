@@ -74,6 +74,13 @@ def test_hits_misses_and_extras_are_marked() -> None:
     assert f"{len(true & chosen)} of 4 hit" in axes.get_title(loc="left")
 
 
+def test_the_maps_say_what_brightness_and_grey_mean() -> None:
+    for scr, border in ((SCR, True), (SCRConfig(num_sources=4, exclude_border=False), False)):
+        (legend,) = source_maps_figure([_example(scr=scr)]).legends
+        text = legend.get_title().get_text()
+        assert "brighter is more attention" in text and ("grey border is never a source" in text) == border
+
+
 def test_source_maps_need_an_example() -> None:
     with pytest.raises(ValueError, match="at least one"):
         source_maps_figure([])

@@ -47,3 +47,4 @@ def test_a_new_command_closes_them(client: MlflowClient, tmp_path: Path) -> None
     again = connect(f"sqlite:///{tmp_path}/mlflow.db", ["runs"], tmp_path / "artifacts")
     found = again.get_run(run.info.run_id)
     assert found.info.status == "KILLED" and "died" in found.data.tags["error"]
+    assert "the same command resumes it" in found.data.tags["mlflow.note.content"]

@@ -25,8 +25,8 @@ from pipeline import runs
 from pipeline.commands import evaluation, long_forms
 from pipeline.compare_runs import compare_runs, read_run
 from pipeline.errors import RunError
-from pipeline.evaluate import evaluation_images, predictor_folders, run
-from pipeline.folders import named_folders
+from pipeline.evaluate import evaluation_images, predictor_folders, run, run_of_the_predictor
+from pipeline.folders import RunFolder, named_folders
 from pipeline.tune import tune
 from scenes import CHECKPOINT
 from scr_runtime import PredictorConfig, SourcePredictor, describe_model, save_predictor
@@ -194,6 +194,21 @@ def test_it_is_logged_on_the_run_that_made_the_predictor(
     report = json.loads((evaluated / "fits/scene-llava" / folder.path / "evaluation.json").read_text())
     assert found.data.metrics["hr_one_pass"] == pytest.approx(100 * report["metrics"]["eval/one-pass/adversarial/hr"])
     assert found.info.status == "FINISHED" and not store.get_run(other).data.metrics
+
+
+def test_the_report_goes_to_the_run_of_the_predictor(tmp_path: Path) -> None:
+    fits = tmp_path / "fits/scene-llava"
+    older, newer = RunFolder(fits / "1"), RunFolder(fits / "2")
+    for one in (older, newer):
+        one.predictor.mkdir(parents=True)
+        one.note(complete=True)
+    (fits / "latest").symlink_to("2")
+    (tmp_path / "link").symlink_to(older.predictor)
+    (tmp_path / "copy/predictor").mkdir(parents=True)
+    for named, wanted in (([older.predictor], older), ([tmp_path / "link", newer.predictor], older), ([], newer),
+                       ([tmp_path / "copy/predictor"], newer)):  # fmt: skip
+        places = f"evaluation.predictors=[{','.join(map(str, named))}]"
+        assert run_of_the_predictor(load_config([f"runs_dir={tmp_path}", places])) == wanted.path
 
 
 def test_a_run_that_can_not_be_logged_on_costs_no_report(

@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import mlflow
 import pytest
@@ -13,6 +14,10 @@ from mlflow import MlflowClient
 
 from configs import load_config
 from pipeline import runs
+from pipeline.exits import STOPS
+from pipeline.pages import NOTE
+from pipeline.stages import Work, fit_predictor
+from predictor.fit import Preempted
 
 # MLflow's own: its use of SQLAlchemy, and connections that its pool leaves to the garbage collector.
 pytestmark = [
@@ -45,6 +50,26 @@ def test_a_run_ends_with_the_status_and_error_of_its_block(store: tuple[MlflowCl
         seen[found.info.status] = found.data.tags.get("error")
     assert seen == {"FINISHED": None, "FAILED": "ValueError: too small", "KILLED": None}
     assert "command" in found.data.tags
+
+
+def test_a_stopped_run_says_what_ended_it_until_it_is_resumed(store: tuple[MlflowClient, str]) -> None:
+    client, uri = store
+    config, work = load_config(), Mock(spec=Work)
+    for stop, words in (
+        (KeyboardInterrupt(), "stopped by Ctrl-C in the fit; the same command resumes it"),
+        (Preempted(), "stopped by SIGTERM in the fit; the same command resumes it"),
+    ):
+        run = runs.create_run(client, "fits", "x", {}).info.run_id
+        work.data.side_effect = stop
+        with pytest.raises(type(stop)), runs.recorded(client, run, uri, STOPS):
+            fit_predictor(config, work, Mock(), Mock())
+        assert client.get_run(run).data.tags[NOTE] == words
+        client.set_tag(run, "error", "of an earlier end")
+        assert runs.reopen_run(client, run) is not None
+        assert not {NOTE, "error"} & set(client.get_run(run).data.tags)
+    with pytest.raises(KeyboardInterrupt), runs.recorded(client, run, uri, STOPS):
+        raise KeyboardInterrupt
+    assert client.get_run(run).data.tags[NOTE] == "stopped by Ctrl-C; the same command resumes it"
 
 
 def test_system_metrics_are_logged(store: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch) -> None:

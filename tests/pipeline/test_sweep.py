@@ -1,4 +1,4 @@
-"""A sweep's models side by side."""
+"""A sweep's parent and children have names of their own; its models stand side by side."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from configs import load_config
+from configs import load_config, load_sweep
 from evaluation.sweep_report import Trial
 from pipeline import runs
+from pipeline.folders import open_run
 from pipeline.stages import SELECTED_BY
-from pipeline.sweep import compare_models
+from pipeline.sweep import compare_models, open_parent
 
 # MLflow's own: its use of SQLAlchemy, and connections that its pool leaves to the garbage collector.
 pytestmark = [
@@ -56,3 +57,18 @@ def test_models_end_in_one_table_of_their_best_children(tmp_path: Path, capsys: 
         }  # fmt: skip
     (text,) = (tmp_path / "runs" / "sweeps").glob("models-*/summary.md")
     assert "2 of 3" in text.read_text() and "Answers of each model's best child" in text.read_text()
+
+
+@pytest.mark.usefixtures("former_store")
+def test_sweeps_of_other_settings_get_other_names(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = runs.connect(uri, ["scene-llava"], tmp_path / "artifacts")
+    names = []
+    for changes in ([], ["trainer.max_epochs=3"], []):
+        places = [f"runs_dir={tmp_path / 'runs'}", f"tracking.uri={uri}"]
+        sweep = load_sweep(["predictor.loss=kl,bce", *places, *changes])
+        parent, child = open_parent(sweep.children, sweep, client), sweep.children[0]
+        with open_run(child.config) as folder, runs.tracked(child, client, folder, parent) as tracker:
+            names += [parent.info.run_name, client.get_run(str(tracker.run_id)).info.run_name]
+    first, second = ["sweep: loss (2)", "loss=kl"], ["sweep: loss (2) #2", "loss=kl #2"]
+    assert names == [*first, *second, *first]  # the third is the first, continued

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -70,6 +71,14 @@ def test_a_caption_has_no_yes_and_costs_are_ratios_to_vanilla(place: Place):
     costs = place.engine.cost(place.picture("0"), ask())
     assert [one["mode"] for one in costs] == place.engine.modes
     assert costs[0]["ratio"] == 1 and costs[0]["added"] == 0 and all(one["milliseconds"] > 0 for one in costs)
+
+
+def test_a_question_that_is_not_one_of_yes_and_no_gets_a_note(place: Place):
+    words = r"yes and no have \d+ % of the first token's probability: the model may not know this kind of question"
+    found = place.engine.look(place.picture("0"), ask(question="Describe the image."))
+    assert sum(re.fullmatch(words, note) is not None for note in found["notes"]) == 1
+    for plain in (ask(), ask(question="Describe the image.", caption=True)):
+        assert not any("yes and no" in note for note in place.engine.look(place.picture("0"), plain)["notes"])
 
 
 def test_without_a_predictor_two_modes_are_left(loaded: tuple[Any, Any], place: Place):

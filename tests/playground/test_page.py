@@ -79,7 +79,9 @@ def test_pictures_are_dropped_in_and_bad_ones_get_a_message(chromium: Browser, a
     page = opened(chromium, address)
     (tmp_path / "broken.png").write_bytes(b"no picture")
     page.set_input_files("#file", tmp_path / "broken.png")
-    expect(page.get_by_role("alert")).to_contain_text("no picture that can be read")
+    expect(page.get_by_role("alert")).to_contain_text("could not be read as a picture")
+    expect(page.get_by_role("alert")).to_contain_text("; the picture below is unchanged.")
+    assert (page.locator("#picture").get_attribute("src") or "").startswith("view/")
     with (tmp_path / "large.png").open("wb") as large:
         large.truncate(25_000_000)
     page.set_input_files("#file", tmp_path / "large.png")
@@ -89,6 +91,17 @@ def test_pictures_are_dropped_in_and_bad_ones_get_a_message(chromium: Browser, a
     expect(page.locator("#code")).to_contain_text("Image.open('maps.png')")
     page.get_by_role("button", name="caption").click()
     expect(page.locator("#answers tr").first.locator("td").first).to_have_text(re.compile(r"\w+ \w+ \w+"))
+    page.close()
+
+
+def test_an_empty_question_gets_a_message_until_one_is_typed(chromium: Browser, address: str):
+    page = opened(chromium, address)
+    page.locator("#question").fill(" ")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_have_text("Type a question.")
+    page.locator("#question").fill("Is there a cat in the image?")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_be_hidden()
     page.close()
 
 

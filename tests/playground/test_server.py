@@ -43,7 +43,7 @@ def test_a_dropped_picture_is_shown_as_the_model_sees_it_and_asked_about(address
 @pytest.mark.parametrize("content", [b"", b"no picture", png()[:60]])
 def test_a_broken_file_is_refused_with_a_sentence(address: str, content: bytes):
     status, reply = request(address, "upload", content)
-    assert status == 422 and "no picture that can be read, or it is cut short" in reply["error"]
+    assert status == 422 and "could not be read as a picture, or it is cut short" in reply["error"]
 
 
 def test_files_that_are_too_large_are_refused(address: str, monkeypatch: pytest.MonkeyPatch):

@@ -70,4 +70,4 @@ def test_it_works_where_nothing_of_the_project_is(wheel: Path, tmp_path: Path) -
     printed = run([python, "-I", "-c", SCRIPT, CHECKPOINT, folder], cwd=tmp_path).splitlines()
     assert printed[0] == wheel.name.split("-")[1]
     assert printed[1].startswith("<SCR, not attached to LlavaForConditionalGeneration")
-    assert printed[2].startswith("<SCRStats: 1 prefills, 1 images (1 one-pass; mean confidence")
+    assert printed[2].startswith("<SCRStats: 1 prefill, 1 image (1 one-pass; mean confidence")
