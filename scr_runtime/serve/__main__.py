@@ -12,22 +12,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts
     try:
-        from scr_runtime.serve.settings import PROGRAM, SettingsError, help_text, parse
+        from scr_runtime.serve import settings as given
 
         if {"--help", "-h"} & set(arguments):
-            print(help_text())
+            print(given.help_text())
             return 0
-        settings = parse(arguments)
-        print(
-            f"{PROGRAM}: model {settings.model}, predictor {settings.predictor}, mode {settings.default_mode}",
-            flush=True,
-        )
+        try:
+            settings = given.parse(arguments)
+        except given.SettingsError as error:
+            print(error, file=sys.stderr)
+            return 2
+        words = f"model {settings.model}, predictor {settings.predictor}, mode {settings.default_mode}"
+        print(f"{given.PROGRAM}: {words}", flush=True)
         from scr_runtime.serve.process import run
-    except SettingsError as error:
-        print(error, file=sys.stderr)
-        return 2
     except ImportError as error:
-        print(f"the server needs packages that are not installed ({error}): pip install 'scr-runtime[serve]'")
+        print(f"the server needs what is not installed: pip install 'scr-runtime[serve]' ({error})", file=sys.stderr)
         return 2
     return run(settings)
 

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import anyio
-from anyio.abc import ObjectReceiveStream
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -35,8 +34,10 @@ from scr_runtime.serve.settings import LOOPBACK, ServeSettings
 
 logger = logging.getLogger("scr_runtime.serve")
 
+Heard = asyncio.Queue[str | Answer | RefusedError]
+"""What comes of a request: pieces of its answer, and then the answer or an error."""
+
 _GONE = 499  # as nginx logs a client that went away
-_PROBES = ("/health", "/ready", "/metrics")
 _LAST_WORDS = 2.0  # seconds to tell a client that its time is over
 
 
@@ -50,18 +51,19 @@ class Service:
     Attributes:
         draining: Whether it ends as soon as the requests that it has are answered.
         failed: Whether the engine could not be made.
+        address: For the log.
     """
 
     def __init__(self, settings: ServeSettings, load: Callable[[ServeSettings], Engine]) -> None:
         self.settings, self._load = settings, load
         self.engine: Engine | None = None
         self.draining = self.failed = False
-        self.address = ""  # for the log
+        self.address = ""
         self._admitted = self._waiting = 0
         self._pace = 1.0  # seconds that a request takes
         self._model_thread = ThreadPoolExecutor(1, "model")  # one: graphs of torch.compile belong to a thread
         self._turn = anyio.Lock()  # in order of arrival; who leaves the line is forgotten at once
-        self.metrics = Metrics(lambda: self._waiting, lambda: self.state == "ready")
+        self.metrics = Metrics(lambda: self._waiting)
 
     @property
     def state(self) -> str:
@@ -81,19 +83,15 @@ class Service:
             proof = await loop.run_in_executor(self._model_thread, engine.self_test)
         except Exception as error:
             self.failed = True
-            logger.error(
-                "can't serve: %s: %s", type(error).__name__, error, exc_info=logger.isEnabledFor(logging.DEBUG)
-            )
+            logger.error("can't serve: %s: %s", type(error).__name__, error)
             return
         self.engine = engine
-        logger.info(
-            "ready: %s model=%r mode=%s modes=%s; the self-test edited %d block outputs in %.0f ms", self.address,
-            self.settings.served_name, proof.mode, ",".join(engine.modes), proof.stats.edits,
-            1000 * proof.prefill_seconds,
-        )  # fmt: skip
+        words = "ready: %s model=%r mode=%s modes=%s; the self-test edited %d block outputs"
+        modes = ",".join(engine.modes)
+        logger.info(words, self.address, self.settings.served_name, proof.mode, modes, proof.stats.edits)
 
     @contextmanager
-    def admission(self) -> Iterator[Engine]:
+    def admission(self) -> Generator[Engine]:
         """A place in the server, for one request.
 
         Raises:
@@ -110,7 +108,7 @@ class Service:
         finally:
             self._admitted -= 1
 
-    async def generate(self, engine: Engine, question: Question, say: Callable[[str], None]) -> tuple[Answer, float]:
+    async def generate(self, engine: Engine, question: Question, say: Callable[[str], Any]) -> tuple[Answer, float]:
         """An answer, and the seconds that it waited for its turn. If it is cancelled, the model stops first."""
         begun, stop = time.monotonic(), threading.Event()
         self._waiting += 1
@@ -119,118 +117,107 @@ class Service:
         finally:
             self._waiting -= 1
         try:
-            waited = time.monotonic() - begun
-            work = asyncio.get_running_loop().run_in_executor(self._model_thread, engine.answer, question, say, stop)
+            started = time.monotonic()
+            run = asyncio.get_running_loop().run_in_executor
+            work = run(self._model_thread, engine.answer, question, say, stop)
             try:
                 answer = await asyncio.shield(work)
             except asyncio.CancelledError:
                 stop.set()
                 with anyio.CancelScope(shield=True):
                     await asyncio.wait([work])
-                    work.exception()  # StoppedError, and nobody else asks
+                    work.exception()  # StoppedError, which nobody else asks for
                 raise
-            self._pace += 0.2 * (time.monotonic() - begun - waited - self._pace)
-            return answer, waited
+            self._pace += 0.2 * (time.monotonic() - started - self._pace)
+            return answer, started - begun
         finally:
             self._turn.release()
 
 
 class Chat:
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. What is in flight belongs to one call of this, and ends with it."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request, reply = Request(scope, receive), Reply(self._service, scope, receive, send)
-        settings = self._service.settings
+        settings, reply = self._service.settings, Reply(self._service, scope, receive, send)
         with self._service.admission() as engine:
             with anyio.move_on_after(settings.timeout) as time_left:
-                body = await _body(request, int(settings.max_body_mb * 1e6))
-                question = await anyio.to_thread.run_sync(
-                    partial(_question, body, settings, engine), abandon_on_cancel=True
-                )
-                del body
+                body = await _body(Request(scope, receive), int(settings.max_body_mb * 1e6))
+                read = partial(_question, body, settings, engine)
+                question = await anyio.to_thread.run_sync(read, abandon_on_cancel=True)
+                del body, read
+                heard: Heard = asyncio.Queue()
                 async with anyio.create_task_group() as group:
+                    group.start_soon(self._work, engine, question, heard, reply)
                     group.start_soon(_until_gone, receive, group.cancel_scope, reply)
-                    say, heard = anyio.create_memory_object_stream[str | Answer | Exception](float("inf"))
-                    group.start_soon(self._work, engine, question, say.send_nowait, reply)
                     await reply.send(question, heard)
                     group.cancel_scope.cancel()
             if time_left.cancelled_caught and not reply.complete:
-                error = RefusedError(504, "timeout", f"not answered within {settings.timeout:g} seconds")
                 with anyio.move_on_after(_LAST_WORDS):
-                    await reply.fail(error)
+                    await reply.fail(RefusedError(504, "timeout", f"not answered within {settings.timeout:g} seconds"))
 
-    async def _work(
-        self, engine: Engine, question: Question, put: Callable[[str | Answer | Exception], None], reply: Reply
-    ) -> None:
-        loop = asyncio.get_running_loop()
+    async def _work(self, engine: Engine, question: Question, heard: Heard, reply: Reply) -> None:
+        say = partial(asyncio.get_running_loop().call_soon_threadsafe, heard.put_nowait)
         try:
-            answer, waited = await self._service.generate(engine, question, partial(loop.call_soon_threadsafe, put))
-            self._service.metrics.add(answer, waited)
+            answer, waited = await self._service.generate(engine, question, say)
+            self._service.metrics.add(answer)
             reply.note(answer, waited)
-            put(answer)
+            heard.put_nowait(answer)
         except RefusedError as error:
-            put(error)
+            heard.put_nowait(error)
         except Exception as error:
             logger.exception("request %s failed", reply.id)
-            put(RefusedError(500, "model_error", f"the model failed ({type(error).__name__}); request id {reply.id}"))
+            message = f"the model failed ({type(error).__name__}); request id {reply.id}"
+            heard.put_nowait(RefusedError(500, "model_error", message))
 
 
 class Reply:
-    """The answer to one request, in OpenAI's formats."""
+    """The answer to one request, in OpenAI's formats.
+
+    Attributes:
+        id: Of the request.
+        complete: Whether all of it has been sent.
+    """
 
     def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
         self._service, self._scope, self._receive, self._send = service, scope, receive, send
         self._log: dict[str, Any] = scope["state"]["log"]
-        self._streams = False
-        self.complete = False
         self.id: str = self._log["id"]
+        self._streams = self.complete = False
 
-    async def send(self, question: Question, heard: ObjectReceiveStream[str | Answer | Exception]) -> None:
+    async def send(self, question: Question, heard: Heard) -> None:
         """Sends it as it comes, or at once."""
-        asked = question.asked
-        item = await heard.receive()
-        while not asked.stream and isinstance(item, str):
-            item = await heard.receive()
-        if isinstance(item, Exception):
-            await self.fail(item)
-        elif not asked.stream:
-            assert isinstance(item, Answer)
-            choice = {"message": {"role": "assistant", "content": item.text}, "finish_reason": item.finish}
-            body = self._object("chat.completion", choice) | {"usage": _usage(item)} | _did(question, item)
-            await self._respond(JSONResponse(body))
-        else:
-            await self._stream(question, item, heard)
-
-    async def _stream(
-        self, question: Question, item: str | Answer | Exception, heard: ObjectReceiveStream[str | Answer | Exception]
-    ) -> None:
-        self._streams = True
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._event(self._chunk({"role": "assistant", "content": ""}))
+        asked, item = question.asked, await heard.get()
+        if asked.stream and not isinstance(item, RefusedError):
+            await self._begin_stream()
         while isinstance(item, str):
-            await self._event(self._chunk({"content": item}))
-            item = await heard.receive()
-        if isinstance(item, Exception):
+            if asked.stream:
+                await self._chunk({"content": item})
+            item = await heard.get()
+        if isinstance(item, RefusedError):
             await self.fail(item)
             return
-        await self._event(self._chunk({}, item.finish) | _did(question, item))
-        if question.asked.stream_options.include_usage:
-            await self._event(self._chunk({}) | {"choices": [], "usage": _usage(item)})
-        await self._end()
+        did = {"mode": item.mode, "reports": [asdict(report) for report in item.reports]}
+        more: dict[str, Any] = {"scr": did} if asked.scr.reports else {}
+        if asked.stream:
+            await self._chunk({}, item.finish, **more)
+            if asked.stream_options.include_usage:
+                await self._event(self._body("chat.completion.chunk", [], usage=item.usage))
+            await self._end_stream()
+        else:
+            choice = {"index": 0, "message": {"role": "assistant", "content": item.text}, "finish_reason": item.finish}
+            await self._respond(JSONResponse(self._body("chat.completion", [choice], usage=item.usage, **more)))
 
-    async def fail(self, error: Exception) -> None:
+    async def fail(self, error: RefusedError) -> None:
         """Says that there is no answer, or no more of it."""
-        assert isinstance(error, RefusedError)
-        self._log["code"] = error.code
         self._service.metrics.refused.labels(error.code).inc()
+        self._log["code"] = error.code
         if self._streams:
             self._log["status"] = error.status
             await self._event(error.body)
-            await self._end()
+            await self._end_stream()
         else:
             await self._respond(refusal(error))
 
@@ -247,24 +234,30 @@ class Reply:
             "prefill_ms": round(1000 * answer.prefill_seconds),
         }  # fmt: skip
 
-    def _object(self, kind: str, choice: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "id": f"chatcmpl-{self.id}", "object": kind, "created": int(time.time()),
-            "model": self._service.settings.served_name, "choices": [{"index": 0, **choice}],
-        }  # fmt: skip
-
-    def _chunk(self, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
-        return self._object("chat.completion.chunk", {"delta": delta, "finish_reason": finish})
-
-    async def _event(self, body: dict[str, Any]) -> None:
-        await self._send({"type": "http.response.body", "body": b"data: %s\n\n" % _json(body), "more_body": True})
-
-    async def _end(self) -> None:
-        await self._send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
-        self.complete = True
+    def _body(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        head = {"id": f"chatcmpl-{self.id}", "object": kind, "created": int(time.time())}
+        return head | {"model": self._service.settings.served_name, "choices": choices} | more
 
     async def _respond(self, response: Response) -> None:
         await response(self._scope, self._receive, self._send)
+        self.complete = True
+
+    async def _begin_stream(self) -> None:
+        self._streams = True
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._chunk({"role": "assistant", "content": ""})
+
+    async def _chunk(self, delta: dict[str, str], finish: str | None = None, **more: Any) -> None:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish}
+        await self._event(self._body("chat.completion.chunk", [choice], **more))
+
+    async def _event(self, body: dict[str, Any]) -> None:
+        content = b"data: %s\n\n" % json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        await self._send({"type": "http.response.body", "body": content, "more_body": True})
+
+    async def _end_stream(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
         self.complete = True
 
 
@@ -289,16 +282,17 @@ class Guard:
             await send(message)
 
         try:
-            if self._is_allowed(Request(scope)):
-                await self._app(scope, receive, noted)
-            else:
-                error = RefusedError(401, "invalid_api_key", "give the server's key: Authorization: Bearer KEY")
-                self._service.metrics.refused.labels(error.code).inc()
-                await refusal(error)(scope, receive, noted)
+            allowed = self._is_allowed(Request(scope))
+            await (self._app if allowed else _without_key)(scope, receive, noted)
         except ClientDisconnect:
             log["status"] = _GONE
         finally:
-            self._write(scope, log, time.monotonic() - begun)
+            status = log.pop("status") or 500
+            if scope["path"] not in ("/health", "/ready", "/metrics"):
+                self._service.metrics.requests.labels(str(status)).inc()
+                details = " ".join(f"{key}={value}" for key, value in log.items())
+                milliseconds = 1000 * (time.monotonic() - begun)
+                logger.info("%s %r %s ms=%.0f %s", scope["method"], scope["path"], status, milliseconds, details)
 
     def _is_allowed(self, request: Request) -> bool:
         key = self._service.settings.api_key
@@ -306,14 +300,6 @@ class Guard:
             return True
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         return hmac.compare_digest(given.encode(), key.encode())
-
-    def _write(self, scope: Scope, log: dict[str, Any], seconds: float) -> None:
-        if scope["path"] in _PROBES:
-            return
-        status = log.pop("status") or 500
-        self._service.metrics.requests.labels(str(status)).inc()
-        details = " ".join(f"{key}={value}" for key, value in log.items())
-        logger.info("%s %r %s ms=%.0f %s", scope["method"], scope["path"], status, 1000 * seconds, details)
 
 
 def application(service: Service) -> Starlette:
@@ -329,28 +315,23 @@ def application(service: Service) -> Starlette:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def models(request: Request) -> Response:
-        engine = service.engine
-        scr = {} if engine is None else {"mode": service.settings.default_mode, "modes": engine.modes}
-        model = {
-            "id": service.settings.served_name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "scr_runtime",
-            "scr": scr,
-        }
-        return JSONResponse({"object": "list", "data": [model]})
+        model: dict[str, Any] = {"id": service.settings.served_name, "object": "model", "created": 0}
+        if service.engine is not None:
+            model["scr"] = {"mode": service.settings.default_mode, "modes": service.engine.modes}
+        return JSONResponse({"object": "list", "data": [model | {"owned_by": "scr_runtime"}]})
 
     async def refuse(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            words = f"{error.detail}: {request.method} {request.url.path}"
+            error = RefusedError(error.status_code, "unknown_url", words)
         assert isinstance(error, RefusedError)
         request.scope["state"]["log"]["code"] = error.code
         service.metrics.refused.labels(error.code).inc()
         return refusal(error)
 
-    async def unknown(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return refusal(
-            RefusedError(error.status_code, "unknown_url", f"{error.detail}: {request.method} {request.url.path}")
-        )
+    async def broken(request: Request, error: Exception) -> Response:
+        words = f"the server failed ({type(error).__name__}); request id {request.scope['state']['log']['id']}"
+        return refusal(RefusedError(500, "server_error", words))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None]:
@@ -358,17 +339,14 @@ def application(service: Service) -> Starlette:
         yield
         opening.cancel()
 
-    local = service.settings.host in LOOPBACK
+    hosts = LOOPBACK if service.settings.host in LOOPBACK else ["*"]
     return Starlette(
         routes=[
             Route("/health", health), Route("/ready", ready), Route("/metrics", metrics), Route("/v1/models", models),
             Route("/v1/chat/completions", Chat(service), methods=["POST"]),
         ],
-        middleware=[
-            Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK if local else ["*"]),
-            Middleware(Guard, service=service),
-        ],
-        exception_handlers={RefusedError: refuse, HTTPException: unknown},
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(Guard, service=service)],
+        exception_handlers={RefusedError: refuse, HTTPException: refuse, Exception: broken},
         lifespan=lifespan,
     )  # fmt: skip
 
@@ -379,12 +357,18 @@ def refusal(error: RefusedError) -> Response:
     return JSONResponse(error.body, error.status, headers)
 
 
+async def _without_key(scope: Scope, receive: Receive, send: Send) -> None:
+    await refusal(RefusedError(401, "invalid_api_key", "give the key: Authorization: Bearer KEY"))(
+        scope, receive, send
+    )
+
+
 async def _body(request: Request, most: int) -> bytes:
     """A request's bytes, as many as are allowed."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise RefusedError(415, "unsupported_media_type", "send application/json")  # no web page can, unasked
     claimed, body = request.headers.get("content-length", "0"), bytearray()
-    if not (claimed.isdecimal() and int(claimed) > most):
+    if not claimed.isdecimal() or int(claimed) <= most:
         async for chunk in request.stream():
             body += chunk
             if len(body) > most:
@@ -409,23 +393,3 @@ async def _until_gone(receive: Receive, scope: anyio.CancelScope, reply: Reply) 
         pass
     reply.gone()
     scope.cancel()
-
-
-def _usage(answer: Answer) -> dict[str, int]:
-    total = answer.prompt_tokens + answer.completion_tokens
-    return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.completion_tokens,
-        "total_tokens": total,
-    }
-
-
-def _did(question: Question, answer: Answer) -> dict[str, Any]:
-    """The field `scr` of an answer, if it was asked for."""
-    if not question.asked.scr.reports:
-        return {}
-    return {"scr": {"mode": answer.mode, "reports": [asdict(report) for report in answer.reports]}}
-
-
-def _json(body: dict[str, Any]) -> bytes:
-    return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

@@ -68,6 +68,12 @@ class Answer:
     reports: list[ImageReport]
     stats: SCRStats
 
+    @property
+    def usage(self) -> dict[str, int]:
+        """As OpenAI counts."""
+        prompt, completion = self.prompt_tokens, self.completion_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
 
 class Engine:
     """One model and its predictor. An SCR is made for each request (1 to 2 ms), so that modes never meet.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import http.client
 import io
 import time
@@ -32,7 +31,7 @@ def open_picture(url: str, settings: ServeSettings) -> PILImage:
             raise _refused("an image's data: URL has to be data:image/png;base64,...")
         try:
             content = base64.b64decode(data, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise _refused(f"an image's base64 can't be read: {error}") from error
     else:
         content = _fetch(url, settings)

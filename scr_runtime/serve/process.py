@@ -7,6 +7,7 @@ import signal
 import socket
 from types import FrameType
 
+import prometheus_client
 import uvicorn
 
 from scr_runtime.serve.app import Service, application
@@ -42,6 +43,7 @@ def run(settings: ServeSettings) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("scr_runtime").setLevel(logging.ERROR)  # what it says of each prefill, /metrics counts
     logger.setLevel(logging.INFO)
+    prometheus_client.disable_created_metrics()
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         listening = socket.create_server((settings.host, settings.port), family=family, backlog=2048)

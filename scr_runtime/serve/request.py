@@ -90,7 +90,7 @@ class Asked(_Strict):
     """
 
     mode: Mode | None = None
-    threshold: float | None = Field(None, ge=0, le=1)
+    threshold: float | None = Field(default=None, ge=0, le=1)
     reports: bool = False
 
 
@@ -105,17 +105,17 @@ class ChatRequest(_Strict):
 
     model: str
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     n: Literal[1] = 1
     logprobs: Literal[False] = False
-    frequency_penalty: float = Field(0.0, ge=0, le=0)
-    presence_penalty: float = Field(0.0, ge=0, le=0)
+    frequency_penalty: float = Field(default=0.0, ge=0, le=0)
+    presence_penalty: float = Field(default=0.0, ge=0, le=0)
     scr: Asked = Asked()
 
     @property

@@ -27,27 +27,39 @@ class ServeSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: str = Field(min_length=1, description="folder or Hub id of the model")
-    model_revision: str | None = Field(None, description="commit, tag or branch of the model on the Hub")
-    predictor: str | None = Field(None, description="folder, Hub id or models:/NAME@ALIAS of its predictor")
-    revision: str | None = Field(None, description="commit, tag or branch of the predictor on the Hub")
-    mode: Mode | None = Field(None, description="of requests that name none; auto, or two-pass without a predictor")
-    threshold: float | None = Field(None, ge=0, le=1, description="confidence under which auto falls back")
-    name: str | None = Field(None, min_length=1, description="as clients name the model; its Hub id or folder's name")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on a CPU")
-    device: str = Field("auto", description="auto: an accelerator if there is one")
-    host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0 is every network of this machine")
-    port: int = Field(8000, ge=0, le=65535, description="0 takes any that is free")
-    api_key: str | None = Field(
-        None, min_length=1, repr=False, description=f"or in ${KEY_VARIABLE}, where ps shows none"
+    model_revision: str | None = Field(default=None, description="commit, tag or branch of the model on the Hub")
+    predictor: str | None = Field(default=None, description="folder, Hub id or models:/NAME@ALIAS of its predictor")
+    revision: str | None = Field(default=None, description="commit, tag or branch of the predictor on the Hub")
+    mode: Mode | None = Field(
+        default=None, description="of requests that name none; auto, or two-pass without a predictor"
     )
-    queue: int = Field(16, ge=1, description="requests that are in the server at a time; the next one gets a 429")
-    timeout: float = Field(120, gt=0, description="seconds from a request's arrival to the end of its answer")
-    max_body_mb: float = Field(20, gt=0, description="of a request")
-    max_megapixels: float = Field(40, gt=0, description="of all images of a request together")
-    max_characters: int = Field(100_000, ge=1, description="of all texts of a request together")
-    max_tokens: int = Field(1024, ge=1, description="of an answer; what a request gets that asks for no number")
+    threshold: float | None = Field(default=None, ge=0, le=1, description="confidence under which auto falls back")
+    name: str | None = Field(
+        default=None, min_length=1, description="as clients name the model; its Hub id or folder's name"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: float32 on a CPU"
+    )
+    device: str = Field(default="auto", description="auto: an accelerator if there is one")
+    host: str = Field(
+        default="127.0.0.1", description="address to listen at; 0.0.0.0 is every network of this machine"
+    )
+    port: int = Field(default=8000, ge=0, le=65535, description="0 takes any that is free")
+    api_key: str | None = Field(
+        default=None, min_length=1, repr=False, description=f"or in ${KEY_VARIABLE}, where ps shows none"
+    )
+    queue: int = Field(
+        default=16, ge=1, description="requests that are in the server at a time; the next one gets a 429"
+    )
+    timeout: float = Field(default=120, gt=0, description="seconds from a request's arrival to the end of its answer")
+    max_body_mb: float = Field(default=20, gt=0, description="of a request")
+    max_megapixels: float = Field(default=40, gt=0, description="of all images of a request together")
+    max_characters: int = Field(default=100_000, ge=1, description="of all texts of a request together")
+    max_tokens: int = Field(
+        default=1024, ge=1, description="of an answer; what a request gets that asks for no number"
+    )
     image_hosts: tuple[str, ...] = Field(
-        (),
+        default=(),
         description="origins that images may be fetched from (https://a.example,https://b.example); none: data: URLs",
     )
 
