@@ -383,6 +383,10 @@ def _question(body: bytes, settings: ServeSettings, engine: Engine) -> Question:
     asked = read_request(body)
     engine.check(asked)
     parts = [part for turn in asked.messages for part in turn.content if isinstance(part, ImagePart)]
+    if len(parts) > settings.max_images:
+        raise RefusedError(
+            413, "too_many_images", f"a request has {settings.max_images} images at most", param="messages"
+        )
     pictures = [open_picture(part.image_url.url, settings) for part in parts]
     check_size(pictures, settings)
     return Question(asked, pictures)

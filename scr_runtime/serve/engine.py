@@ -97,7 +97,7 @@ class Engine:
         self._config = SCRConfig.for_depth(len(blocks_of(model))) if predictor is None else None
         tokenizer = processor.tokenizer
         self._template = getattr(processor, "chat_template", None) or tokenizer.chat_template
-        self._placeholder: str | None = getattr(processor, "image_token", None)
+        self._special = {*tokenizer.all_special_tokens, getattr(processor, "image_token", None)} - {None, ""}
         self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.unavailable: dict[Mode, str] = {}
         for mode in get_args(Mode):
@@ -131,9 +131,13 @@ class Engine:
         if len(text) > self._settings.max_characters:
             message = f"the texts have {len(text):,} characters; the most is {self._settings.max_characters:,}"
             raise RefusedError(413, "text_too_long", message, param="messages")
-        if self._placeholder is not None and self._placeholder in text:
-            message = f"a text holds {self._placeholder!r}, which stands for an image in this model's prompts"
+        found = next((token for token in self._special if token in text), None)
+        if found is not None:
+            message = f"a text holds {found!r}, which is no text to this model but a part of its prompts"
             raise RefusedError(400, "invalid_request", message, param="messages")
+        most = self._settings.max_tokens
+        if asked.limit is not None and asked.limit > most:
+            raise RefusedError(400, "invalid_request", f"an answer has {most} tokens at most here", param="max_tokens")
 
     def answer(self, question: Question, say: Callable[[str], None], stop: Event) -> Answer:
         """Answers, in the calling thread, which has the model to itself.
@@ -217,30 +221,25 @@ class Engine:
                 turns, chat_template=self._template, add_generation_prompt=True, tokenize=True, return_dict=True,
                 return_tensors="pt",
             )  # fmt: skip
-        except TemplateError as error:
-            raise RefusedError(
-                400, "invalid_request", f"the model's chat template: {error}", param="messages"
-            ) from error
+        except (TemplateError, ValueError) as error:  # roles that don't alternate, an image of 1 x 1000 pixels ...
+            message = f"the model's chat template or processor takes no such messages: {error!s:.200}"
+            raise RefusedError(400, "invalid_request", message, param="messages") from error
         return inputs.to(self._model.device, dtype=self._model.dtype)
 
     def _generation(self, asked: ChatRequest, length: int) -> Any:
         """The settings of a request for ``generate``; nothing of sampling is left to the model's own."""
         most, room = self._settings.max_tokens, None if self._context is None else self._context - length
         wanted = asked.limit
-        if wanted is not None and wanted > most:
-            raise RefusedError(400, "invalid_request", f"an answer has {most} tokens at most here", param="max_tokens")
         if room is not None and room < (wanted or 1):
             message = f"{length} tokens of the prompt and {wanted or 1} of the answer; the model takes {self._context}"
             raise RefusedError(400, "context_length_exceeded", message, param="messages")
-        config = copy.deepcopy(self._model.generation_config)
         sampled = asked.heat > 0
-        values = {
-            "max_new_tokens": wanted or min(most, most if room is None else room), "max_length": None, "num_beams": 1,
-            "do_sample": sampled, "temperature": asked.heat if sampled else None, "top_k": 0 if sampled else None,
-            "top_p": asked.top_p if sampled else None, "num_return_sequences": 1, "return_dict_in_generate": False,
-        }  # fmt: skip
-        for key, value in values.items():
-            setattr(config, key, value)
+        config = copy.deepcopy(self._model.generation_config)
+        config.update(
+            max_new_tokens=wanted or min(most, most if room is None else room), max_length=None, num_beams=1,
+            do_sample=sampled, temperature=asked.heat if sampled else None, top_k=0 if sampled else None,
+            top_p=asked.top_p if sampled else None, num_return_sequences=1, return_dict_in_generate=False,
+        )  # fmt: skip
         return config
 
 

@@ -72,7 +72,7 @@ class Message(_Strict):
     """A turn of the conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] = Field(max_length=64)
 
     @field_validator("content", mode="before")
     @classmethod
@@ -104,7 +104,7 @@ class ChatRequest(_Strict):
     """One request. What OpenAI's interface has beyond these fields, and is no default, is refused."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=256)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)

@@ -54,6 +54,7 @@ class ServeSettings(BaseModel):
     timeout: float = Field(default=120, gt=0, description="seconds from a request's arrival to the end of its answer")
     max_body_mb: float = Field(default=20, gt=0, description="of a request")
     max_megapixels: float = Field(default=40, gt=0, description="of all images of a request together")
+    max_images: int = Field(default=8, ge=0, description="of a request")
     max_characters: int = Field(default=100_000, ge=1, description="of all texts of a request together")
     max_tokens: int = Field(
         default=1024, ge=1, description="of an answer; what a request gets that asks for no number"

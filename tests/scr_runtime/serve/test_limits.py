@@ -123,6 +123,24 @@ def test_pixels_are_counted_in_headers_before_anything_is_decoded(served: Served
     assert caught.value.status_code == 413 and "the most is 40" in caught.value.message
 
 
+def test_images_are_counted(served: Served) -> None:
+    with pytest.raises(openai.APIStatusError, match="8 images at most") as caught:
+        served.ask("x", *["data:image/png;base64,"] * 9)
+    assert caught.value.status_code == 413
+
+
+def test_an_image_that_the_processor_refuses_is_the_clients_fault(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("absolute aspect ratio must be smaller than 200")
+
+    with monkeypatch.context() as patch:  # as Qwen's processors do
+        patch.setattr(type(served.engine._processor), "__call__", refuse)
+        with pytest.raises(openai.BadRequestError, match="takes no such messages: absolute aspect ratio"):
+            served.ask()
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(
     ("content", "words"),
