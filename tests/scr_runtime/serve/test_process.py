@@ -81,7 +81,7 @@ def guide() -> tuple[list[str], str]:
     text = (ROOT / "docs/deploy.md").read_text().partition("## A server")[2]
     shell, code = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("bash", "python"))
     assert shell is not None and code is not None
-    assert len((shell[1] + code[1]).splitlines()) == 10
+    assert len([line for line in (shell[1] + code[1]).splitlines() if line]) == 10
     first, _, command = (line.partition("#")[0].split() for line in shell[1].splitlines())
     assert first == ["make", "train"] and command[:3] == [".venv/bin/python", "-m", "scr_runtime.serve"]
     return command[3:], code[1]
