@@ -97,7 +97,8 @@ class Engine:
         self._config = SCRConfig.for_depth(len(blocks_of(model))) if predictor is None else None
         tokenizer = processor.tokenizer
         self._template = getattr(processor, "chat_template", None) or tokenizer.chat_template
-        self._special = {*tokenizer.all_special_tokens, getattr(processor, "image_token", None)} - {None, ""}
+        special: list[str | None] = [*tokenizer.all_special_tokens, getattr(processor, "image_token", None)]
+        self._special = {token for token in special if token}
         self._context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.unavailable: dict[Mode, str] = {}
         for mode in get_args(Mode):

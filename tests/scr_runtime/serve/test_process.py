@@ -123,16 +123,14 @@ def test_the_guide_serves_and_so_it_does_after_sigkill_and_told_to_end_it_finish
 
         def one(stream: bool) -> str:
             try:
-                answer = caller.chat.completions.create(**asking, stream=stream)
+                answer: Any = caller.chat.completions.create(**asking, stream=stream)
                 return said(answer) if stream else answer.choices[0].message.content
             except openai.InternalServerError as error:
                 return str(error)
 
         answers = [pool.submit(one, number % 2 == 0) for number in range(12)]
-        while (length := re.search(r"queue_length (\d)", caller.get(f"{address}/../metrics", cast_to=str))) and int(
-            length[1]
-        ) < 4:
-            pass
+        while not re.search(r"\nscr_queue_length ([4-9]|1\d)", caller.get(f"{address}/../metrics", cast_to=str)):
+            assert not all(answer.done() for answer in answers)
         assert running.end(signal.SIGTERM) == 0
         found = Counter(answer.result(PATIENCE) for answer in answers)
         assert found[first] >= 5 and set(found) <= {first, "Error code: 503 - the server is stopping"}
