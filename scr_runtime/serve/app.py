@@ -52,6 +52,7 @@ class Service:
         draining: Whether it ends as soon as the requests that it has are answered.
         failed: Whether the engine could not be made.
         address: For the log.
+        readers: How many requests are read at a time.
     """
 
     def __init__(self, settings: ServeSettings, load: Callable[[ServeSettings], Engine]) -> None:
@@ -63,6 +64,7 @@ class Service:
         self._pace = 1.0  # seconds that a request takes
         self._model_thread = ThreadPoolExecutor(1, "model")  # one: graphs of torch.compile belong to a thread
         self._turn = anyio.Lock()  # in order of arrival; who leaves the line is forgotten at once
+        self.readers = anyio.CapacityLimiter(2)  # a body of 20 MB of brackets takes 0.5 GB to read
         self.metrics = Metrics(lambda: self._waiting)
 
     @property
@@ -146,7 +148,7 @@ class Chat:
             with anyio.move_on_after(settings.timeout) as time_left:
                 body = await _body(Request(scope, receive), int(settings.max_body_mb * 1e6))
                 read = partial(_question, body, settings, engine)
-                question = await anyio.to_thread.run_sync(read, abandon_on_cancel=True)
+                question = await anyio.to_thread.run_sync(read, abandon_on_cancel=True, limiter=self._service.readers)
                 del body, read
                 heard: Heard = asyncio.Queue()
                 async with anyio.create_task_group() as group:

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from scr_runtime.config import Mode
 
+_MOST_FIELDS = 64
+
 
 class RefusedError(Exception):
     """A request that is not served, as OpenAI's error body says it.
@@ -44,6 +46,8 @@ class _Strict(BaseModel):
         if not isinstance(given, dict):
             return given
         items: dict[str, Any] = given  # pyright: ignore[reportUnknownVariableType]
+        if len(items) > _MOST_FIELDS:  # each would be an error of its own
+            raise ValueError(f"an object of {len(items):,} fields")
         return {key: value for key, value in items.items() if value is not None}
 
 

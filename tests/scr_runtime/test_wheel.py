@@ -68,6 +68,7 @@ def test_it_works_where_nothing_of_the_project_is(wheel: Path, tmp_path: Path) -
     scr = SCRConfig(num_sources=8, edit_layers=(0, 2), attention_layers=(2, 4))
     folder = save_predictor(tmp_path / "p", predictor, scr=scr, model=describe_model(model, processor))
     python = make_environment(tmp_path / "environment", wheel)
+    assert "predictor=" in run([python, "-I", "-m", "scr_runtime.serve", "--help"], cwd=tmp_path)
     printed = run([python, "-I", "-c", SCRIPT, CHECKPOINT, folder], cwd=tmp_path).splitlines()
     assert printed[0] == wheel.name.split("-")[1]
     assert printed[1].startswith("<SCR, not attached to LlavaForConditionalGeneration")

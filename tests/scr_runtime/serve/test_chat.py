@@ -123,6 +123,7 @@ def test_conversations_texts_and_several_images(served: Served, loaded: Any) -> 
         ({"scr": {"mode": "off", "threshold": 0.5}}, "a threshold is mode auto's alone"),
         ({"scr": {"threshold": 7}}, "scr.threshold: Input should be less than or equal to 1"),
         ({"scr": {"strength": 1.2}}, "scr.strength: this field is unknown"),
+        ({str(number): 1 for number in range(100)}, "an object of 102 fields"),
         ({"messages": []}, "messages: List should have at least 1 item"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [turn("a <image> b", data_url(picture()))]}, "'<image>', which is no text to this model"),
