@@ -369,15 +369,12 @@ async def _body(request: Request, most: int) -> bytes:
     """A request's bytes, as many as are allowed."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise RefusedError(415, "unsupported_media_type", "send application/json")  # no web page can, unasked
-    claimed, body = request.headers.get("content-length", "0"), bytearray()
-    if not claimed.isdecimal() or int(claimed) <= most:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > most:
-                break
-        else:
-            return bytes(body)
-    raise RefusedError(413, "body_too_large", f"a request has {most / 1e6:g} MB at most")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > most:
+            raise RefusedError(413, "body_too_large", f"a request has {most / 1e6:g} MB at most")
+    return bytes(body)
 
 
 def _question(body: bytes, settings: ServeSettings, engine: Engine) -> Question:
