@@ -51,7 +51,7 @@ def diff(folders: Sequence[Path], options: Options) -> int:
 
 
 def card(folders: Sequence[Path], options: Options) -> int:
-    """Writes the model card anew, with the verdict of an evaluation."""
+    """Rewrites the model card with the verdict of an evaluation."""
     try:
         verdict = json.loads(Path(options["evaluation"]).read_text(encoding="utf-8"))["verdict"]
         evaluation = {key: str(verdict[key]) for key in ("sentence", "reason")}
