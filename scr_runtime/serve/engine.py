@@ -25,9 +25,12 @@ from scr_runtime.network import SourcePredictor
 from scr_runtime.reports import ImageReport
 from scr_runtime.runtime import SCR
 from scr_runtime.serve.pictures import decoded
-from scr_runtime.serve.request import Asked, ChatRequest, ImagePart, ImageURL, Message, RefusedError, TextPart
+from scr_runtime.serve.request import Asked, ChatRequest, ImagePart, RefusedError, TextPart
 from scr_runtime.serve.settings import ServeSettings
 from scr_runtime.stats import SCRStats
+
+_PARTS = [{"type": "image_url", "image_url": {"url": "none"}}, {"type": "text", "text": "What is in the image?"}]
+_SELF_TEST = {"model": "", "messages": [{"role": "user", "content": _PARTS}], "max_tokens": 2}
 
 
 class StoppedError(Exception):
@@ -182,20 +185,12 @@ class Engine:
         Raises:
             EditNotFiredError: If an edit that should have been made was not.
         """
-        modes: list[Mode] = [self._settings.default_mode]
-        modes = modes if self._predictor is None or "one-pass" in modes else ["one-pass", *modes]
-        answers = [self._tested(mode) for mode in modes]
-        return answers[-1]
+        modes: list[Mode] = ["one-pass"] if self._predictor is not None else []
+        return [self._tested(mode) for mode in (*modes, self._settings.default_mode)][-1]
 
     def _tested(self, mode: Mode) -> Answer:
-        content: list[TextPart | ImagePart] = [
-            ImagePart(type="image_url", image_url=ImageURL(url="")),
-            TextPart(type="text", text="What is in the image?"),
-        ]
-        turn = Message.model_construct(role="user", content=content)
-        asked = ChatRequest.model_construct(model="", messages=[turn], max_tokens=2, scr=Asked(mode=mode))
-        picture = PIL.Image.radial_gradient("L")
-        answer = self.answer(Question(asked, [picture]), lambda text: None, Event())
+        asked = ChatRequest.model_validate(_SELF_TEST | {"scr": {"mode": mode}})
+        answer = self.answer(Question(asked, [PIL.Image.radial_gradient("L")]), lambda text: None, Event())
         if mode != "off" and not answer.stats.edits:
             raise EditNotFiredError(f"the self-test in mode {mode!r} edited nothing")
         return answer
