@@ -215,6 +215,7 @@ def test_metrics_count_what_reports_say(serve: Serve) -> None:
         ]
         with pytest.raises(openai.APIStatusError):
             served.ask("x", data_url(png_header(9000, 9000)))
+        served.idle()
         status, text = get(served, "/metrics")
         assert status == 200 and b"# TYPE scr_prefill_seconds histogram" in text
         wanted = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import socket
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import anyio
 import openai
 import PIL.Image
 import pytest
@@ -177,14 +179,29 @@ def test_long_texts_are_refused(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_time_is_limited_and_the_model_stops(serve: Serve, stream: bool) -> None:
-    with serve(timeout=0.5) as served:
+def test_when_its_time_is_over_the_model_stops(serve: Serve, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    deadlines: list[tuple[asyncio.AbstractEventLoop, anyio.CancelScope, float]] = []
+
+    def deadline(seconds: float) -> anyio.CancelScope:
+        scope = anyio.CancelScope()
+        deadlines.append((asyncio.get_running_loop(), scope, seconds))
+        return scope
+
+    with serve(timeout=77) as served, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(anyio, "move_on_after", deadline)  # the test says when it is over
         gate = served.engine.gate = Gate()
-        with pytest.raises(openai.APIError, match="not answered within") as caught:
-            list(served.ask(stream=True)) if stream else served.ask()
-        assert isinstance(caught.value, openai.InternalServerError) is not stream
+        answer = pool.submit(lambda: list(served.ask(stream=True)) if stream else served.ask())
+        assert gate.reached.acquire(timeout=PATIENCE)
+        loop, scope, seconds = deadlines[0]
+        loop.call_soon_threadsafe(scope.cancel)
+        with pytest.raises(openai.APIError, match="not answered within 77 seconds") as caught:
+            answer.result(PATIENCE)
+        assert isinstance(caught.value, openai.InternalServerError) is not stream and seconds == 77
         served.idle()
-        assert gate.stopped == 1 and counted(served, 'scr_requests_total{status="504"}') == 1
+        assert gate.stopped == 1
+        served.engine.gate = None
+        assert served.ask(max_tokens=1).usage.completion_tokens == 1
+        assert counted(served, 'scr_requests_total{status="504"}') == 1
 
 
 def test_a_body_that_never_comes_is_given_up(serve: Serve) -> None:
