@@ -155,7 +155,8 @@ class Soak:
         for thread in threads:
             thread.join(180)
         stuck = sum(thread.is_alive() for thread in threads)
-        self._ask("answered", random.Random(0))  # it still serves
+        with openai.OpenAI(base_url=self._address, api_key="-") as client:
+            self._ask(client, "answered", random.Random(0))  # it still serves
         print(
             f"{clients} clients, {minutes:g} minutes, seed 0 to {clients - 1}: {sum(self.counts.values()):,} requests"
         )
@@ -166,10 +167,11 @@ class Soak:
 
     def _client(self, seed: int, end: float) -> None:
         draw = random.Random(seed)
+        client = openai.OpenAI(base_url=self._address, api_key="-", max_retries=0)
         while time.monotonic() < end:
             kind = draw.choice(BAD) if draw.random() < 0.3 else "answered"
             try:
-                got = self._ask(kind, draw)
+                got = self._ask(client, kind, draw)
             except openai.RateLimitError as error:
                 got = "429"
                 time.sleep(min(float(error.response.headers["retry-after"]), 5))
@@ -179,8 +181,9 @@ class Soak:
                 got = f"{kind}: {type(error).__name__}: {error}"
             with self._lock:
                 (self.counts if got in (*BAD, "answered", "429") else self.wrong)[got] += 1
+        client.close()
 
-    def _ask(self, kind: str, draw: random.Random) -> str:
+    def _ask(self, client: openai.OpenAI, kind: str, draw: random.Random) -> str:
         content, extra, text = draw.choice(self._good), {}, "Describe the image."
         if kind == "broken":
             content = content[: draw.randrange(len(content) - 20)]
@@ -194,14 +197,13 @@ class Soak:
         given: Any = {"model": "scene", "messages": messages(content, text), "extra_body": {"scr": scr}}
         streamed = kind == "leaves the stream" or draw.random() < 0.5
         patience = draw.uniform(0.05, 0.5) if kind == "leaves at once" else 170.0
-        with openai.OpenAI(base_url=self._address, api_key="-", max_retries=0, timeout=patience) as client:
-            try:
-                answer: Any = client.chat.completions.create(**given, stream=streamed)
-                finish = _finish(answer, kind) if streamed else answer.choices[0].finish_reason
-            except openai.APITimeoutError:
-                if kind == "leaves at once":
-                    return kind
-                raise
+        try:
+            answer: Any = client.with_options(timeout=patience).chat.completions.create(**given, stream=streamed)
+            finish = _finish(answer, kind) if streamed else answer.choices[0].finish_reason
+        except openai.APITimeoutError:
+            if kind == "leaves at once":
+                return kind
+            raise
         if kind in ("leaves at once", "leaves the stream"):
             return kind
         return kind if finish in ("stop", "length") else f"{kind}: ended with {finish}"
