@@ -171,21 +171,23 @@ class Soak:
 
     def _client(self, seed: int, end: float) -> None:
         draw = random.Random(seed)
-        client = openai.OpenAI(base_url=self._address, api_key="-", max_retries=0)
-        while time.monotonic() < end:
-            kind = draw.choice(BAD) if draw.random() < 0.3 else "answered"
-            try:
-                got = self._ask(client, kind, draw)
-            except openai.RateLimitError as error:
-                got = "429"
-                time.sleep(min(float(error.response.headers["retry-after"]), 5))
-            except openai.APIStatusError as error:
-                got = kind if EXPECTED.get(kind) == error.status_code else f"{kind}: {error.status_code}"
-            except Exception as error:  # whatever else a client can see is counted as unexpected
-                got = f"{kind}: {type(error).__name__}: {error}"
-            with self._lock:
-                (self.counts if got in (*BAD, "answered", "429") else self.wrong)[got] += 1
-        client.close()
+        with openai.OpenAI(base_url=self._address, api_key="-", max_retries=0) as client:
+            while time.monotonic() < end:
+                self.one(client, draw.choice(BAD) if draw.random() < 0.3 else "answered", draw)
+
+    def one(self, client: openai.OpenAI, kind: str, draw: random.Random) -> None:
+        """Sends one request, and counts what came of it."""
+        try:
+            got = self._ask(client, kind, draw)
+        except openai.RateLimitError as error:
+            got = "429"
+            time.sleep(min(float(error.response.headers["retry-after"]), 5))
+        except openai.APIStatusError as error:
+            got = kind if EXPECTED.get(kind) == error.status_code else f"{kind}: {error.status_code}"
+        except Exception as error:  # whatever else a client can see is counted as unexpected
+            got = f"{kind}: {type(error).__name__}: {error}"
+        with self._lock:
+            (self.counts if got in (*BAD, "answered", "429") else self.wrong)[got] += 1
 
     def _ask(self, client: openai.OpenAI, kind: str, draw: random.Random) -> str:
         content, extra, text = draw.choice(self._good), {}, "Describe the image."

@@ -91,6 +91,7 @@ def said(events: Any) -> str:
     return "".join(event.choices[0].delta.content or "" for event in events)
 
 
+@pytest.mark.slow
 def test_the_guide_serves_and_so_it_does_after_sigkill_and_told_to_end_it_finishes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
