@@ -141,12 +141,6 @@ class Probed(ShardDataModule):
     def identity(self) -> dict[str, Any]:
         return super().identity | {"probe": self.kind}
 
-    @property
-    def width(self) -> int:
-        """Features of a patch."""
-        heads = len(next(iter(self.probe.values())))
-        return self.hidden_size + {"none": 0, "mean": 1, "heads": heads}[self.kind]
-
 
 def measured(config: TrainConfig, score: Any, data: ShardDataModule) -> list[float]:
     """Recall, NDCG and mass on the test split."""
@@ -169,7 +163,7 @@ def compare(configs: Sequence[TrainConfig], folder: Path) -> list[list[str]]:
         def one(config: TrainConfig) -> list[float]:
             own = data.for_fit(config.trainer, seed=config.seed, mean_maps=False)
             steps = config.trainer.max_epochs * len(own.train_dataloader())
-            module: SourceModule = fitted(config, own, data.width, steps, None)
+            module: SourceModule = fitted(config, own, own.hidden_size, steps, None)
             return measured(config, module.score, own)
 
         rows.append([kind, *over_seeds(one, configs)])

@@ -142,6 +142,9 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         ExportError: If one is missing, unknown or given twice.
     """
     command = COMMANDS[name]
+    if {"-h", "--help"} & set(arguments):
+        print(f"usage: python -m export {name} {command.usage}\n{command.run.__doc__}")
+        return 0
     words = command.usage.split()
     keys = {word.strip("[]").split("=")[0]: word[0] != "[" for word in words if "=" in word}
     folders = [Path(text).expanduser() for text in arguments if "=" not in text]
