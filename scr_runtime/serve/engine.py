@@ -285,7 +285,10 @@ def open_engine(settings: ServeSettings) -> Engine:
         dtype = torch.float32
     given: dict[str, Any] = {"revision": settings.model_revision, "trust_remote_code": False}
     processor: Any = AutoProcessor.from_pretrained(settings.model, **given)
-    model: Any = AutoModelForImageTextToText.from_pretrained(settings.model, dtype=dtype, **given)
+    load: Any = AutoModelForImageTextToText.from_pretrained
+    model, info = load(settings.model, dtype=dtype, output_loading_info=True, **given)
+    if info["missing_keys"]:  # transformers fills them at random, with a warning
+        raise ValueError(f"{settings.model} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])} ...")
     return Engine(model.to(device).eval(), processor, predictor, settings)
 
 

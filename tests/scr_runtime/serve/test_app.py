@@ -6,6 +6,7 @@ import http.client
 import http.server
 import logging
 import re
+import shutil
 import socket
 import threading
 import time
@@ -17,11 +18,13 @@ from typing import Any
 
 import openai
 import pytest
+from safetensors.torch import load_file, save_file
 
+from scenes import CHECKPOINT
 from scr_runtime import SCRStats, describe_model, load_predictor, save_predictor
 from scr_runtime.errors import EditNotFiredError, PredictorMismatchError
 from scr_runtime.serve.app import Service
-from scr_runtime.serve.engine import Engine
+from scr_runtime.serve.engine import Engine, open_engine
 from scr_runtime.serve.settings import ServeSettings
 from tests.scr_runtime.serve.conftest import CONFIG, PATIENCE, HeldEngine, Serve, Served, data_url, picture
 from tests.scr_runtime.serve.test_limits import counted, held, png_header
@@ -174,6 +177,18 @@ def test_a_predictor_of_another_model_is_never_served(loaded: Any, folder: Path,
     save_predictor(tmp_path / "p", load_predictor(folder), scr=CONFIG, model=other)
     with pytest.raises(PredictorMismatchError, match="these are other weights"):
         engine(loaded, load_predictor(tmp_path / "p"), mode="off")
+
+
+def test_a_model_without_some_of_its_weights_is_never_served(tmp_path: Path) -> None:
+    place = Path(shutil.copytree(CHECKPOINT, tmp_path / "model"))
+    weights = load_file(place / "model.safetensors")
+    name = next(name for name in weights if "layers.3" in name and "mlp" in name)
+    save_file(
+        {key: value for key, value in weights.items() if key != name}, place / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"lacks the weights .*layers\.3.*mlp"):
+        open_engine(ServeSettings(model=str(place)))
+    assert open_engine(ServeSettings(model=str(CHECKPOINT))).self_test().mode == "two-pass"
 
 
 def test_a_server_that_cannot_load_ends(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
