@@ -80,7 +80,7 @@ $(VENV)/docs.stamp: $(VENV)/train.stamp
 
 $(VENV)/dev.stamp: $(VENV)/train.stamp
 	@echo "installing the checks into $(VENV)"
-	@$(INSTALL) -e ".[train,playground,docs,dev]"
+	@$(INSTALL) -e ".[train,playground,serve,docs,dev]"
 	@touch $@
 
 # A fresh environment without constraints, but for torch: edit its line in constraints.txt to move it. The local
@@ -90,7 +90,7 @@ lock:
 	@echo "resolving in .lock (some minutes)"
 	@rm -rf .lock && $(PYTHON) -m venv .lock
 	@.lock/bin/python -m pip --disable-pip-version-check install --quiet \
-	  "$$(grep '^torch==' constraints.txt)" -e ".[train,playground,docs,dev,ray]"
+	  "$$(grep '^torch==' constraints.txt)" -e ".[train,playground,serve,docs,dev,ray]"
 	@{ sed -n '/^#/p;/^[^#]/q' constraints.txt; \
 	  .lock/bin/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools --exclude wheel \
 	  | sed 's/+.*//' | grep -Ev '^(nvidia|cuda|triton)' | LC_ALL=C sort -f; } > constraints.new

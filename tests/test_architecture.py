@@ -22,14 +22,15 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 RESTRICTED = {
     "mlflow": r"export/registry\.py|pipeline/.*|scr_runtime/places\.py",
     "pytorch_lightning": r"data/datamodule\.py|predictor/.*|pipeline/.*|benchmarks/(states_dtype|transfer)\.py",
-    "pydantic": r"configs/.*|[a-z]+/settings\.py",
+    "pydantic": r"configs/.*|[a-z]+/settings\.py|scr_runtime/serve/(settings|request)\.py",
     "omegaconf": r"configs/.*",
-    "configs": r"configs/.*|pipeline/.*|train\.py|benchmarks/(states_dtype|transfer)\.py",
-    "pipeline": r"pipeline/.*|train\.py|benchmarks/(states_dtype|kills|transfer)\.py",
+    "configs": r"configs/.*|pipeline/.*|train\.py|benchmarks/(states_dtype|transfer|probe)\.py",
+    "pipeline": r"pipeline/.*|train\.py|benchmarks/(states_dtype|kills|transfer|probe)\.py",
     "matplotlib": r"evaluation/.*|benchmarks/learning_curve\.py",
     "ray": r"data/cluster\.py",
-    "starlette": r"playground/server\.py",
-    "uvicorn": r"pipeline/playground\.py",
+    "starlette": r"playground/server\.py|scr_runtime/serve/app\.py",
+    "uvicorn": r"pipeline/playground\.py|scr_runtime/serve/process\.py",
+    "prometheus_client": r"scr_runtime/serve/(metrics|process)\.py",
     "lightning": r"(?!)",  # one name for one thing: pytorch_lightning
     "train": r"benchmarks/kills\.py",
     "benchmarks": r"benchmarks/.*",
@@ -123,12 +124,17 @@ def test_doors_name_the_pipeline_without_importing_it():
         assert (ROOT / f"pipeline/{name}.py").is_file()
 
 
+def core() -> list[Path]:
+    """The runtime without its server, which is an extra."""
+    return sorted((ROOT / "scr_runtime").glob("*.py"))
+
+
 def test_runtime_imports_only_its_own_dependencies():
     own = {"torch", "safetensors", "transformers", "scr_runtime"} | sys.stdlib_module_names
     only_if_asked = {"huggingface_hub", "mlflow"}  # the first comes with transformers, the second is an extra
     strays = [
         f"{path.relative_to(ROOT)}:{line} {name}"
-        for path in sorted((ROOT / "scr_runtime").rglob("*.py"))
+        for path in core()
         for name, line in imports(path)
         if name not in own | (only_if_asked if path.name == "places.py" else set())
     ]
@@ -138,7 +144,7 @@ def test_runtime_imports_only_its_own_dependencies():
 def test_runtime_imports_what_is_large_lazily():
     strays = [
         f"{path.relative_to(ROOT)}:{line}"
-        for path in sorted((ROOT / "scr_runtime").rglob("*.py"))
+        for path in core()
         for name, line in imports(path, lazy=False)
         if name in ("transformers", "huggingface_hub", "mlflow")
     ]
@@ -146,10 +152,33 @@ def test_runtime_imports_what_is_large_lazily():
 
 
 def test_wheel_holds_the_runtime_only():
-    assert PYPROJECT["tool"]["setuptools"]["packages"] == ["scr_runtime"]
+    assert PYPROJECT["tool"]["setuptools"]["packages"] == ["scr_runtime", "scr_runtime.serve"]
     assert "py.typed" in PYPROJECT["tool"]["setuptools"]["package-data"]["scr_runtime"]
     assert (ROOT / "scr_runtime" / "py.typed").is_file()
-    assert not [path for path in (ROOT / "scr_runtime").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    folders = [path for path in (ROOT / "scr_runtime").rglob("*") if path.is_dir() and path.name != "__pycache__"]
+    assert folders == [ROOT / "scr_runtime" / "serve"]
+
+
+def test_the_server_needs_its_extra_alone():
+    extra = {
+        "jinja2",
+        "PIL",
+        "prometheus_client",
+        "pydantic",
+        "starlette",
+        "uvicorn",
+        "anyio",
+    }  # starlette needs the last
+    own = {"torch", "transformers", "scr_runtime"} | extra | sys.stdlib_module_names
+    files = sorted((ROOT / "scr_runtime/serve").glob("*.py"))
+    found = {name for path in files for name, _ in imports(path)}
+    assert extra < found <= own
+    before_torch = ("__init__.py", "__main__.py", "settings.py")  # help and mistakes are quick
+    assert not [
+        path
+        for path in files
+        if path.name in before_torch and {"torch", "transformers"} & {n for n, _ in imports(path)}
+    ]
 
 
 def test_constraints_pin_every_direct_dependency():

@@ -31,12 +31,13 @@ from pipeline.commands import long_forms
 from scenes import ensure_world
 from scenes.world import render_scene
 from scr_runtime import SCR, PredictorConfig, SCRConfig, SourcePredictor, describe_model, save_predictor
+from scr_runtime.serve.settings import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NO_CODE = ("text", "{toctree}", "{eval-rst}")
 CONFIG = SCRConfig(num_sources=8, edit_layers=(0, 2), attention_layers=(2, 4))
-COMMANDS = ("train.py", "data.harvest", "export", "evaluation", "playground")
+COMMANDS = ("train.py", "data.harvest", "export", "evaluation", "playground", "scr_runtime.serve")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ def test_the_settings_of_commands_are_ones_that_the_project_has(block: Block) ->
         if arguments[:1] == ["compare"] or (program == "export" and arguments and "=" not in arguments[0]):
             continue  # runs and folders, no settings
         arguments = arguments[1:] if arguments[:1] == ["tune"] else arguments
-        if program == "train.py":
+        if program == "scr_runtime.serve":
+            parse(arguments)
+        elif program == "train.py":
             load_sweep(arguments)
         else:
             load_config(long_forms(arguments))

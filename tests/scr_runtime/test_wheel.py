@@ -54,9 +54,10 @@ def test_it_holds_the_runtime_alone(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
     package = ROOT / "scr_runtime"
-    files = {path.name for path in package.iterdir() if path.is_file()}
-    assert set(names) == {f"scr_runtime/{name}" for name in files}
-    assert {"config.schema.json", "py.typed", "runtime.py"} <= files
+    folders = [package, package / "serve"]
+    files = {path.relative_to(ROOT).as_posix() for place in folders for path in place.iterdir() if path.is_file()}
+    assert set(names) == files
+    assert {"scr_runtime/config.schema.json", "scr_runtime/py.typed", "scr_runtime/serve/__main__.py"} <= files
 
 
 def test_it_works_where_nothing_of_the_project_is(wheel: Path, tmp_path: Path) -> None:
@@ -67,6 +68,7 @@ def test_it_works_where_nothing_of_the_project_is(wheel: Path, tmp_path: Path) -
     scr = SCRConfig(num_sources=8, edit_layers=(0, 2), attention_layers=(2, 4))
     folder = save_predictor(tmp_path / "p", predictor, scr=scr, model=describe_model(model, processor))
     python = make_environment(tmp_path / "environment", wheel)
+    assert "predictor=" in run([python, "-I", "-m", "scr_runtime.serve", "--help"], cwd=tmp_path)
     printed = run([python, "-I", "-c", SCRIPT, CHECKPOINT, folder], cwd=tmp_path).splitlines()
     assert printed[0] == wheel.name.split("-")[1]
     assert printed[1].startswith("<SCR, not attached to LlavaForConditionalGeneration")
