@@ -1,0 +1,156 @@
+"""A checkpoint, predictors, prompts, and the same answers from the transformers runtime and from vLLM."""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from vllm import LLM, SamplingParams
+
+from scenes import CHECKPOINT
+from scenes.world import render_scene
+from scr_runtime import SCR, PredictorConfig, SCRConfig, SourcePredictor, describe_model, save_predictor
+
+NEW_TOKENS = 24
+CONFIG = SCRConfig(num_sources=16, strength=1.5, edit_layers=(0, 5), attention_layers=(2, 4))
+QUESTIONS = ("Is there a dog in the image?", "Describe the image.", "Is there a cup?", "Is there a car in the image?")
+
+
+def write_checkpoint(folder: Path, source: Path = CHECKPOINT) -> Path:
+    """A LLaVA checkpoint in float32, with the names of the vision tower that vLLM knows."""
+    shutil.copytree(source, folder)
+    tensors = {
+        name.replace("vision_tower.", "vision_tower.vision_model.", 1): value.float()
+        for name, value in load_file(folder / "model.safetensors").items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"dtype": "float32"}))
+    return folder
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt: scenes of the embedded world, and a text."""
+
+    scenes: tuple[int, ...]
+    text: str
+
+    def content(self) -> list[dict[str, Any]]:
+        pictures: list[dict[str, Any]] = [{"type": "image"} for _ in self.scenes]
+        return [*pictures, {"type": "text", "text": self.text}]
+
+    def images(self) -> list[Image.Image]:
+        return [Image.fromarray(render_scene(0, "val", scene).image) for scene in self.scenes]
+
+
+ALONE = [Question((scene,), QUESTIONS[scene % 4]) for scene in range(6)]
+MIXED = [
+    *ALONE,
+    Question((7, 8), "Is there a dog in the image? Describe the image."),
+    Question((), "Is there a dog?"),
+    Question((9, 3), "Is there a cup?"),
+    Question((), "Describe the image. Is there a car in the image? Is there a cup?"),
+]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Tokens, and the log-probability of each."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    def distance(self, other: Answer) -> float:
+        """Largest difference of the log-probabilities; infinite if the tokens differ."""
+        if self.tokens != other.tokens:
+            return float("inf")
+        return max(abs(a - b) for a, b in zip(self.logprobs, other.logprobs, strict=True))
+
+
+class Reference:
+    """The transformers runtime."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.processor: Any = AutoProcessor.from_pretrained(checkpoint)
+
+    def predictor(self, folder: Path, *, question: Any, seed: int = 0, config: SCRConfig = CONFIG) -> Path:
+        """A random predictor, whose sources differ from image to image."""
+        torch.manual_seed(seed)
+        size = self.model.config.text_config.hidden_size
+        predictor = SourcePredictor(PredictorConfig(size, question=question))
+        means, spreads = torch.randn(2, size) / 10, torch.rand(2, size) + 1
+        predictor.set_statistics(means[0], spreads[0], means[1], spreads[1])
+        predictor.set_calibration(torch.tensor([0.1, 0.9]), torch.tensor([0.1, 0.9]), 0.65)
+        return save_predictor(folder, predictor, scr=config, model=describe_model(self.model, self.processor))
+
+    def prompt(self, question: Question) -> str:
+        message = [{"role": "user", "content": question.content()}]
+        return self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+
+    def answer(self, question: Question, predictor: Path | None, *, config: SCRConfig | None = None) -> Answer:
+        """Edited by a predictor; unedited without one."""
+        count = NEW_TOKENS
+        images = question.images()
+        inputs = self.processor(text=self.prompt(question), images=images or None, return_tensors="pt")
+        settings: dict[str, Any] = {"mode": "off"} if predictor is None else {"mode": "one-pass", "config": config}
+        with torch.no_grad(), SCR(self.model, predictor=predictor, processor=self.processor, **settings):
+            made = self.model.generate(
+                **inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        tokens = made.sequences[0, -count:]
+        scores = torch.stack(made.scores if made.scores else made.logits)[:, 0].log_softmax(-1)
+        return Answer(tuple(tokens.tolist()), tuple(scores.gather(1, tokens[:, None])[:, 0].tolist()))
+
+
+def engine(checkpoint: Path, **settings: Any) -> LLM:
+    """An engine in this process."""
+    given: dict[str, Any] = {
+        "dtype": "float32", "enforce_eager": True, "block_size": 32, "max_model_len": 512, "max_num_seqs": 16,
+        "kv_cache_memory_bytes": 64 * 2**20, "limit_mm_per_prompt": {"image": 2}, "max_num_batched_tokens": 4096,
+        "seed": 0,
+    }  # fmt: skip
+    return LLM(str(checkpoint), **(given | settings))
+
+
+def ask(llm: LLM, reference: Reference, questions: Sequence[Question], *, one_by_one: bool = False,
+        count: int = NEW_TOKENS, extra: Any = None, salt: str | None = None) -> list[Answer]:  # fmt: skip
+    """vLLM's answers. ``extra`` is a request's ``vllm_xargs``, or a list of them."""
+    prompts: list[Any] = []
+    for question in questions:
+        prompt: dict[str, Any] = {"prompt": reference.prompt(question)}
+        if question.scenes:
+            prompt["multi_modal_data"] = {"image": question.images()}
+        if salt is not None:
+            prompt["cache_salt"] = salt
+        prompts.append(prompt)
+    extras = extra if isinstance(extra, list) else [extra] * len(prompts)
+    params = [
+        SamplingParams(temperature=0, max_tokens=count, min_tokens=count, logprobs=0, extra_args=given)
+        for given in extras
+    ]
+    batches = [[index] for index in range(len(prompts))] if one_by_one else [list(range(len(prompts)))]
+    answers: list[Answer] = []
+    for batch in batches:
+        outputs = llm.generate([prompts[i] for i in batch], [params[i] for i in batch], use_tqdm=False)
+        answers += [answer_of(output) for output in outputs]
+    return answers
+
+
+def answer_of(output: Any) -> Answer:
+    """What a request was answered."""
+    made = output.outputs[0]
+    chosen = [step[token].logprob for step, token in zip(made.logprobs, made.token_ids, strict=True)]
+    return Answer(tuple(made.token_ids), tuple(chosen))
