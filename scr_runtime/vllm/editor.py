@@ -92,6 +92,7 @@ class Editor:
         self._left_out: Counter[str] = Counter()
         device = predictor.state_mean.device
         self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
+        self._seen = torch.zeros(len(_SUMS), dtype=torch.float64, pin_memory=device.type == "cuda")
 
     @property
     def layers(self) -> range:
@@ -136,11 +137,17 @@ class Editor:
         if layer == last:
             self._counts["steps"] += 1
             self._counts["images"] += step.flat.layout.num_images
+            self._seen.copy_(self._sums, non_blocking=True)
             self._step = None
 
-    def stats(self) -> ServeStats:
-        """The counts so far. Waits for the device."""
-        sums = dict(zip(_SUMS, self._sums.tolist(), strict=True))
+    def stats(self, *, wait: bool = True) -> ServeStats:
+        """The counts so far.
+
+        Args:
+            wait: Whether to wait for the device. Otherwise what only it knows (confidence, drift, scores that are not
+                finite) may be that of some steps before.
+        """
+        sums = dict(zip(_SUMS, (self._sums if wait else self._seen).tolist(), strict=True))
         scored, confidence = sums.pop("scored"), sums.pop("confidence")
         return ServeStats(
             **self._counts, left_out=dict(self._left_out), mean_confidence=confidence / scored if scored else None,

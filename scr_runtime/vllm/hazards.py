@@ -140,8 +140,6 @@ def _graphs(compilation: Any) -> Iterator[str]:
             "cudagraph_mode FULL replays prefills without the edit. Set it to FULL_AND_PIECEWISE, PIECEWISE, "
             "FULL_DECODE_ONLY or NONE"
         )
-    if compilation.pass_config.enable_sp:
-        yield "sequence parallelism spreads the rows of the states over ranks. Set pass_config.enable_sp=false"
 
 
 def _prefill(config: Any, predictor: SourcePredictor) -> Iterator[str]:

@@ -18,8 +18,9 @@ from scr_runtime.families import FAMILIES
 from scr_runtime.grids import ImageGrid
 from scr_runtime.identity import embedding_differences, probe_of
 from scr_runtime.vllm import operator
-from scr_runtime.vllm.editor import Editor
+from scr_runtime.vllm.editor import Editor, ServeStats
 from scr_runtime.vllm.images import GRID_KEYS, Feature, FlatImage, Grids, Part, StepImages, family_grids, images_of
+from scr_runtime.vllm.metrics import publish
 from scr_runtime.vllm.settings import KEY, ServeSettings, request_settings
 
 logger = logging.getLogger("scr_runtime")
@@ -81,6 +82,7 @@ class Attached:
         self._runner = runner
         self._static: dict[str, Any] = vllm_config.compilation_config.static_forward_context
         self.editor = Editor(predictor, config, settings, self._family)
+        self._unpublished, self._published = 0, ServeStats()
         blocks: nn.ModuleList = decoder.layers
         operator.insert(blocks, self.editor, self._static)
         self._watch(model)
@@ -90,8 +92,10 @@ class Attached:
         embed = model.embed_input_ids
 
         def embed_input_ids(input_ids: Any, multimodal_embeddings: Any = None, **kwargs: Any) -> Any:
+            self._publish()
             if multimodal_embeddings is not None and len(multimodal_embeddings):
                 self._begin(sum(len(item) for item in multimodal_embeddings))
+                self._unpublished = 3  # steps: what only the device knows arrives behind the step
             else:
                 self.editor.drop()
             return embed(input_ids, multimodal_embeddings=multimodal_embeddings, **kwargs)
@@ -104,6 +108,14 @@ class Attached:
         if seen != tokens:
             raise RuntimeError(f"vLLM embeds {tokens} visual tokens in this step, and SCR found {seen} of them")
         self.editor.begin(images_of(parts, self._grids, reads_question=self._settings.reads_question))
+
+    def _publish(self) -> None:
+        """Adds to the Prometheus counters what has happened since, without waiting for the device."""
+        if self._unpublished:
+            self._unpublished -= 1
+            now = self.editor.stats(wait=False)
+            publish(now, self._published)
+            self._published = now
 
     def _parts(self) -> list[Part]:
         """The requests of this step that have images, in the order of the batch."""

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +100,17 @@ class Reference:
         message = [{"role": "user", "content": question.content()}]
         return self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
 
-    def answer(self, question: Question, predictor: Path | None, *, config: SCRConfig | None = None) -> Answer:
+    def answer(self, question: Question, predictor: Path | None, *, strength: float = CONFIG.strength) -> Answer:
         """Edited by a predictor; unedited without one."""
-        count = NEW_TOKENS
+        count, config = NEW_TOKENS, replace(CONFIG, strength=strength)
         images = question.images()
         inputs = self.processor(text=self.prompt(question), images=images or None, return_tensors="pt")
         settings: dict[str, Any] = {"mode": "off"} if predictor is None else {"mode": "one-pass", "config": config}
-        with torch.no_grad(), SCR(self.model, predictor=predictor, processor=self.processor, **settings):
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(action="ignore"),
+            SCR(self.model, predictor=predictor, processor=self.processor, **settings),
+        ):
             made = self.model.generate(
                 **inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, output_logits=True,
                 return_dict_in_generate=True,
@@ -125,26 +130,33 @@ def engine(checkpoint: Path, **settings: Any) -> LLM:
     return LLM(str(checkpoint), **(given | settings))
 
 
-def ask(llm: LLM, reference: Reference, questions: Sequence[Question], *, one_by_one: bool = False,
-        count: int = NEW_TOKENS, extra: Any = None, salt: str | None = None) -> list[Answer]:  # fmt: skip
-    """vLLM's answers. ``extra`` is a request's ``vllm_xargs``, or a list of them."""
-    prompts: list[Any] = []
+def prompts(reference: Reference, questions: Sequence[Question], salt: str | None = None) -> list[Any]:
+    """The prompts as vLLM takes them."""
+    made: list[Any] = []
     for question in questions:
         prompt: dict[str, Any] = {"prompt": reference.prompt(question)}
         if question.scenes:
             prompt["multi_modal_data"] = {"image": question.images()}
-        if salt is not None:
-            prompt["cache_salt"] = salt
-        prompts.append(prompt)
-    extras = extra if isinstance(extra, list) else [extra] * len(prompts)
-    params = [
-        SamplingParams(temperature=0, max_tokens=count, min_tokens=count, logprobs=0, extra_args=given)
-        for given in extras
-    ]
-    batches = [[index] for index in range(len(prompts))] if one_by_one else [list(range(len(prompts)))]
+        made.append(prompt if salt is None else prompt | {"cache_salt": salt})
+    return made
+
+
+def parameters(extra: Any = None) -> Any:
+    """Greedy, and always of the same length. ``extra`` is a request's ``vllm_xargs``."""
+    return SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, logprobs=0, extra_args=extra)
+
+
+def ask(
+    llm: LLM, reference: Reference, questions: Sequence[Question], *, one_by_one: bool = False, extra: Any = None,
+    salt: str | None = None,
+) -> list[Answer]:  # fmt: skip
+    """vLLM's answers. ``extra`` is all requests' ``vllm_xargs``, or a list with that of each."""
+    given = prompts(reference, questions, salt)
+    settings = [parameters(own) for own in (extra if isinstance(extra, list) else [extra] * len(given))]
+    batches = [[index] for index in range(len(given))] if one_by_one else [list(range(len(given)))]
     answers: list[Answer] = []
     for batch in batches:
-        outputs = llm.generate([prompts[i] for i in batch], [params[i] for i in batch], use_tqdm=False)
+        outputs = llm.generate([given[i] for i in batch], [settings[i] for i in batch], use_tqdm=False)
         answers += [answer_of(output) for output in outputs]
     return answers
 

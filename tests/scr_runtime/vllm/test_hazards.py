@@ -40,9 +40,7 @@ def vllm_config(model: Any, **changes: Any) -> Any:
             "scheduler_cls": None, "enable_chunked_prefill": False, "long_prefill_token_threshold": 0,
         },
         "cache_config": {"enable_prefix_caching": False, "kv_sharing_fast_prefill": False},
-        "compilation_config": {
-            "cudagraph_mode": Mode(mixed="PIECEWISE"), "pass_config": SimpleNamespace(enable_sp=False),
-        },
+        "compilation_config": {"cudagraph_mode": Mode(mixed="PIECEWISE")},
     }  # fmt: skip
     for place, value in changes.items():
         part, _, name = place.partition("__")
@@ -102,7 +100,6 @@ def test_the_defaults_of_these_tests_are_served(model: Any, asking: SourcePredic
         ({"cache_config__kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
         ({"model_config__enable_prompt_embeds": True}, "enable_prompt_embeds"),
         ({"compilation_config__cudagraph_mode": Mode(mixed="FULL")}, "cudagraph_mode FULL"),
-        ({"compilation_config__pass_config": SimpleNamespace(enable_sp=True)}, "enable_sp=false"),
     ],
 )
 def test_each_hazard_is_a_sentence(model: Any, asking: SourcePredictor, changes: dict[str, Any], words: str) -> None:
