@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from vllm import LLM, SamplingParams
 
 from scenes import CHECKPOINT
 from scenes.world import render_scene
@@ -120,8 +119,10 @@ class Reference:
         return Answer(tuple(tokens.tolist()), tuple(scores.gather(1, tokens[:, None])[:, 0].tolist()))
 
 
-def engine(checkpoint: Path, **settings: Any) -> LLM:
+def engine(checkpoint: Path, **settings: Any) -> Any:
     """An engine in this process."""
+    from vllm import LLM
+
     given: dict[str, Any] = {
         "dtype": "float32", "enforce_eager": True, "block_size": 32, "max_model_len": 512, "max_num_seqs": 16,
         "kv_cache_memory_bytes": 64 * 2**20, "limit_mm_per_prompt": {"image": 2}, "max_num_batched_tokens": 4096,
@@ -143,11 +144,13 @@ def prompts(reference: Reference, questions: Sequence[Question], salt: str | Non
 
 def parameters(extra: Any = None) -> Any:
     """Greedy, and always of the same length. ``extra`` is a request's ``vllm_xargs``."""
+    from vllm import SamplingParams
+
     return SamplingParams(temperature=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, logprobs=0, extra_args=extra)
 
 
 def ask(
-    llm: LLM, reference: Reference, questions: Sequence[Question], *, one_by_one: bool = False, extra: Any = None,
+    llm: Any, reference: Reference, questions: Sequence[Question], *, one_by_one: bool = False, extra: Any = None,
     salt: str | None = None,
 ) -> list[Answer]:  # fmt: skip
     """vLLM's answers. ``extra`` is all requests' ``vllm_xargs``, or a list with that of each."""
