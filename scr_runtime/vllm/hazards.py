@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from scr_runtime.config import SCRConfig
@@ -15,12 +16,11 @@ from scr_runtime.families import FAMILIES
 from scr_runtime.identity import fact_differences
 from scr_runtime.network import SourcePredictor
 from scr_runtime.rule import effective_num_sources
-from scr_runtime.vllm.images import family_grids
 
 VERSIONS = ("0.32",)
 """Of vLLM, major and minor: those that tests/vllm has run with."""
 
-MODELS = ("llava",)
+MODELS = ("llava", "llava_next")
 """Model types that tests/vllm compares with the transformers runtime."""
 
 WORKERS = {
@@ -83,9 +83,10 @@ def _model(model_config: Any, predictor: SourcePredictor, image_backend: str | N
         settings.check_depth(facts["num_blocks"])
     except ConfigurationError as error:
         yield str(error)
+    fixed = FAMILIES[facts["family"]].fixed_grid
     try:
-        for image in family_grids(facts["family"], model_config.hf_config)({}):
-            effective_num_sources(image.grid, settings)
+        if fixed is not None:
+            effective_num_sources(fixed(SimpleNamespace(config=model_config.hf_config), {}).grid, settings)
     except PrefillError as error:
         yield f"the images of this model have {error}"
 

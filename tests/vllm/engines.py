@@ -41,17 +41,23 @@ def write_checkpoint(folder: Path, source: Path = CHECKPOINT) -> Path:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt: scenes of the embedded world, and a text."""
+    """A prompt: scenes of the embedded world, perhaps in another size (width, height), and a text."""
 
     scenes: tuple[int, ...]
     text: str
+    sizes: tuple[tuple[int, int], ...] = ()
 
     def content(self) -> list[dict[str, Any]]:
         pictures: list[dict[str, Any]] = [{"type": "image"} for _ in self.scenes]
         return [*pictures, {"type": "text", "text": self.text}]
 
     def images(self) -> list[Image.Image]:
-        return [Image.fromarray(render_scene(0, "val", scene).image) for scene in self.scenes]
+        pictures = [Image.fromarray(render_scene(0, "val", scene).image) for scene in self.scenes]
+        return (
+            [picture.resize(size) for picture, size in zip(pictures, self.sizes, strict=True)]
+            if self.sizes
+            else pictures
+        )
 
 
 ALONE = [Question((scene,), QUESTIONS[scene % 4]) for scene in range(6)]
@@ -62,6 +68,14 @@ MIXED = [
     Question((9, 3), "Is there a cup?"),
     Question((), "Describe the image. Is there a car in the image? Is there a cup?"),
 ]
+TILED = [
+    Question((1,), QUESTIONS[0], ((96, 160),)),
+    Question((2, 3), QUESTIONS[1], ((200, 130), (96, 96))),
+    Question((), QUESTIONS[2]),
+    Question((4,), QUESTIONS[3], ((300, 90),)),
+    Question((5,), QUESTIONS[0], ((180, 190),)),
+]
+"""For models that cut images into tiles: other sizes, other grids."""
 
 
 @dataclass(frozen=True)
