@@ -20,7 +20,7 @@ from scr_runtime.rule import effective_num_sources
 VERSIONS = ("0.32",)
 """Of vLLM, major and minor: those that tests/vllm has run with."""
 
-MODELS = ("llava", "llava_next")
+MODELS = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl")
 """Model types that tests/vllm compares with the transformers runtime."""
 
 WORKERS = {

@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from scenes import CHECKPOINT
 from scenes.world import render_scene
 from scr_runtime import SCR, PredictorConfig, SCRConfig, SourcePredictor, describe_model, save_predictor
+from tests.families import models
 
 NEW_TOKENS = 24
 CONFIG = SCRConfig(num_sources=16, strength=1.5, edit_layers=(0, 5), attention_layers=(2, 4))
@@ -98,6 +99,7 @@ class Reference:
     def __init__(self, checkpoint: Path) -> None:
         self.model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.processor: Any = AutoProcessor.from_pretrained(checkpoint)
+        self.model.generation_config.eos_token_id = self.processor.tokenizer.eos_token_id  # vLLM's, too
 
     def predictor(self, folder: Path, *, question: Any, seed: int = 0, config: SCRConfig = CONFIG) -> Path:
         """A random predictor, whose sources differ from image to image."""
@@ -129,7 +131,7 @@ class Reference:
                 return_dict_in_generate=True,
             )  # fmt: skip
         tokens = made.sequences[0, -count:]
-        scores = torch.stack(made.scores if made.scores else made.logits)[:, 0].log_softmax(-1)
+        scores = torch.stack(made.logits)[:, 0].log_softmax(-1)
         return Answer(tuple(tokens.tolist()), tuple(scores.gather(1, tokens[:, None])[:, 0].tolist()))
 
 
@@ -183,3 +185,27 @@ def answer_of(output: Any) -> Answer:
     made = output.outputs[0]
     chosen = [step[token].logprob for step, token in zip(made.logprobs, made.token_ids, strict=True)]
     return Answer(tuple(made.token_ids), tuple(chosen))
+
+
+def write_qwen(kind: str, folder: Path) -> Path:
+    """A random tiny Qwen-VL with its processor, of sizes that vLLM's attention has kernels for.
+
+    Args:
+        kind: ``"Qwen2VL"`` or ``"Qwen2_5_VL"``.
+        folder: Where to write.
+    """
+    small, processor = models._qwen(kind)
+    config = small.config
+    config.text_config.update(
+        {
+            "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            "num_hidden_layers": 8, "layer_types": ["full_attention"] * 8,
+        }
+    )  # fmt: skip
+    setattr(config.vision_config, "hidden_size" if kind == "Qwen2VL" else "out_hidden_size", 128)
+    torch.manual_seed(0)
+    model = type(small)(config).eval()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
