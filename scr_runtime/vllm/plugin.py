@@ -8,6 +8,7 @@ import importlib
 import logging
 from typing import Any
 
+from scr_runtime.errors import ConfigurationError
 from scr_runtime.vllm.settings import KEY, ServeSettings, request_settings
 
 logger = logging.getLogger("scr_runtime")
@@ -40,7 +41,10 @@ def _prepared(create: Any) -> Any:
 def _validated(validate: Any) -> Any:
     @functools.wraps(validate)
     def validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        request_settings(getattr(params, "extra_args", None))  # a ValueError: the server answers 400
+        try:
+            request_settings(getattr(params, "extra_args", None))
+        except ConfigurationError as error:  # vLLM's own error: the server answers 400
+            raise importlib.import_module("vllm.exceptions").VLLMValidationError(str(error)) from None
         return validate(self, params, *args, **kwargs)
 
     return validate_params
