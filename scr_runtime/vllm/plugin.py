@@ -23,7 +23,7 @@ def register() -> None:
     inputs: Any = importlib.import_module("vllm.v1.engine.input_processor").InputProcessor
     if not hasattr(arguments.create_engine_config, "__wrapped__"):
         arguments.create_engine_config = _prepared(arguments.create_engine_config)
-        inputs._validate_params = _validated(inputs._validate_params)
+        inputs.process_inputs = _validated(inputs.process_inputs)
 
 
 def _prepared(create: Any) -> Any:
@@ -38,16 +38,26 @@ def _prepared(create: Any) -> Any:
     return create_engine_config
 
 
-def _validated(validate: Any) -> Any:
-    @functools.wraps(validate)
-    def validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+def _validated(process: Any) -> Any:
+    @functools.wraps(process)
+    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             request_settings(getattr(params, "extra_args", None))
-        except ConfigurationError as error:  # vLLM's own error: the server answers 400
+        except ConfigurationError as error:  # vLLM's own error, for which its server answers 400
+            _forget_images(self.renderer.mm_processor_cache, prompt)
             raise importlib.import_module("vllm.exceptions").VLLMValidationError(str(error)) from None
-        return validate(self, params, *args, **kwargs)
+        return process(self, request_id, prompt, params, *args, **kwargs)
 
-    return validate_params
+    return process_inputs
+
+
+def _forget_images(cache: Any, prompt: Any) -> None:
+    """Lets the images of a refused prompt be sent again: vLLM believes that the engine has them by now."""
+    given: Any = prompt.get("mm_hashes") if isinstance(prompt, dict) else None  # pyright: ignore[reportUnknownMemberType]
+    if cache is None or not given:
+        return
+    for item in (item for hashes in given.values() for item in hashes):
+        cache.invalidate(item)
 
 
 def prepare(config: Any, settings: ServeSettings) -> None:

@@ -1,5 +1,7 @@
 """vLLM's answers against those of the transformers runtime: the same tokens, log-probabilities to 1e-4."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -98,7 +100,9 @@ def test_a_request_may_set_the_strength(llm: Any, reference: Reference, asking: 
 
 @pytest.mark.parametrize("extra", [{"scr": "of"}, {"scr_strength": 3.0}, {"scr_mode": "off"}])
 def test_a_mistake_in_a_request_is_an_error(llm: Any, reference: Reference, extra: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"vllm_xargs|strength"):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match=r"vllm_xargs|strength"):
         ask(llm, reference, ALONE[:1], extra=extra)
     assert ask(llm, reference, ALONE[:1])
 
@@ -117,11 +121,7 @@ def test_preempted_requests_are_edited_as_they_were(
 ) -> None:
     llm = engines(asking, **ASKING, num_gpu_blocks_override=27)
     assert_same(ask(llm, reference, MIXED), expected["asking"])
-    assert preemptions(llm) > 0
-
-
-def preemptions(llm: Any) -> int:
-    return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+    assert stats(llm)["images"] > 10  # some of them twice
 
 
 # -- a predictor that does not: chunks, the prefix cache, compilation ------------------------------------------------
@@ -138,23 +138,33 @@ def test_chunks_hold_whole_images(
     assert stats(llm)["left_out"] == {}
 
 
-def test_cached_prefixes_hold_whole_images(
-    engines: Any, reference: Reference, silent: Path, expected: dict[str, list[Answer]]
-) -> None:
+LONG = [
+    Question((4,), "Is there a dog in the image? Describe the image. " * 3),
+    Question((5, 6), "Is there a dog in the image? Describe the image. " * 3),
+]
+
+
+def test_cached_prefixes_hold_whole_images(engines: Any, reference: Reference, silent: Path) -> None:
     llm = engines(silent, **FREE, max_num_batched_tokens=200)
-    before = stats(llm)["images"]
-    for _ in range(2):
-        assert_same(ask(llm, reference, MIXED, one_by_one=True), expected["silent"])
-        assert_same(ask(llm, reference, MIXED), expected["silent"])
-    skipped = 4 * 10 - (stats(llm)["images"] - before)
-    assert skipped > 0 and stats(llm)["left_out"] == {}
+    first = [*ALONE[:2], *LONG]
+    longer = [Question(question.scenes, question.text + " Is there a cup?") for question in first]
+    for questions, edited in (
+        (first, (5,)),
+        (longer, range(3)),
+        (longer, range(3)),
+    ):  # short prompts fill no block more
+        before = stats(llm)["images"]
+        answers = ask(llm, reference, questions, one_by_one=True)
+        assert_same(answers, [reference.answer(question, silent) for question in questions])
+        assert stats(llm)["images"] - before in edited
+    assert stats(llm)["left_out"] == {}
 
 
 def test_requests_with_settings_of_their_own_share_no_cache(
     engines: Any, reference: Reference, silent: Path, expected: dict[str, list[Answer]]
 ) -> None:
     llm = engines(silent, **FREE, max_num_batched_tokens=200)
-    long = [Question((4,), "Is there a dog in the image? Describe the image. " * 3)]
+    long = LONG[:1]
     off, edited = reference.answer(long[0], None), reference.answer(long[0], silent)
     weak = reference.answer(long[0], silent, strength=1.1)
     for _ in range(2):  # the second time from the cache
