@@ -101,15 +101,19 @@ class Reference:
         self.processor: Any = AutoProcessor.from_pretrained(checkpoint)
         self.model.generation_config.eos_token_id = self.processor.tokenizer.eos_token_id  # vLLM's, too
 
-    def predictor(self, folder: Path, *, question: Any, seed: int = 0, config: SCRConfig = CONFIG) -> Path:
+    def predictor(
+        self, folder: Path, *, question: Any, config: SCRConfig = CONFIG, image_backend: str | None = None
+    ) -> Path:
         """A random predictor, whose sources differ from image to image."""
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         size = self.model.config.text_config.hidden_size
         predictor = SourcePredictor(PredictorConfig(size, question=question))
         means, spreads = torch.randn(2, size) / 10, torch.rand(2, size) + 1
         predictor.set_statistics(means[0], spreads[0], means[1], spreads[1])
         predictor.set_calibration(torch.tensor([0.1, 0.9]), torch.tensor([0.1, 0.9]), 0.65)
-        return save_predictor(folder, predictor, scr=config, model=describe_model(self.model, self.processor))
+        model = describe_model(self.model, self.processor)
+        model["image_backend"] = image_backend or model["image_backend"]
+        return save_predictor(folder, predictor, scr=config, model=model)
 
     def prompt(self, question: Question) -> str:
         message = [{"role": "user", "content": question.content()}]
