@@ -61,7 +61,8 @@ class Server:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
             return answer.read().decode()
 
-    def chat(self, question: Question, **extra: Any) -> dict[str, Any]:
+    def open(self, question: Question, **extra: Any) -> Any:
+        """A chat completion's answer, still to be read."""
         content: list[dict[str, Any]] = []
         for image in question.images():
             buffer = io.BytesIO()
@@ -77,17 +78,25 @@ class Server:
             f"http://127.0.0.1:{self.port}/v1/chat/completions", json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )  # fmt: skip
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        return urllib.request.urlopen(request, timeout=120)
+
+    def chat(self, question: Question, **extra: Any) -> dict[str, Any]:
+        with self.open(question, **extra) as answer:
             return json.loads(answer.read())
+
+    def stream(self, question: Question) -> Any:
+        """An answer that arrives token by token."""
+        return self.open(question, stream=True)
 
     def logprobs(self, question: Question, **extra: Any) -> list[float]:
         (choice,) = self.chat(question, **extra)["choices"]
         return [token["logprob"] for token in choice["logprobs"]["content"]]
 
     def counter(self, name: str) -> float:
-        return sum(
-            float(value) for value in re.findall(rf"^{name}_total(?:{{.*}})? (\S+)$", self.get("/metrics"), re.M)
-        )
+        return self.gauge(f"{name}_total")
+
+    def gauge(self, name: str) -> float:
+        return sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", self.get("/metrics"), re.M))
 
     def close(self) -> None:
         self.process.terminate()
