@@ -144,6 +144,10 @@ def _graphs(compilation: Any) -> Iterator[str]:
 
 
 def _prefill(config: Any, predictor: SourcePredictor) -> Iterator[str]:
+    if config.scheduler_config.long_prefill_token_threshold > 0:
+        yield "long_prefill_token_threshold: a prompt waits for ever if its image is larger. Set it to 0"
+    if config.scheduler_config.max_num_scheduled_tokens is not None:
+        yield "max_num_scheduled_tokens: a prompt waits for ever if its image is larger. Leave it out"
     if not predictor.config.reads_question:
         return
     way_out = "or fit a predictor that does not read it (predictor.question=none)"
@@ -156,11 +160,6 @@ def _prefill(config: Any, predictor: SourcePredictor) -> Iterator[str]:
         yield (
             "this predictor reads the question, and a chunked prefill may end before it. Set "
             f"--no-enable-chunked-prefill, {way_out}"
-        )
-    if config.scheduler_config.long_prefill_token_threshold > 0:
-        yield (
-            "this predictor reads the question, and long_prefill_token_threshold splits prompts. Set it to 0, "
-            f"{way_out}"
         )
 
 

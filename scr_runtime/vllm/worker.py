@@ -123,7 +123,7 @@ class Attached:
         starts = runner.query_start_loc.np
         for index, request_id in enumerate(runner.input_batch.req_ids):
             request = runner.requests[request_id]
-            if not request.mm_features:
+            if not request.mm_features or _behind(request.mm_features[-1].mm_position, request.num_computed_tokens):
                 continue
             start, end = int(starts[index]), int(starts[index + 1])
             asked = request_settings(request.sampling_params and request.sampling_params.extra_args)
@@ -171,6 +171,10 @@ class Attached:
         finally:
             self._static[operator.OPERATOR] = self.editor
         return trial.stats().edits, float((edited - first).abs().max()), float((second - first).abs().max())
+
+
+def _behind(place: Any, position: int) -> bool:
+    return position >= place.offset + place.length
 
 
 def _feature(item: Any) -> Feature:

@@ -48,6 +48,12 @@ def test_a_setting_of_vllm_is_refused(checkpoint: Path, folder: Path, settings: 
         engine(checkpoint, **WHOLE, **settings)
 
 
+def test_a_step_that_can_not_hold_an_image_is_refused(checkpoint: Path, reference: Reference, folder: Path) -> None:
+    reference.predictor(folder, question="none")
+    with pytest.raises(ValueError, match="larger than max_num_batched_tokens"):
+        engine(checkpoint, max_num_batched_tokens=100, max_model_len=400)
+
+
 def test_the_other_image_back_end_can_be_had(
     checkpoint: Path, reference: Reference, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ def vllm_config(model: Any, **changes: Any) -> Any:
         },
         "scheduler_config": {
             "scheduler_cls": None, "enable_chunked_prefill": False, "long_prefill_token_threshold": 0,
+            "max_num_scheduled_tokens": None,
         },
         "cache_config": {"enable_prefix_caching": False, "kv_sharing_fast_prefill": False},
         "compilation_config": {"cudagraph_mode": Mode(mixed="PIECEWISE")},
@@ -84,6 +85,7 @@ def test_the_defaults_of_these_tests_are_served(model: Any, asking: SourcePredic
         ({"cache_config__enable_prefix_caching": True}, "--no-enable-prefix-caching"),
         ({"scheduler_config__enable_chunked_prefill": True}, "--no-enable-chunked-prefill"),
         ({"scheduler_config__long_prefill_token_threshold": 64}, "long_prefill_token_threshold"),
+        ({"scheduler_config__max_num_scheduled_tokens": 64}, "max_num_scheduled_tokens"),
         ({"scheduler_config__scheduler_cls": "mine.Scheduler"}, "scheduler_cls is 'mine.Scheduler'"),
         ({"parallel_config__worker_cls": "mine.Worker"}, "worker_cls is 'mine.Worker'"),
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline_parallel_size=1"),
@@ -111,8 +113,7 @@ def test_each_hazard_is_a_sentence(model: Any, asking: SourcePredictor, changes:
 
 def test_without_the_question_prompts_may_be_cached_and_chunked(model: Any, tmp_path: Path) -> None:
     config = vllm_config(
-        model, cache_config__enable_prefix_caching=True, scheduler_config__enable_chunked_prefill=True,
-        scheduler_config__long_prefill_token_threshold=64,
+        model, cache_config__enable_prefix_caching=True, scheduler_config__enable_chunked_prefill=True
     )  # fmt: skip
     assert problems(config, made(tmp_path, model, question="none"), None, "0.32.0") == []
 
