@@ -10,7 +10,6 @@ The stages are in pipeline/stages.py, their order for one configuration is `pipe
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 
 from configs import Sweep, parse_sweep
@@ -38,9 +37,8 @@ def run(sweep: Sweep) -> int:
     # here, because they import torch, Lightning and MLflow: help and a typo cost no time
     from pipeline.checks import check_all
     from pipeline.runs import connect
-    from pipeline.sweep import run_once, run_sweep
+    from pipeline.sweep import ended, run_once, run_sweep
 
-    started = time.perf_counter()
     configs = [child.config for child in sweep.children]
     check_all(configs)
     experiments = list(dict.fromkeys(config.experiment for config in configs))
@@ -50,7 +48,7 @@ def run(sweep: Sweep) -> int:
         print(f"error: {failed} of {len(sweep.children)} children have no result", file=sys.stderr)
         return 1
     if sweep.keys:
-        print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
+        print(ended())
     return 0
 
 

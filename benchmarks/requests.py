@@ -3,7 +3,7 @@
 python -m benchmarks.requests --requests 10000
 
 Each request is an image with a question and two new tokens, in mode auto with about half of the images falling back;
-every 500th loads the predictor anew (`scr.load`). The model is a random LLaVA of the real class, with a grid of 6 x 6.
+every 500th loads the predictor again (`scr.load`). The model is a random LLaVA of the real class, its grid 6 x 6.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Nothing here imports torch, Lightning or MLflow: help and a typo cost no time.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -44,7 +45,10 @@ def parse_cli(
     asked = next((text for text in argv if text.partition("=")[0] in _HELP), None)
     if asked is not None:
         topics = [text for text in argv if "=" not in text and text not in _HELP]
-        print(_help(asked.partition("=")[2] or next(iter(topics), ""), prog, about, more))
+        try:
+            print(_help(asked.partition("=")[2] or next(iter(topics), ""), prog, about, more), flush=True)
+        except BrokenPipeError:  # `--help all | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
     try:
         return load(argv, uses=uses)

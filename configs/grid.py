@@ -140,7 +140,7 @@ def _named(config: TrainConfig, choices: Mapping[str, str]) -> TrainConfig:
     """Name a child's own folder: what was chosen, and a checksum of what decides its result.
 
     The checksum keeps apart the children of two sweeps over the same keys that differ in what they hold fixed.
-    Devices, caches and the like do not count: with others of these the same sweep goes on.
+    Devices, caches and the like do not count: with others of these the same sweep continues.
     """
     own = digest(*config.run_settings)[:6]
     config = config.model_copy(update={"variant": f"{_slug(choices)}-{own}"})

@@ -56,7 +56,7 @@ class Analysis:
         norm_overlap: Share of two-pass's sources among the K patches of largest norm.
         norms: (method, part) -> mean norm behind each block.
         objects: Present objects by size, by distance to the border and by the share of two-pass's sources that lie on
-            them, where annotations are at hand.
+            them, where annotations are available.
     """
 
     entropy: float

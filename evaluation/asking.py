@@ -103,7 +103,7 @@ class Asker:
         if missing:
             raise UnfinishedError(
                 f"{self.rank}: its share is answered, and {missing} answers of other ranks are missing. The rank that "
-                "finishes last goes on to the report; start one again if none is running."
+                "finishes last continues with the report; start one again if none is running."
             )
         return run.stores
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from scr_runtime import SCRConfig
+from scr_runtime.places import is_hub_id
 
 LICENCE = "apache-2.0"
 """Of the predictor's weights, which this project's code made; edit README.md for another, no checksum covers it."""
@@ -94,11 +94,6 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
         model_name=f"scr-{name.split('/')[-1].lower()}" if results else None,
         eval_results=results or None,
     )
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a model's name is one that the Hub can be asked for."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None
 
 
 def _example(name: str) -> str:

@@ -102,7 +102,7 @@ def export_predictor(
 
 
 def write_card(folder: Path, evaluation: Mapping[str, str] | None) -> Path:
-    """Writes the card of a folder anew; nothing else of the folder changes."""
+    """Rewrites the card of a folder; nothing else of the folder changes."""
     record = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     write_file(folder / CARD_NAME, model_card(record, evaluation).encode())
     return folder / CARD_NAME

@@ -38,11 +38,16 @@ def check_all(
 
 
 def _problems(config: TrainConfig, sections: Collection[str]) -> Iterator[str]:
-    checks = [_runs_dir, _device, _model]
+    checks = [_runs_dir, _device]
     checks += [_training_data] * ("harvest" in sections) + [_accelerator] * ("trainer" in sections)
-    checks += [_held_out_data, _evaluation_files, _predictors] * ("evaluation" in sections)
-    for check in checks:
-        yield from _of(check, config)
+    checks += [_held_out_data, _evaluation_files] * ("evaluation" in sections)
+    found = [problem for check in checks for problem in _of(check, config)]
+    yield from found
+    if (
+        not found or Path(config.model.location).is_dir()
+    ):  # else the Hub would be asked, some minutes where there is none
+        for check in [_model] + [_predictors] * ("evaluation" in sections):
+            yield from _of(check, config)
 
 
 def _of(check: Callable[[TrainConfig], Iterator[str]], config: TrainConfig) -> Iterator[str]:

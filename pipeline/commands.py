@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from configs import TrainConfig, parse_cli
+from configs.keys import closest
 from configs.load import CONFIGS, KEYS, saved_config, split_values
 
 _SHORT = ("benchmarks", "methods")
@@ -38,7 +39,12 @@ def export(argv: Sequence[str] | None = None) -> int:
         f"python -m export {'|'.join(_OF_A_FOLDER)} ...   what a folder is good for: docs/deploy.md",
     ]
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in _OF_A_FOLDER:
+    if arguments and "=" not in arguments[0] and arguments[0][:1] != "-":
+        if arguments[0] not in _OF_A_FOLDER:
+            near = closest(arguments[0], _OF_A_FOLDER)
+            hint = f" Did you mean {near}?" if near else ""
+            print(f"error: no command {arguments[0]}.{hint} Commands: {', '.join(_OF_A_FOLDER)}", file=sys.stderr)
+            return 2
         return exit_code(lambda: import_module("pipeline.predictors").run_command(arguments[0], arguments[1:]))
     config = parse_cli(arguments, "python -m export", about, uses=("predictor", "trainer"))
     run = _run_of(arguments)
@@ -49,7 +55,7 @@ def evaluation(argv: Sequence[str] | None = None) -> int:
     """`python -m evaluation`, and its commands compare and tune."""
     program, arguments = "python -m evaluation", list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments and arguments[0] in ("compare", "tune") else ""
-    if command == "compare" and not {"-h", "--help"} & set(arguments):
+    if command == "compare":
         return exit_code(lambda: import_module("pipeline.compare_runs").compare_runs(arguments[1:]))
     about = [
         "Asks a model yes/no questions and captions under every method, and says whether SCR helps it.",

@@ -17,20 +17,22 @@ from pipeline.runs import every_number
 from scr_runtime.files import write_file
 
 _FILE = "evaluation.json"
+_USAGE = (
+    "usage: python -m evaluation compare RUN RUN ... [output=FILE] [tracking.uri=URI] [runs_dir=FOLDER]\n"
+    "where RUN is a folder with evaluation.json below it, or the id of an MLflow run"
+)
 
 
 def compare_runs(arguments: Sequence[str]) -> int:
     """Prints the table; `output=FILE` writes it as Markdown, `tracking.uri=URI` names the store of MLflow ids."""
+    if {"-h", "--help"} & set(arguments):
+        print(_USAGE)
+        return 0
     names = [text for text in arguments if "=" not in text]
     options = dict(text.split("=", 1) for text in arguments if "=" in text)
     unknown = sorted(set(options) - {"output", "tracking.uri", "runs_dir"})
     if unknown or not names:
-        raise EvaluationError(
-            f"unknown {', '.join(unknown)}: "
-            * bool(unknown)
-            + "usage: python -m evaluation compare RUN RUN ... [output=FILE] [tracking.uri=URI] [runs_dir=FOLDER], "
-            "where RUN is a folder with evaluation.json below it, or the id of an MLflow run"
-        )
+        raise EvaluationError(f"unknown {', '.join(unknown)}: " * bool(unknown) + _USAGE)
     config = load_config([f"{key}={value}" for key, value in options.items() if key != "output"])
     rows = table_rows([*(row_of(*read_run(name, config.tracking_uri)) for name in names), *PAPER])
     print(table(rows))

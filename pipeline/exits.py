@@ -20,7 +20,13 @@ from scr_runtime.errors import SCRError
 
 USER_ERRORS = (DataError, SCRError, FitError, ExportError, PublishError, EvaluationError, RunError)
 """Errors that a user caused or can mend: their message is enough. Every other error keeps its traceback."""
-STOPS = (KeyboardInterrupt, SystemExit, Preempted)
+
+
+class TerminatedError(BaseException):
+    """SIGTERM came outside of a fit. Like KeyboardInterrupt, no library's `except Exception` takes it for an error."""
+
+
+STOPS = (KeyboardInterrupt, SystemExit, Preempted, TerminatedError)
 """What ends a command, and with it a sweep, not one child alone."""
 
 
@@ -46,7 +52,7 @@ def exit_code(command: Callable[[], int]) -> int:
             file=sys.stderr,
         )
         return 1
-    except Preempted as stop:
+    except (Preempted, TerminatedError) as stop:
         print(f"\n{stop}\nRun the same command again to resume.", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
@@ -77,4 +83,4 @@ def quieten_libraries() -> None:
 
 
 def _on_sigterm(*_: object) -> None:
-    raise Preempted("SIGTERM: finished shards and epochs are kept.")
+    raise TerminatedError("SIGTERM: what was finished is kept.")

@@ -105,15 +105,19 @@ def finish_run(folder: RunFolder, config: TrainConfig) -> list[str]:
     """Marks a run as complete and moves the links of its model to it; a variant has none.
 
     Returns:
-        What a user should know: links that could not be moved, because something else lies there.
+        What a user should know: whose predictor the link named before, and links that could not be moved, because
+        something else lies there.
     """
     folder.note(complete=True)
     if config.variant:
         return []
     paths = config.paths
     runs = paths.fits.parents[1]
+    former = paths.latest.resolve()
     _link(paths.latest, Path(folder.path.name))
     notes = []
+    if former not in (paths.latest, folder.path.resolve()) and former.is_dir():
+        notes.append(f"{paths.predictor} is this run's now; that of the run before stays at {former / 'predictor'}")
     for link, part in ((paths.predictor, "predictor"), (runs / "reports" / config.model.name, "reports")):
         if link.exists() and not link.is_symlink():
             notes.append(f"{link} was made by an earlier version and stays; this run's is {folder.path / part}")

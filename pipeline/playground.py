@@ -16,11 +16,11 @@ import uvicorn
 from configs import TrainConfig
 from data.vlm import load_vlm
 from pipeline.errors import RunError
+from pipeline.exits import TerminatedError
 from pipeline.harvest import held_out_images
 from playground.engine import Engine
 from playground.gallery import read_gallery
 from playground.server import Place, application
-from predictor.fit import Preempted
 from scr_runtime import load_predictor
 
 _LOOPBACK = "127.0.0.1"
@@ -35,7 +35,7 @@ def serve(config: TrainConfig, port: str) -> int:
     listening = bind(int(number))
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     print(f"\nplayground: http://{_LOOPBACK}:{listening.getsockname()[1]}   (Ctrl-C ends it)", flush=True)
-    with contextlib.suppress(KeyboardInterrupt, Preempted):  # Ctrl-C and SIGTERM are how it ends
+    with contextlib.suppress(KeyboardInterrupt, TerminatedError):  # Ctrl-C and SIGTERM are how it ends
         uvicorn.Server(uvicorn.Config(application(place), access_log=False, log_level="warning")).run([listening])
     return 0
 

@@ -51,7 +51,7 @@ def diff(folders: Sequence[Path], options: Options) -> int:
 
 
 def card(folders: Sequence[Path], options: Options) -> int:
-    """Writes the model card anew, with the verdict of an evaluation."""
+    """Rewrites the model card with the verdict of an evaluation."""
     try:
         verdict = json.loads(Path(options["evaluation"]).read_text(encoding="utf-8"))["verdict"]
         evaluation = {key: str(verdict[key]) for key in ("sentence", "reason")}
@@ -142,6 +142,9 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         ExportError: If one is missing, unknown or given twice.
     """
     command = COMMANDS[name]
+    if {"-h", "--help"} & set(arguments):
+        print(f"usage: python -m export {name} {command.usage}\n{command.run.__doc__}")
+        return 0
     words = command.usage.split()
     keys = {word.strip("[]").split("=")[0]: word[0] != "[" for word in words if "=" in word}
     folders = [Path(text).expanduser() for text in arguments if "=" not in text]

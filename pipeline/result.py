@@ -108,7 +108,9 @@ def print_result(config: TrainConfig, folder: RunFolder, result: Result, experim
     """Prints the tables and where everything is."""
     sources = result.fit.sources
     print(f"\nThe predictor on {config.harvest.test} test images, K = {sources}.")
-    print("95 % intervals over images; mass: attention recovered, of the best K's\n")
+    if config.scr.source_fraction is None and sources.fewest < config.scr.num_sources:
+        print(f"num_sources={config.scr.num_sources} was asked: at most half of a grid's eligible patches are used.")
+    print("95 % intervals over images; mass: attention on the chosen patches, as a share of the best K's\n")
     print(table(source_rows(result.fit), marked=("predictor",)))
     confidence = result.packed.confidence
     print(

@@ -125,7 +125,7 @@ def unused_name(client: MlflowClient, experiment: str, name: str) -> str:
 
 
 class ResumedLogger(MLFlowLogger):
-    """Lightning's logger, for a run that may hold some of the coming steps already; it leaves out `epoch`.
+    """Lightning's logger, for a run that lasts longer than its fit and may hold some of the coming steps already.
 
     An epoch's metrics are logged before its checkpoint is written. A fit that was killed in between takes the epoch's
     steps again, with the same values: what the run has is not logged a second time.
@@ -149,6 +149,9 @@ class ResumedLogger(MLFlowLogger):
         new = {key: value for key, value in metrics.items() if (step or 0) > self._last.get(key, -1)}
         new.pop("epoch", None)  # Lightning's: a chart of the steps against themselves
         super().log_metrics(new, step)
+
+    def finalize(self, status: str = "success") -> None:
+        """Leaves the run's status alone: `recorded` sets it, when export and comparison are done as well."""
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:

@@ -81,7 +81,7 @@ class Work:
             rules = baselines.floors(data.train_dataloader(), scr, settings.seed)
             if config.harvest.prompts_per_image > 1:
                 rules["other prompts (ceiling)"] = baselines.OtherPrompts.fit(data.test_dataloader(), scr)
-            self._floors[key] = {name: measure(config, data, rule) for name, rule in rules.items()}
+            self._floors[key] = {name: measure(config, data, rule, name) for name, rule in rules.items()}
         return self._floors[key]
 
     def result_id(self, config: TrainConfig) -> str:
@@ -135,13 +135,12 @@ def fit_predictor(config: TrainConfig, work: Work, folder: RunFolder, tracker: M
     print(f"{count:,} parameters, rank {module.predictor.config.rank}; {data.count('train'):,} training maps")
     module.compute_statistics(data.train_dataloader())
     fitted = fit(module, data, folder.checkpoints, config.trainer, logger=tracker)
-    tracker.experiment.update_run(tracker.run_id, status="RUNNING")  # Lightning's logger has marked it as finished
     tracker.log_metrics({SELECTED_BY: round(fitted.score, 4)}, step=fitted.epochs)
     limit, patience = config.trainer.max_epochs, config.trainer.patience
     early = f" of at most {limit}: none of the last {patience} was better" if fitted.epochs < limit else ""
     print(f"best epoch: val/mass {fitted.score:.4f}; fitted for {fitted.epochs} epochs{early}")
     sources = SourceCount.of(data.grids("test"), config.scr)
-    metrics, floors = measure(config, data, fitted.module.score), work.floors(config)
+    metrics, floors = measure(config, data, fitted.module.score, "predictor"), work.floors(config)
     return Fit(fitted.module, sources, metrics, floors, fitted.epochs)
 
 
@@ -163,9 +162,9 @@ def check_grids(config: TrainConfig, data: ShardDataModule) -> None:
                 ) from error
 
 
-def measure(config: TrainConfig, data: ShardDataModule, score: baselines.Score) -> dict[str, Interval]:
-    """Metrics of a predictor, or of a rule, on the test split."""
-    rows = baselines.evaluate(score, data.test_dataloader(), config.scr)
+def measure(config: TrainConfig, data: ShardDataModule, score: baselines.Score, name: str) -> dict[str, Interval]:
+    """Metrics of a predictor, or of a rule of this name, on the test split."""
+    rows = baselines.evaluate(score, data.test_dataloader(), config.scr, f"test split, {name}")
     return summarise_rows(rows, config.evaluation.bootstrap, config.evaluation.seed)
 
 

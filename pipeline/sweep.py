@@ -10,6 +10,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from pytorch_lightning.loggers import MLFlowLogger
@@ -33,7 +34,7 @@ GRID_TAG = "sweep.fingerprint"
 
 def run_once(child: Child, client: MlflowClient) -> int:
     """Runs one configuration, and ends with its verdict; returns 0, the number of failed runs."""
-    config, started = child.config, time.perf_counter()
+    config = child.config
     work = Work(config)  # first: a slip that it finds leaves no run
     with open_run(config) as folder:
         with runs.tracked(child, client, folder) as tracker:
@@ -43,10 +44,13 @@ def run_once(child: Child, client: MlflowClient) -> int:
     for note in notes:
         print(f"note: {note}")
     register(client, config, str(tracker.run_id))
-    print(
-        f"done in {(time.perf_counter() - started) / 60:.1f} minutes\n\n{paragraph(verdict_line(result), strong=True)}"
-    )
+    print(f"{ended()}\n\n{paragraph(verdict_line(result), strong=True)}")
     return 0
+
+
+def ended() -> str:
+    """How long this process took, its start-up included."""
+    return f"done in {(time.time() - psutil.Process().create_time()) / 60:.1f} minutes"
 
 
 def chain(config: TrainConfig, work: Work, folder: RunFolder, tracker: MLFlowLogger) -> Result:

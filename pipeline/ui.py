@@ -33,7 +33,7 @@ def main() -> None:
             raise SystemExit(f"error: {database} does not exist: run train.py first, or name another file with URI=")
         for former in follow_moved_artifacts(database, database.with_name("mlflow")):
             print(f"artifacts were at {former}: they are taken from {database.with_name('mlflow')} now")
-    print("In some seconds:")
+    print("Open in a few seconds:")
     for link in links(uri, f"http://{options.host}:{options.port}"):
         print(f"  {link}")
     sys.stdout.flush()

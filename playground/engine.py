@@ -69,8 +69,8 @@ class Engine:
         config = replace(
             self.scr,
             strength=ask.strength,
-            num_sources=ask.num_sources,
-            source_fraction=None,
+            num_sources=ask.num_sources or self.scr.num_sources,
+            source_fraction=None if ask.num_sources else self.scr.source_fraction,
             edit_layers=ask.edit_layers,
             attention_layers=ask.attention_layers,
         )
@@ -152,7 +152,7 @@ class Engine:
             "rows": one.grid[0],
             "columns": one.grid[1],
             "eligible": rule.eligible.tolist(),
-            "most_sources": effective_num_sources(one.grid, replace(config, num_sources=10**6)),
+            "most_sources": effective_num_sources(one.grid, replace(config, num_sources=10**6, source_fraction=None)),
             "entropy": one.entropy,
             "entropy_share": one.entropy / math.log(max(len(one.attention), 2)),
         }

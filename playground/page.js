@@ -29,10 +29,13 @@ function ask() {
   const value = (id) => Number($(id).value);
   return JSON.stringify({
     picture: state.picture, question: $("question").value, caption: state.caption, strength: value("strength"),
-    num_sources: value("num_sources"), edit_layers: [value("edit0"), value("edit1")],
+    num_sources: byFraction() ? null : value("num_sources"), edit_layers: [value("edit0"), value("edit1")],
     attention_layers: [value("map0"), value("map1")], threshold: value("threshold"),
   });
 }
+
+/* K as a share of each grid's patches, until its slider is moved */
+const byFraction = () => state.facts.source_fraction !== null && Number($("num_sources").value) === state.facts.num_sources;
 
 async function look() {
   if (!state.picture || !$("question").value.trim()) return;
@@ -81,7 +84,7 @@ function show() {
   const facts = { "credit entropy": `${grid.entropy.toFixed(3)} nats, ${percent(grid.entropy_share)} of ln N` };
   const count = grid.sources["two-pass"].length;
   if (grid.confidence !== undefined) {
-    facts.confidence = `${grid.confidence.toFixed(3)}; under ${Number($("threshold").value).toFixed(3)} auto falls back`;
+    facts[grids.length > 1 ? "confidence here" : "confidence"] = `${grid.confidence.toFixed(3)}; under ${Number($("threshold").value).toFixed(3)} auto falls back`;
     facts.overlap = `${grid.overlap} of ${count} sources are two-pass's`;
   }
   $("facts").replaceChildren(...Object.entries(facts).flatMap(([k, v]) => [make("dt", {}, k), make("dd", {}, v)]));
@@ -149,9 +152,9 @@ function draw() {
   const words = { attention: "brighter: more of the question's attention", predicted: "brighter: more, as the predictor foresees it",
     difference: "pink: predicted too high; amber: too low" };
   const lines = marks === "both" && grid.sources["one-pass"]
-    ? [["--hit", "both choose it"], ["--missed", "two-pass only"], ["--extra", "one-pass only"]]
-    : marks ? [["--hit", `sources of ${grid.sources[marks] ? marks : "two-pass"}`]] : [];
-  const swatches = lines.flatMap(([colour, text]) => [make("i", { class: "swatch", style: `border-color: var(${colour})` }), text]);
+    ? [["hit", "both choose it"], ["missed", "two-pass only"], ["extra", "one-pass only"]]
+    : marks ? [["hit", `sources of ${grid.sources[marks] ? marks : "two-pass"}`]] : [];
+  const swatches = lines.flatMap(([mark, text]) => [make("i", { class: `swatch ${mark}` }, mark === "extra" ? "✕" : ""), text]);
   const shown = [words[kind] && values ? words[kind] + ". " : "", values && kind !== "none" ? "The border is never a source. " : ""];
   $("legend").replaceChildren(...swatches, make("br"), shown.join("") || " ");
 }
@@ -213,7 +216,8 @@ function reset() {
 
 function write(id) {
   const digits = { strength: 2, threshold: 3 }[id] || 0;
-  $(id).nextElementSibling.value = Number($(id).value).toFixed(digits);
+  const share = id === "num_sources" && byFraction() && percent(state.facts.source_fraction);
+  $(id).nextElementSibling.value = share || Number($(id).value).toFixed(digits);
 }
 
 function slide(id) {

@@ -99,7 +99,8 @@ class Place:
         scr, predictor = self.engine.scr, self.engine.predictor
         return {
             "name": self.name, "depth": self.engine.depth, "modes": self.engine.modes, "predictor": self.predictor,
-            "without": self.without, "num_sources": scr.num_sources, "strength": scr.strength,
+            "without": self.without, "num_sources": scr.num_sources,
+            "source_fraction": scr.source_fraction, "strength": scr.strength,
             "edit_layers": scr.edit_layers, "attention_layers": scr.attention_layers, "state_layer": scr.state_layer,
             "threshold": predictor.threshold if predictor else 0.0, "caption": CAPTION_PROMPT,
             "orders": ORDERS, "page": PAGE, "entries": len(self._sorted["entropy"]), "most_bytes": MOST_BYTES,

@@ -21,7 +21,8 @@ class Ask(BaseModel):
     question: str = Field(min_length=1, max_length=QUESTION_CHARACTERS)
     caption: bool = False
     strength: float = Field(ge=1, le=2)
-    num_sources: int = Field(ge=1)
+    num_sources: int | None = Field(default=None, ge=1)
+    """K; null: as the predictor's settings have it, which may be a share of the patches."""
     edit_layers: tuple[int, int]
     attention_layers: tuple[int, int]
     threshold: float = Field(ge=0, le=1)

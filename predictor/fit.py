@@ -147,8 +147,9 @@ def choose_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
         abilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 has no such function
         native = accelerator != "mps" and any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
     precision = "bf16-mixed" if native else "32-true"
-    known = "native" if native else "not known"
-    log_line(f"trainer.precision=auto: {precision}, products of bfloat16 are {known} here")
+    log_line(
+        f"trainer.precision=auto: {precision}, this processor has {'' if native else 'no '}native bfloat16 products"
+    )
     return precision
 
 

@@ -5,7 +5,7 @@ the blocks that SCR edits, and is read by the question in the blocks behind them
 
 A. patches: the category seen in each patch, read off the states that leave the last edited block;
 B. names: all 40 names stand behind an image, each in a branch that does not see the others (`scenes.packing`), and
-   each is told whether it is there, after 8, 12 and 16 blocks; the loss of stage A goes on and fades, and
+   each is told whether it is there, after 8, 12 and 16 blocks; the loss of stage A continues and fades, and
    everything is trained from the pixels on;
 C. answers: yes/no questions and captions as in `scenes.fit`, with no loss on any patch; the tower and the edited
    blocks rest, because the few answers of a step blur what they have learned (docs/scenes.md has the figures).

@@ -204,8 +204,15 @@ def _read_sealed(path: Path, most: int, sha256: str) -> bytes:
     return content
 
 
-def stored_settings(folder: Place | None) -> SCRConfig | None:
-    """The SCR settings in a folder whose predictor can't be used; ``None`` without a folder.
+def stored_settings(folder: Place | None, num_blocks: int) -> SCRConfig | None:
+    """The SCR settings in a folder whose predictor can't be used.
+
+    Args:
+        folder: The folder, if there is one.
+        num_blocks: Depth of the model that is to run with them.
+
+    Returns:
+        The settings; ``None`` without a folder, or if they are for a model of another depth.
 
     Raises:
         PredictorError: If its config.json is not what was written.
@@ -214,7 +221,7 @@ def stored_settings(folder: Place | None) -> SCRConfig | None:
         return None
     record = _read_record(Path(folder))
     _check_whole(record, Path(folder) / CONFIG_NAME)
-    return SCRConfig.from_dict(record["scr"])
+    return SCRConfig.from_dict(record["scr"]) if record["model"].get("num_blocks", num_blocks) == num_blocks else None
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

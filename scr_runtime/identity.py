@@ -267,7 +267,11 @@ def fitted_settings(given: Given) -> SCRConfig | None:
 def _settings_without(given: Given, num_blocks: int) -> tuple[SCRConfig, str]:
     """Settings where the predictor can't be used, and what they are in words."""
     try:
-        stored = fitted_settings(given) if isinstance(given, SourcePredictor) else stored_settings(given)
+        if isinstance(given, SourcePredictor):
+            depth = given.info["model"].get("num_blocks") if given.info else None
+            stored = fitted_settings(given) if depth in (None, num_blocks) else None
+        else:
+            stored = stored_settings(given, num_blocks)
         if stored is not None:
             stored.check_depth(num_blocks)
             return stored, f" with the folder's settings ({_ranges(stored)})"

@@ -43,7 +43,12 @@ def kind_of(place: Place) -> Literal["folder", "registry", "hub"]:
         exists = os.path.lexists(place)
     except (OSError, ValueError):
         exists = False
-    return "hub" if not exists and len(place) <= 96 and _HUB_ID.fullmatch(place) else "folder"
+    return "hub" if not exists and is_hub_id(place) else "folder"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is ``ORG/NAME``: one that the Hub can be asked for."""
+    return len(name) <= 96 and _HUB_ID.fullmatch(name) is not None
 
 
 @contextmanager

@@ -82,3 +82,9 @@ def test_help_and_typos_import_nothing_heavy(command: list[str], argument: str):
     names = {line.rpartition("|")[2].strip().partition(".")[0] for line in run.stderr.splitlines()}
     assert "configs" in names
     assert not names & {"torch", "transformers", "mlflow", "pytorch_lightning", "numpy", "matplotlib", "datasets"}
+
+
+def test_help_into_a_pipe_that_is_closed():
+    command = f'{sys.executable} -c \'from train import main; main(["--help", "all"])\' | true'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""

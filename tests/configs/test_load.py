@@ -59,7 +59,6 @@ def test_every_yaml_file_is_found():
         "model/internvl3-8b.yaml",
         "model/llava-1.5-13b.yaml",
         "model/llava-1.5-7b.yaml",
-        "model/qwen-vl.yaml",
         "model/qwen2-vl-7b.yaml",
         "model/qwen2.5-vl-7b.yaml",
         "model/qwen3-vl-8b.yaml",
@@ -96,7 +95,6 @@ def test_defaults_are_the_embedded_ones():
         ("llava-1.5-13b", 11),
         ("chameleon-7b", 15),
         ("chameleon-30b", 20),
-        ("qwen-vl", 15),
         ("qwen2-vl-7b", 15),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from configs import load_config
+from pipeline import checks
 from pipeline.checks import check_all
 from pipeline.errors import RunError
 from scr_runtime import PredictorConfig, SCRConfig, SourcePredictor, save_predictor
@@ -34,6 +35,14 @@ def test_all_problems_are_reported_together_and_each_once(tmp_path: Path) -> Non
     assert message.startswith("5 problems before the start")
     assert message.count("data.train_annotations: ") == message.count("data.eval_images: ") == 1
     assert "ends at block 11, but the model has 8 decoder blocks" in message
+
+
+def test_the_hub_is_not_asked_where_a_path_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "model_config", lambda settings: pytest.fail("the Hub was asked"))
+    message = problems(
+        f"runs_dir={tmp_path}", "model=llava-1.5-7b", "data=coco2014", f"data.root={tmp_path / 'nowhere'}"
+    )
+    assert "data.train_images: " in message
 
 
 def test_predictors_to_compare_that_are_for_another_model(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def complete(config: TrainConfig, mark: str) -> RunFolder:
     with open_run(config) as folder:
         folder.predictor.mkdir(exist_ok=True)
         (folder.predictor / "mark").write_text(mark)
-        assert finish_run(folder, config) == []
+        assert all("run before stays" in note for note in finish_run(folder, config))
     return folder
 
 
@@ -33,6 +33,18 @@ def test_a_second_run_of_the_same_command_leaves_the_first_as_it_was(tmp_path: P
     assert (first.predictor / "mark").read_text() == "one"
     assert (config.paths.predictor / "mark").read_text() == "two"
     assert latest_run(config).path == second.path.resolve()
+
+
+def test_a_run_that_takes_the_link_over_says_whose_it_was(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    with open_run(config) as first:
+        assert finish_run(first, config) == []
+    with open_run(config) as second:
+        assert finish_run(second, config) == [
+            f"{config.paths.predictor} is this run's now; that of the run before stays at "
+            f"{first.path.resolve() / 'predictor'}"
+        ]
+        assert finish_run(second, config) == []  # resumed behind its end
 
 
 def test_the_link_moves_only_when_a_run_is_complete(tmp_path: Path) -> None:

@@ -53,6 +53,17 @@ def test_mistakes_are_told(capsys: pytest.CaptureFixture[str], arguments: list[s
     assert code == 1 and words in printed and "Traceback" not in printed
 
 
+@pytest.mark.parametrize("name", predictors.COMMANDS)
+def test_each_command_has_help(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    code, printed = told(capsys, name, "--help")
+    assert code == 0 and printed.startswith(f"usage: python -m export {name} ") and printed.count("\n") == 2
+
+
+def test_a_misspelt_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed = told(capsys, "verfy", "FOLDER")
+    assert code == 2 and "no command verfy. Did you mean verify? Commands: verify, diff" in printed
+
+
 def test_verify(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = saved(tmp_path / "p")
     code, printed = told(capsys, "verify", folder)

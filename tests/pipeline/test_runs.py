@@ -123,3 +123,14 @@ def test_steps_that_a_killed_fit_has_logged_are_not_logged_again(store: tuple[Ml
     history = client.get_metric_history(run.info.run_id, "val/mass")
     assert [(metric.step, metric.value) for metric in history] == [(7, 0.25), (15, 0.5), (23, 0.75)]
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val/loss")] == [15, 23]
+
+
+def test_the_end_of_a_fit_does_not_finish_its_run(store: tuple[MlflowClient, str]) -> None:
+    """A process that is killed right behind its fit must not leave a run that looks complete."""
+    client, uri = store
+    config = load_config(["tracking.experiment=fits", f"tracking.uri={uri}"])
+    run = runs.create_run(client, "fits", "x", {})
+    logger = runs.ResumedLogger(client, run, config)
+    logger.log_metrics({"val/mass": 0.5}, 1)
+    logger.finalize("success")
+    assert client.get_run(run.info.run_id).info.status == "RUNNING"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,6 +53,15 @@ def test_settings_take_effect_and_auto_says_why(place: Place):
     assert any("calibrated with other settings" in note for note in low["notes"])
     with pytest.raises(ConfigurationError, match="ends at block 8, but the model has 8"):
         place.engine.look(picture, ask(edit_layers=(0, 8)))
+
+
+def test_k_is_the_predictors_share_of_the_patches_until_it_is_chosen(place: Place):
+    engine = Engine(place.engine.model, place.engine.processor, replace(CONFIG, source_fraction=0.1), None)
+    as_fitted, chosen = (engine.settings(ask(num_sources=number)) for number in (None, 5))
+    assert (as_fitted.num_sources, as_fitted.source_fraction) == (8, 0.1)
+    assert (chosen.num_sources, chosen.source_fraction) == (5, None)
+    (grid,) = engine.look(place.picture("0"), ask(num_sources=None))["grids"]
+    assert len(grid["sources"]["two-pass"]) == 14 and grid["most_sources"] == 50  # a tenth of 12 x 12; and the most
 
 
 def test_a_caption_has_no_yes_and_costs_are_ratios_to_vanilla(place: Place):

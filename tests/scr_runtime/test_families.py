@@ -111,16 +111,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @every(GENERATING)
 @pytest.mark.parametrize("images", [[2], [1, 2, 1]], ids=["two-images", "padded-batch"])
 def test_greedy_tokens_equal_the_reference(tiny: Tiny, images: list[int]) -> None:
+    compare_greedy_tokens(tiny, images, CONFIG, "two-pass")
+
+
+def compare_greedy_tokens(tiny: Tiny, images: list[int], config: SCRConfig, mode: Any) -> None:
     model = tiny.model(6)
     prompt = tiny.prompt(model, images, seed=6)
-    expected = reference_greedy(model, prompt.inputs, CONFIG, 4, prompt.images, prompt.visual)
+    expected = reference_greedy(model, prompt.inputs, config, 4, prompt.images, prompt.visual)
+    edited = tuple(range(config.edit_layers[0], config.edit_layers[1] + 1))
     for name, options in OPTIONS.items():
         if name == "prompt-lookup" and len(images) > 1:
             continue  # transformers' assisted decoding takes one prompt at a time
-        with SCR(model, config=CONFIG, mode="two-pass") as scr:
+        with SCR(model, config=config, mode=mode) as scr:
             tokens = model.generate(**prompt.inputs, max_new_tokens=4, do_sample=False, **options)
         assert torch.equal(tokens, expected), name
-        assert [report.layers_edited for report in scr.reports] == [(0, 1, 2)] * len(prompt.images)
+        assert [report.layers_edited for report in scr.reports] == [edited] * len(prompt.images)
+        assert getattr(scr.stats, mode.replace("-", "_")) == len(prompt.images)
 
 
 @every(GENERATING)

@@ -270,6 +270,11 @@ def test_an_interrupt_before_any_line_of_attach_and_detach(case: Case) -> None:
 
 @pytest.mark.usefixtures("_no_coverage")
 def test_an_interrupt_before_any_line_of_a_prefill(case: Case) -> None:
+    interrupt_a_prefill_before_any_line(case)
+
+
+def interrupt_a_prefill_before_any_line(case: Any) -> None:
+    """``case`` has a model, inputs, an SCR and a snapshot of the model without it."""
     with torch.no_grad():
         with case.scr:
             count = lines_of(lambda: case.model(**case.inputs))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from scr_runtime import SCR, SCRConfig, errors
 from scr_runtime.here import here
 from tests.conftest import make_inputs, make_tiny_llava
-from tests.scr_runtime.leftovers import lines_of, snapshot
+from tests.scr_runtime.leftovers import snapshot
 from tests.scr_runtime.questions import ask
 from tests.scr_runtime.reference import (
     decoder_blocks,
@@ -23,12 +22,11 @@ from tests.scr_runtime.reference import (
     hook_count,
     kept,
     reference_edit,
-    reference_greedy,
     reference_images,
     reference_sources,
 )
-from tests.scr_runtime.test_families import GENERATING, OPTIONS, every
-from tests.scr_runtime.test_interrupts import sample
+from tests.scr_runtime.test_families import GENERATING, compare_greedy_tokens, every
+from tests.scr_runtime.test_interrupts import interrupt_a_prefill_before_any_line
 from tests.scr_runtime.tiny_families import TINY, Prompt, Tiny
 
 CONFIG = SCRConfig(num_sources=5, strength=1.3, edit_layers=(4, 5), attention_layers=(1, 3))
@@ -96,17 +94,7 @@ def test_online_equals_one_eager_pass_with_loops(tiny: Tiny) -> None:
 @every(GENERATING)
 @pytest.mark.parametrize("images", [[2], [1, 2, 1]], ids=["two-images", "padded-batch"])
 def test_greedy_tokens_equal_the_reference(tiny: Tiny, images: list[int]) -> None:
-    model = tiny.model(6)
-    prompt = tiny.prompt(model, images, seed=6)
-    expected = reference_greedy(model, prompt.inputs, CONFIG, 4, prompt.images, prompt.visual)
-    for name, options in OPTIONS.items():
-        if name == "prompt-lookup" and len(images) > 1:
-            continue
-        with SCR(model, config=CONFIG, mode="online") as scr:
-            tokens = model.generate(**prompt.inputs, max_new_tokens=4, do_sample=False, **options)
-        assert torch.equal(tokens, expected), name
-        assert [report.layers_edited for report in scr.reports] == [(4, 5)] * len(prompt.images)
-        assert scr.stats.online == len(prompt.images)
+    compare_greedy_tokens(tiny, images, CONFIG, "online")
 
 
 @every(GENERATING)
@@ -207,20 +195,7 @@ def case() -> Case:
 
 
 def test_an_interrupt_before_any_line_of_a_prefill(case: Case) -> None:
-    with torch.no_grad():
-        with case.scr:
-            count = lines_of(lambda: case.model(**case.inputs))
-        for line in sample(count, 60):
-            error = KeyboardInterrupt()
-            with pytest.raises(KeyboardInterrupt) as caught, case.scr:
-                lines_of(lambda: case.model(**case.inputs), line, error)
-            assert caught.value is error
-            assert snapshot(case.model) == case.before, line
-            with case.scr, contextlib.suppress(KeyboardInterrupt):
-                lines_of(lambda: case.model(**case.inputs), line, KeyboardInterrupt())
-            with case.scr:
-                case.works()
-        case.is_vanilla()
+    interrupt_a_prefill_before_any_line(case)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2, 3, 4])

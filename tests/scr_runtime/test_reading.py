@@ -28,6 +28,7 @@ from scr_runtime import (
     save_predictor,
 )
 from scr_runtime.reading import FORMAT_VERSION, PROBE, checksum
+from tests.conftest import make_tiny_llava
 from tests.scr_runtime.folders import (
     CONFIG,
     FUZZ,
@@ -350,3 +351,12 @@ def test_a_network_of_another_width_than_its_model(written: Written, tmp_path: P
     with torch.no_grad(), scr:
         written.model(**written.inputs)
     assert scr.reports[0].provider == "two-pass"
+
+
+def test_settings_for_another_depth_are_not_taken(written: Written) -> None:
+    """Layers 0 to 2 of 6 blocks are not those of a model with 12."""
+    deeper = make_tiny_llava(0, layers=12)
+    for place in (written.folder, written.loaded):
+        with pytest.warns(RuntimeWarning, match="the paper's settings .* scaled to 12 blocks"):
+            scr = SCR(deeper, predictor=place, mode="auto")
+        assert scr.config == SCRConfig.for_depth(12)
