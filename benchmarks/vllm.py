@@ -2,6 +2,7 @@
 
 .venv-vllm/bin/python -m benchmarks.vllm
 .venv-vllm/bin/python -m benchmarks.vllm --rounds 15 --seconds 250
+python -m benchmarks.vllm --rounds 0                  # the edit alone, without vLLM
 
 The random LLaVA of 220 M parameters of benchmarks.prefill in float32, 576 visual of about 600 tokens, blocks 0-5 of 16
 edited, a predictor that reads the question. Two engines with and without SCR_PREDICTOR take turns, and each of them
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -31,6 +33,11 @@ from benchmarks.models import PATCH, SMALL, build_llava, build_predictor, millio
 from benchmarks.rounds import Ratio
 from scenes import CHECKPOINT
 from scr_runtime import SCRConfig, describe_model, save_predictor
+from scr_runtime.families import FAMILIES
+from scr_runtime.grids import ImageGrid
+from scr_runtime.vllm.editor import Editor
+from scr_runtime.vllm.images import Feature, Part, images_of
+from scr_runtime.vllm.settings import ServeSettings
 
 CONFIG = SCRConfig(num_sources=32, edit_layers=(0, 5), attention_layers=(4, 8))  # as in benchmarks.prefill
 ENVIRONMENT = {
@@ -96,6 +103,24 @@ def image_prompt(seed: int) -> Any:
     }
 
 
+def edit_alone(rounds: int = 9) -> None:
+    """Prints what the editor takes for a step with one image, in thread time: no engine, states of noise."""
+    torch.set_num_threads(1)
+    predictor = build_predictor(build_llava(replace(SMALL, layers=1)))
+    editor = Editor(predictor, CONFIG, ServeSettings("here"), FAMILIES["llava"])
+    grid, rows = ImageGrid((SMALL.side, SMALL.side)), SMALL.side**2 + 40
+    part = Part(0, 0, rows, rows, [Feature(10, grid.tokens, {})])
+    hidden, residual = torch.randn(2, rows, SMALL.hidden)
+    spent: list[float] = []
+    for _ in range(rounds):
+        start = time.thread_time()
+        editor.begin(images_of([part], lambda data: [grid], reads_question=True))
+        for layer in editor.layers:
+            editor.after_block(layer, hidden, residual)
+        spent.append(time.thread_time() - start)
+    print(f"the edit alone: {np.median(spent) * 1000:.0f} ms of thread time for an image", flush=True)
+
+
 def measure(
     engines: dict[str, Engine], rounds: int, seconds: float, make: Callable[[int], tuple[list[Any], int]]
 ) -> None:
@@ -119,10 +144,13 @@ def measure(
 def main() -> None:
     """Prints two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default 9; 0: the edit alone)")
     parser.add_argument("--seconds", type=float, default=200, help="of each table, at most (default 200)")
     options = parser.parse_args()
     os.environ.update(ENVIRONMENT)
+    edit_alone()
+    if options.rounds == 0:
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder)
