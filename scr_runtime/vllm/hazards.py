@@ -24,8 +24,8 @@ MODELS = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl")
 """Model types that tests/vllm compares with the transformers runtime."""
 
 WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "scr_runtime.vllm.worker.CPUWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "scr_runtime.vllm.worker.GPUWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "scr_runtime.vllm.cpu_worker.CPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "scr_runtime.vllm.gpu_worker.GPUWorker",
 }
 """vLLM's workers and what takes their place."""
 

@@ -1,5 +1,4 @@
-"""vLLM's workers, which attach the editor to the loaded model, test it, and count."""
-# pyright: reportMissingImports=false, reportUntypedBaseClass=false
+"""What a worker of vLLM does more: it attaches the editor to the loaded model, tests it, and counts."""
 
 from __future__ import annotations
 
@@ -9,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.v1.worker import cpu_worker, gpu_worker
 
 from scr_runtime.artifact import load_predictor
 from scr_runtime.config import SCRConfig
@@ -26,7 +24,7 @@ from scr_runtime.vllm.settings import KEY, ServeSettings, request_settings
 logger = logging.getLogger("scr_runtime")
 
 
-class _Edits:
+class Edits:
     """What is added to a worker of vLLM."""
 
     model_runner: Any
@@ -47,14 +45,6 @@ class _Edits:
     def scr_stats(self) -> dict[str, Any]:
         """The counts, for ``llm.collective_rpc("scr_stats")``."""
         return self.scr.editor.stats().to_dict()
-
-
-class CPUWorker(_Edits, cpu_worker.CPUWorker):
-    """``CPUWorker``."""
-
-
-class GPUWorker(_Edits, gpu_worker.Worker):
-    """``Worker`` for GPUs."""
 
 
 class Attached:
