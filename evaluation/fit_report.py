@@ -1,4 +1,4 @@
-"""Reports a fit: its table between floors and ceiling, and its numbers under stable names."""
+"""Reports a fit: its table between floors and reference, and its numbers under stable names."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _SHOWN = ("recall", "ndcg", "mass")
 def source_rows(
     fitted: Mapping[str, Interval], others: Mapping[str, Mapping[str, Interval]], k: int
 ) -> list[list[str]]:
-    """Table of the predictor between its floors and its ceiling.
+    """Table of the predictor between its floors and its reference.
 
     Args:
         fitted: Metric -> interval, of the predictor on the test split.
-        others: Floor or ceiling -> the same.
+        others: Floor or reference -> the same.
         k: Sources per image.
     """
     rows = [["scores from", *(f"{name}@{k}" for name in _SHOWN)]]

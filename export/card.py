@@ -114,7 +114,7 @@ print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_spec
 
 
 def _table(metrics: Mapping[str, float]) -> str:
-    """Predictor, floors and ceiling on the test split, with intervals where they are known."""
+    """Predictor, floors and reference on the test split, with intervals where they are known."""
     shown = [name for name in _SHOWN if f"test/{name}" in metrics]
     if not shown:
         return "No metrics were stored."

@@ -132,7 +132,7 @@ def print_result(config: TrainConfig, folder: RunFolder, result: Result, experim
 
 
 def source_rows(fit: Fit) -> list[list[str]]:
-    """Table of the predictor between floors and ceiling; its heads name K where that is one number."""
+    """Table of the predictor between floors and reference; its heads name K where that is one number."""
     head, *rows = fit_report.source_rows(fit.metrics, fit.floors, fit.sources.most)
     if fit.sources.fewest < fit.sources.most:
         head = [cell.replace(f"@{fit.sources.most}", "@K") for cell in head]

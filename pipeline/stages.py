@@ -72,7 +72,7 @@ class Work:
         return self._references[key]
 
     def floors(self, config: TrainConfig) -> dict[str, dict[str, Interval]]:
-        """Metrics of the floors and of the ceiling on the test split."""
+        """Metrics of the floors and of the reference on the test split."""
         settings, scr = config.evaluation, config.scr
         chosen = [config.trainer.train_images, config.mean_maps]
         key = digest(scr.to_dict(), settings.bootstrap, settings.seed, chosen)
@@ -80,7 +80,7 @@ class Work:
             data = self.data(config)
             rules = baselines.floors(data.train_dataloader(), scr, settings.seed)
             if config.harvest.prompts_per_image > 1:
-                rules["other prompts (ceiling)"] = baselines.OtherPrompts.fit(data.test_dataloader(), scr)
+                rules["other prompts (reference)"] = baselines.OtherPrompts.fit(data.test_dataloader(), scr)
             self._floors[key] = {name: measure(config, data, rule, name) for name, rule in rules.items()}
         return self._floors[key]
 
@@ -91,7 +91,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Fit:
-    """A finished fit: its best checkpoint, and on the test split K, its metrics and those of floors and ceiling.
+    """A finished fit: its best checkpoint, and on the test split K, its metrics and those of floors and reference.
 
     Attributes:
         epochs: How many it took in all.
@@ -123,7 +123,7 @@ class Result:
 
 
 def fit_predictor(config: TrainConfig, work: Work, folder: RunFolder, tracker: MLFlowLogger) -> Fit:
-    """Fits with Lightning, takes the epoch of best validation mass, and measures it beside floors and ceiling."""
+    """Fits with Lightning, takes the epoch of best validation mass, and measures it beside floors and reference."""
     print_step(3, "fit: the predictor learns the maps")
     pl.seed_everything(config.seed, verbose=False)
     data = work.data(config)

@@ -1,4 +1,4 @@
-"""Floors and a ceiling that a predictor is compared with: scores [B, N] that need no training.
+"""Floors and a reference that a predictor is compared with: scores [B, N] that need no training.
 
 A baseline is a callable `batch -> scores [B, N]` (float32, higher is a likelier source), so `evaluate` and the
 metrics treat it like a predictor.
@@ -114,7 +114,7 @@ def _resampling(old: int, new: int) -> Tensor:
 
 
 class OtherPrompts:
-    """A ceiling: the mean map of the same image under its other prompts, which no one-pass method can know.
+    """A reference: the mean map of the same image under its other prompts, which no one-pass method can know.
 
     Close to 1, it says that the map hardly depends on the question; a gap between it and a predictor is what
     better visual features could still win.

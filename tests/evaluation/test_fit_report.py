@@ -6,13 +6,13 @@ from evaluation import fit_report
 from predictor.metrics import METRICS, Interval
 
 FITTED = {name: Interval(0.9, 0.85, 0.95) for name in METRICS}
-OTHERS = {"position": dict.fromkeys(METRICS, Interval(0.5, 0.4, 0.6)), "other prompts (ceiling)": FITTED}
+OTHERS = {"position": dict.fromkeys(METRICS, Interval(0.5, 0.4, 0.6)), "other prompts (reference)": FITTED}
 
 
-def test_the_predictor_stands_below_floors_and_ceiling() -> None:
+def test_the_predictor_stands_below_floors_and_reference() -> None:
     rows = fit_report.source_rows(FITTED, OTHERS, 8)
     assert rows[0] == ["scores from", "recall@8", "ndcg@8", "mass@8"]
-    assert [row[0] for row in rows[1:]] == ["position", "other prompts (ceiling)", "predictor"]
+    assert [row[0] for row in rows[1:]] == ["position", "other prompts (reference)", "predictor"]
     assert rows[1][1:] == ["0.500 [0.400, 0.600]"] * 3
 
 
