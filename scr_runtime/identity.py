@@ -102,34 +102,50 @@ def _facts(model: Any, processor: Any) -> dict[str, Any]:
 
 def _probe(model: Any) -> list[float] | None:
     """32 entries of the input embedding; ``None`` where its weights are offloaded."""
-    table: Tensor = model.get_input_embeddings().weight.detach()
+    return probe_of(model.get_input_embeddings().weight)
+
+
+def probe_of(table: Tensor) -> list[float] | None:
+    """32 evenly spaced entries of an input embedding [V, d]; ``None`` if it is on no device."""
     if table.device.type == "meta":
         return None
-    places = torch.linspace(0, table.numel() - 1, PROBE + 2, dtype=torch.float64).long()[1:-1].to(table.device)
-    return [float(value) for value in table.reshape(-1)[places].float().tolist()]
+    flat = table.detach().reshape(-1)
+    places = torch.linspace(0, flat.numel() - 1, PROBE + 2, dtype=torch.float64).long()[1:-1].to(table.device)
+    return [float(value) for value in flat[places].float().tolist()]
 
 
 def model_differences(expected: Mapping[str, Any], model: Any, processor: Any = None) -> list[str]:
     """Lists in words how a model, and its processor if given, differ from what a predictor was fitted for."""
     model = generative_model(model)
-    found = _facts(model, processor)
+    return fact_differences(expected, {"name": public_name(model), **_facts(model, processor)})
+
+
+def fact_differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Lists in words how what ``describe_model`` says of two models differs; what is ``None`` in one is not known."""
     keys = ["family", "hidden_size", "num_blocks"]
     if found["image_backend"] is not None and expected.get("image_backend") is not None:
         keys.append("image_backend")
-    if found["revision"] and expected.get("revision") and expected.get("name") == public_name(model):
+    if found["revision"] and expected.get("revision") and expected.get("name") == found["name"]:
         keys.append("revision")
     problems = [
         f"{key} is {found[key]!r}, the predictor expects {expected.get(key)!r}"
         for key in keys
         if found[key] != expected.get(key)
     ]
-    probe, mine = expected.get("embedding_probe"), found["embedding_probe"]
-    if not problems and probe is not None and mine is not None:
-        scale = max(abs(value) for value in probe) or 1.0
-        worst = max((abs(a - b) for a, b in zip(probe, mine, strict=True)), default=math.inf)
-        if not worst <= 0.02 * scale:  # NaN is not
-            problems.append(f"its input embeddings differ (by up to {worst:.3g}): these are other weights")
+    if not problems:
+        problems += embedding_differences(expected.get("embedding_probe"), found["embedding_probe"])
     return problems
+
+
+def embedding_differences(expected: list[float] | None, found: list[float] | None) -> list[str]:
+    """Says in words if two probes of input embeddings are not those of one model."""
+    if expected is None or found is None:
+        return []
+    scale = max(abs(value) for value in expected) or 1.0
+    worst = max((abs(a - b) for a, b in zip(expected, found, strict=True)), default=math.inf)
+    if worst <= 0.02 * scale:  # NaN is not
+        return []
+    return [f"its input embeddings differ (by up to {worst:.3g}): these are other weights"]
 
 
 def usable_predictor(

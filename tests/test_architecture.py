@@ -30,7 +30,8 @@ RESTRICTED = {
     "ray": r"data/cluster\.py",
     "starlette": r"playground/server\.py|scr_runtime/serve/app\.py",
     "uvicorn": r"pipeline/playground\.py|scr_runtime/serve/process\.py",
-    "prometheus_client": r"scr_runtime/serve/(metrics|process)\.py",
+    "vllm": r"scr_runtime/vllm/(operator|scheduler|[cg]pu_worker|plugin)\.py|benchmarks/vllm\.py",
+    "prometheus_client": r"scr_runtime/(serve/(metrics|process)|vllm/metrics)\.py",
     "lightning": r"(?!)",  # one name for one thing: pytorch_lightning
     "train": r"benchmarks/kills\.py",
     "benchmarks": r"benchmarks/.*",
@@ -125,18 +126,19 @@ def test_doors_name_the_pipeline_without_importing_it():
 
 
 def core() -> list[Path]:
-    """The runtime without its server, which is an extra."""
+    """The runtime without the server and the plug-in for vLLM, which are extras."""
     return sorted((ROOT / "scr_runtime").glob("*.py"))
 
 
 def test_runtime_imports_only_its_own_dependencies():
     own = {"torch", "safetensors", "transformers", "scr_runtime"} | sys.stdlib_module_names
-    only_if_asked = {"huggingface_hub", "mlflow"}  # the first comes with transformers, the second is an extra
+    # huggingface_hub comes with transformers, mlflow is an extra, and vLLM imports its plug-in, and not the reverse
+    only_if_asked = {"places.py": {"huggingface_hub", "mlflow"}, "vllm": {"vllm", "prometheus_client"}}
     strays = [
         f"{path.relative_to(ROOT)}:{line} {name}"
-        for path in core()
+        for path in [*core(), *sorted((ROOT / "scr_runtime/vllm").glob("*.py"))]
         for name, line in imports(path)
-        if name not in own | (only_if_asked if path.name == "places.py" else set())
+        if name not in own | only_if_asked.get(path.name, set()) | only_if_asked.get(path.parent.name, set())
     ]
     assert not strays
 
@@ -152,11 +154,12 @@ def test_runtime_imports_what_is_large_lazily():
 
 
 def test_wheel_holds_the_runtime_only():
-    assert PYPROJECT["tool"]["setuptools"]["packages"] == ["scr_runtime", "scr_runtime.serve"]
+    packages = PYPROJECT["tool"]["setuptools"]["packages"]
+    assert packages == ["scr_runtime", "scr_runtime.serve", "scr_runtime.vllm"]
     assert "py.typed" in PYPROJECT["tool"]["setuptools"]["package-data"]["scr_runtime"]
     assert (ROOT / "scr_runtime" / "py.typed").is_file()
     folders = [path for path in (ROOT / "scr_runtime").rglob("*") if path.is_dir() and path.name != "__pycache__"]
-    assert folders == [ROOT / "scr_runtime" / "serve"]
+    assert {path.relative_to(ROOT).as_posix().replace("/", ".") for path in folders} == set(packages) - {"scr_runtime"}
 
 
 def test_the_server_needs_its_extra_alone():
@@ -191,7 +194,7 @@ def test_constraints_pin_every_direct_dependency():
         *project["dependencies"],
         *(r for extra in project["optional-dependencies"].values() for r in extra),
     ]
-    assert not {requirement_name(requirement) for requirement in wanted} - pinned
+    assert {requirement_name(requirement) for requirement in wanted} - pinned <= {"vllm"}  # which pins its own torch
 
 
 # Imports scr_runtime, with every public name, where only the named packages can be found; prints what was loaded.
@@ -232,7 +235,7 @@ def test_runtime_imports_with_its_own_dependencies_alone(loaded_by_runtime: set[
 
 
 def test_importing_the_runtime_does_not_import_transformers(loaded_by_runtime: set[str]):
-    assert "transformers" not in loaded_by_runtime
+    assert not {"transformers", "vllm", "prometheus_client"} & loaded_by_runtime
 
 
 def normal(name: str) -> str:

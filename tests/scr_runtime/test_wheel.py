@@ -54,10 +54,9 @@ def test_it_holds_the_runtime_alone(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
     package = ROOT / "scr_runtime"
-    folders = [package, package / "serve"]
-    files = {path.relative_to(ROOT).as_posix() for place in folders for path in place.iterdir() if path.is_file()}
-    assert set(names) == files
-    assert {"scr_runtime/config.schema.json", "scr_runtime/py.typed", "scr_runtime/serve/__main__.py"} <= files
+    files = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
+    assert set(names) == {f"scr_runtime/{name}" for name in files if "__pycache__" not in name}
+    assert {"config.schema.json", "py.typed", "runtime.py", "serve/__main__.py", "vllm/plugin.py"} <= files
 
 
 def test_it_works_where_nothing_of_the_project_is(wheel: Path, tmp_path: Path) -> None:
