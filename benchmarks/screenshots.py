@@ -1,24 +1,28 @@
 """The pictures of MLflow's pages in docs/images, as a user gets them.
 
 python benchmarks/screenshots.py
-needs Chromium, and a store with a plain run and a sweep:
-python train.py trainer=quick && python train.py trainer=quick predictor.loss=kl,bce seed=0,1,2 evaluation.images=0
+needs Chromium, the dev extra, and a store with a plain run and, for the page of a sweep, a sweep:
+python train.py && python train.py trainer=quick predictor.loss=kl,bce seed=0,1,2 evaluation.images=0
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
 _PATIENCE = 300.0  # seconds until the server must answer
+_SETTLING = 15_000  # milliseconds until a page has what it shows
 
 
 def main() -> None:
@@ -40,19 +44,21 @@ def main() -> None:
         address = link.partition("/#/")[0]
         wait_for(address)
         experiment = link.partition("/experiments/")[2].partition("/")[0]
-        single, sweep = (newest(address, experiment, kind) for kind in ("single", "sweep"))
-        page = f"{address}/#/experiments/{experiment}/runs"
-        shots = {
-            "mlflow-runs": (link, 640),
-            "mlflow-run": (f"{page}/{single}?workflowType=machine_learning", 1000),
-            "mlflow-sweep": (f"{page}/{sweep}?workflowType=machine_learning", 1000),
-        }
-        with tempfile.TemporaryDirectory() as profile:
+        shots = {"mlflow-runs": (link, 640)}
+        for name, kind in (("mlflow-run", "single"), ("mlflow-sweep", "sweep")):
+            run = newest(address, experiment, kind)
+            if run is None:
+                print(f"{options.uri} has no {kind} run: {name}.png stays as it is")
+            else:
+                page = f"{address}/#/experiments/{experiment}/runs/{run}?workflowType=machine_learning"
+                shots[name] = page, 1000
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=options.browser, args=["--no-sandbox"])
             for name, (url, height) in shots.items():
                 file = options.output / f"{name}.png"
-                for _ in range(2):  # the first time, parts of the page are not in the browser's cache
-                    shoot([options.browser, f"--user-data-dir={profile}"], url, file, height)
+                shoot(browser.new_page(viewport={"width": 1440, "height": height}), url, file)
                 print(file)
+            browser.close()
     finally:
         server.terminate()
         server.wait()
@@ -71,21 +77,26 @@ def wait_for(address: str) -> None:
             time.sleep(0.5)
 
 
-def newest(address: str, experiment: str, kind: str) -> str:
-    """Id of the newest run of a kind."""
+def newest(address: str, experiment: str, kind: str) -> str | None:
+    """Id of the newest run of a kind, if there is one."""
     wanted = {"experiment_ids": [experiment], "filter": f"tags.`run.kind` = '{kind}'", "max_results": 1}
     request = urllib.request.Request(
         f"{address}/api/2.0/mlflow/runs/search", json.dumps(wanted).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)["runs"][0]["info"]["run_id"]
+        found = json.load(answer).get("runs", [])
+    return found[0]["info"]["run_id"] if found else None
 
 
-def shoot(browser: list[str], url: str, file: Path, height: int) -> None:
-    """Takes a picture of a page, once it has loaded."""
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size=1720,{height}"]
-    options += ["--timeout=60000", "--virtual-time-budget=60000", f"--screenshot={file.absolute()}"]
-    subprocess.run([*browser, *options, url], check=True, capture_output=True, timeout=180)
+def shoot(page: Page, url: str, file: Path) -> None:
+    """Takes a picture of a page once it has loaded, without the assistant that MLflow opens at the first visit."""
+    page.goto(url, timeout=120_000)
+    assistant = page.locator('[data-component-id="mlflow.assistant.chat_panel.close"]')
+    page.wait_for_timeout(_SETTLING)  # the page asks its server again and again: it is never idle
+    if assistant.count():
+        assistant.first.click()
+        page.wait_for_timeout(1_000)
+    Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(256).save(file, optimize=True)
 
 
 if __name__ == "__main__":
