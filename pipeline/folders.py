@@ -113,10 +113,10 @@ def finish_run(folder: RunFolder, config: TrainConfig) -> list[str]:
         return []
     paths = config.paths
     runs = paths.fits.parents[1]
-    former = paths.latest.resolve()
+    former = paths.latest.resolve() if paths.latest.exists() else None
     _link(paths.latest, Path(folder.path.name))
     notes = []
-    if former not in (paths.latest, folder.path.resolve()) and former.is_dir():
+    if former not in (None, folder.path.resolve()):
         notes.append(f"{paths.predictor} is this run's now; that of the run before stays at {former / 'predictor'}")
     for link, part in ((paths.predictor, "predictor"), (runs / "reports" / config.model.name, "reports")):
         if link.exists() and not link.is_symlink():

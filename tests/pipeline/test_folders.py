@@ -35,8 +35,9 @@ def test_a_second_run_of_the_same_command_leaves_the_first_as_it_was(tmp_path: P
     assert latest_run(config).path == second.path.resolve()
 
 
-def test_a_run_that_takes_the_link_over_says_whose_it_was(tmp_path: Path) -> None:
-    config = config_in(tmp_path)
+def test_a_run_that_takes_the_link_over_says_whose_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = config_in(Path("runs"))
     with open_run(config) as first:
         assert finish_run(first, config) == []
     with open_run(config) as second:
