@@ -41,8 +41,7 @@ from data.vlm import load_vlm
 from evaluation.tables import table
 from pipeline.exits import quieten_libraries
 from pipeline.harvest import training_images
-from predictor import baselines
-from predictor.metrics import summarise_rows
+from pipeline.stages import measure
 from predictor.module import SourceModule
 from scr_runtime.families import blocks_of, family_of
 from scr_runtime.layout import visual_layout
@@ -142,10 +141,9 @@ class Probed(ShardDataModule):
         return super().identity | {"probe": self.kind}
 
 
-def measured(config: TrainConfig, score: Any, data: ShardDataModule) -> list[float]:
+def measured(config: TrainConfig, score: Any, data: Any) -> list[float]:
     """Recall, NDCG and mass on the test split."""
-    rows = baselines.evaluate(score, data.test_dataloader(), config.scr)
-    found = summarise_rows(rows, config.evaluation.bootstrap, config.evaluation.seed)
+    found = measure(config, data, score, data.kind)
     return [found[name].mean for name in SHOWN]
 
 

@@ -16,7 +16,7 @@ from configs.load import CONFIGS, KEYS, SAVED, compose, load_config, options_of
 from configs.problems import ConfigError, value_text, wrap
 
 Loaded = TypeVar("Loaded")
-_HELP = ("-h", "--help")
+HELP = {"-h", "--help"}
 
 
 def parse_cli(
@@ -42,9 +42,9 @@ def parse_cli(
         more: A paragraph for ``--help all``.
     """
     argv = _joined(list(sys.argv[1:] if argv is None else argv))
-    asked = next((text for text in argv if text.partition("=")[0] in _HELP), None)
+    asked = next((text for text in argv if text.partition("=")[0] in HELP), None)
     if asked is not None:
-        topics = [text for text in argv if "=" not in text and text not in _HELP]
+        topics = [text for text in argv if "=" not in text and text not in HELP]
         try:
             print(_help(asked.partition("=")[2] or next(iter(topics), ""), prog, about, more), flush=True)
         except BrokenPipeError:  # `--help all | head`

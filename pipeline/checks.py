@@ -43,9 +43,8 @@ def _problems(config: TrainConfig, sections: Collection[str]) -> Iterator[str]:
     checks += [_held_out_data, _evaluation_files] * ("evaluation" in sections)
     found = [problem for check in checks for problem in _of(check, config)]
     yield from found
-    if (
-        not found or Path(config.model.location).is_dir()
-    ):  # else the Hub would be asked, some minutes where there is none
+    asks_the_hub = not Path(config.model.location).is_dir()  # which takes minutes where there is no network
+    if not (found and asks_the_hub):
         for check in [_model] + [_predictors] * ("evaluation" in sections):
             yield from _of(check, config)
 

@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from configs import load_config
+from configs.cli import HELP
 from evaluation.errors import EvaluationError
 from evaluation.paper import PAPER, row_of, table_rows
 from evaluation.tables import markdown, table
@@ -25,7 +26,7 @@ _USAGE = (
 
 def compare_runs(arguments: Sequence[str]) -> int:
     """Prints the table; `output=FILE` writes it as Markdown, `tracking.uri=URI` names the store of MLflow ids."""
-    if {"-h", "--help"} & set(arguments):
+    if HELP & set(arguments):
         print(_USAGE)
         return 0
     names = [text for text in arguments if "=" not in text]

@@ -22,6 +22,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from configs import load_config
+from configs.cli import HELP
 from evaluation.tables import bullets, table
 from export import engines, hub, registry
 from export.difference import differences
@@ -142,7 +143,7 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         ExportError: If one is missing, unknown or given twice.
     """
     command = COMMANDS[name]
-    if {"-h", "--help"} & set(arguments):
+    if HELP & set(arguments):
         print(f"usage: python -m export {name} {command.usage}\n{command.run.__doc__}")
         return 0
     words = command.usage.split()

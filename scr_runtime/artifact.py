@@ -204,24 +204,17 @@ def _read_sealed(path: Path, most: int, sha256: str) -> bytes:
     return content
 
 
-def stored_settings(folder: Place | None, num_blocks: int) -> SCRConfig | None:
-    """The SCR settings in a folder whose predictor can't be used.
-
-    Args:
-        folder: The folder, if there is one.
-        num_blocks: Depth of the model that is to run with them.
-
-    Returns:
-        The settings; ``None`` without a folder, or if they are for a model of another depth.
+def stored_info(folder: Place | None) -> Mapping[str, Any]:
+    """What a folder whose predictor can't be used says of itself; nothing without a folder.
 
     Raises:
         PredictorError: If its config.json is not what was written.
     """
     if folder is None:
-        return None
+        return {}
     record = _read_record(Path(folder))
     _check_whole(record, Path(folder) / CONFIG_NAME)
-    return SCRConfig.from_dict(record["scr"]) if record["model"].get("num_blocks", num_blocks) == num_blocks else None
+    return record
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scr_runtime.artifact import PROBE, load_predictor, stored_settings
+from scr_runtime.artifact import PROBE, load_predictor, stored_info
 from scr_runtime.config import Mode, SCRConfig
 from scr_runtime.errors import ConfigurationError, PredictorError, PredictorMismatchError
 from scr_runtime.families import blocks_of, family_of, generative_model
@@ -267,12 +267,9 @@ def fitted_settings(given: Given) -> SCRConfig | None:
 def _settings_without(given: Given, num_blocks: int) -> tuple[SCRConfig, str]:
     """Settings where the predictor can't be used, and what they are in words."""
     try:
-        if isinstance(given, SourcePredictor):
-            depth = given.info["model"].get("num_blocks") if given.info else None
-            stored = fitted_settings(given) if depth in (None, num_blocks) else None
-        else:
-            stored = stored_settings(given, num_blocks)
-        if stored is not None:
+        info = given.info if isinstance(given, SourcePredictor) else stored_info(given)
+        if info and info["model"].get("num_blocks", num_blocks) == num_blocks:
+            stored = SCRConfig.from_dict(info["scr"])
             stored.check_depth(num_blocks)
             return stored, f" with the folder's settings ({_ranges(stored)})"
     except (ConfigurationError, PredictorError):

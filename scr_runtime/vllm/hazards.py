@@ -5,7 +5,6 @@ This is the one place that knows vLLM's settings. It reads a ``VllmConfig`` and 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -50,7 +49,7 @@ def problems(config: Any, predictor: SourcePredictor, image_backend: str | None,
 
 
 def _version(version: str) -> Iterator[str]:
-    if re.match(r"(\d+\.\d+)", version + ".0") is None or not version.startswith(tuple(f"{v}." for v in VERSIONS)):
+    if not version.startswith(tuple(f"{known}." for known in VERSIONS)):
         yield f"vLLM is {version}; this plug-in was tested with {', '.join(VERSIONS)} and knows no other inside"
 
 
