@@ -7,10 +7,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 project = "One-Pass SCR"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["images"]
+exclude_patterns = ["images", "static"]
 html_theme = "furo"
 html_title = project
 html_show_copyright = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 
 myst_heading_anchors = 4
 suppress_warnings = ["myst.strikethrough"]

@@ -1,49 +1,146 @@
-"""Takes the pictures of the playground for the documentation, from a running one.
+"""Takes the pictures of MLflow's pages and of the playground in docs/images, as a user gets them.
 
-make playground                                          in one terminal, after make train
-.venv/bin/python docs/screenshots.py                     in another: writes docs/images/playground.png
-.venv/bin/python docs/screenshots.py out=FOLDER url=...  there, with the narrow and the dark page beside it
+.venv/bin/python docs/screenshots.py                              both, of the store and the predictor in runs/
+.venv/bin/python docs/screenshots.py mlflow --uri sqlite:///FILE  MLflow's pages alone, of another store
+.venv/bin/python docs/screenshots.py playground --views           the playground alone, dark and narrow, too
+
+needs Chromium, the dev extra, and a store with a plain run and, for the page of a sweep, a sweep:
+python train.py && python train.py predictor.loss=kl,bce,mse_log seed=0,1,2
 """
 
 from __future__ import annotations
 
+import argparse
 import io
+import json
 import shutil
+import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-VIEWS: dict[str, tuple[int, Any]] = {
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+_PATIENCE = 300.0  # seconds until a server must answer
+_SETTLING = 15_000  # milliseconds until a page of MLflow has what it shows
+_VIEWS: dict[str, tuple[int, Any]] = {
     "playground": (1280, "light"),
     "playground-dark": (1280, "dark"),
     "playground-400": (400, "light"),
 }
 
 
-def main(arguments: list[str]) -> None:
-    """Opens the page in headless Chromium, shows the neighbours, and takes the pictures."""
-    given = dict(text.split("=", 1) for text in arguments)
-    folder = Path(given.get("out", Path(__file__).parent / "images"))
-    views = VIEWS if "out" in given else {"playground": VIEWS["playground"]}
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        sys.exit(f"no browser: install one of {', '.join(BROWSERS)}")
+def main() -> None:
+    """Starts each server, and takes its pictures in headless Chromium."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", choices=("mlflow", "playground", "both"), nargs="?", default="both")
+    parser.add_argument("--uri", default="sqlite:///runs/mlflow.db", help="MLflow's store")
+    parser.add_argument("--predictor", default="runs/predictors/scene-llava", help="folder, for the playground")
+    parser.add_argument("--output", type=Path, default=Path("docs/images"), help="folder of the pictures")
+    parser.add_argument("--views", action="store_true", help="the playground dark and at 400 pixels, too")
+    parser.add_argument("--browser", default=next(filter(None, map(shutil.which, _BROWSERS)), None))
+    options = parser.parse_args()
+    if options.browser is None:
+        parser.error(f"no browser: install one of {', '.join(_BROWSERS)}, or name it with --browser")
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        for name, (width, scheme) in views.items():
-            page = chromium.new_page(viewport={"width": width, "height": 1120}, color_scheme=scheme)
-            page.goto(given.get("url", "http://127.0.0.1:7860"))
-            page.locator("#answers tr:last-child td", has_text=" ms ").wait_for(timeout=60_000)
-            page.keyboard.press("n")
-            shot = Image.open(io.BytesIO(page.screenshot(full_page=width < 1000))).convert("RGB")
-            shot.quantize(256).save(folder / f"{name}.png", optimize=True)
-            page.close()
-        chromium.close()
+        browser = playwright.chromium.launch(executable_path=options.browser, args=["--no-sandbox"])
+        if options.pages != "playground":
+            with served("pipeline.ui", "--backend-store-uri", options.uri, "--port", "5055") as link:
+                picture_mlflow(browser, link, options.output)
+        if options.pages != "mlflow":
+            with served("playground", f"predictor={options.predictor}", "port=0") as address:
+                picture_playground(browser, address, options.output, list(_VIEWS) if options.views else ["playground"])
+        browser.close()
+
+
+@contextmanager
+def served(module: str, *arguments: str) -> Iterator[str]:
+    """Runs a command that serves pages; gives the first address that it prints, once that answers."""
+    command = [sys.executable, "-m", module, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout is not None
+        try:
+            words = (word for line in server.stdout for word in line.split())
+            address = next((word for word in words if word.startswith("http://")), None)
+            if address is None:
+                sys.exit(f"python -m {module} {' '.join(arguments)} ended: type it to see why")
+            wait_for(address)
+            yield address
+        finally:
+            server.terminate()
+
+
+def wait_for(address: str) -> None:
+    """Waits until a server answers."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            urllib.request.urlopen(address.partition("#")[0], timeout=5).close()
+            return
+        except (urllib.error.URLError, TimeoutError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def picture_mlflow(browser: Browser, link: str, folder: Path) -> None:
+    """The table of runs, the newest plain run, and the newest parent of a sweep, of the experiment behind a link."""
+    address, _, place = link.partition("/#/experiments/")
+    experiment = place.partition("/")[0]
+    shots = {"mlflow-runs": (link, 640)}
+    for name, kind in (("mlflow-run", "single"), ("mlflow-sweep", "sweep")):
+        run = newest(address, experiment, kind)
+        if run is None:
+            print(f"no {kind} run: {name}.png stays as it is")
+        else:
+            shots[name] = f"{address}/#/experiments/{experiment}/runs/{run}?workflowType=machine_learning", 1000
+    for name, (url, height) in shots.items():
+        page = browser.new_page(viewport={"width": 1440, "height": height})
+        page.goto(url, timeout=120_000)
+        page.wait_for_timeout(_SETTLING)  # the page asks its server again and again: it is never idle
+        assistant = page.locator('[data-component-id="mlflow.assistant.chat_panel.close"]')
+        if assistant.count():  # MLflow opens it at the first visit
+            assistant.first.click()
+            page.wait_for_timeout(1_000)
+        save(page, folder / f"{name}.png")
+
+
+def newest(address: str, experiment: str, kind: str) -> str | None:
+    """Id of the newest run of a kind, if there is one."""
+    wanted = {"experiment_ids": [experiment], "filter": f"tags.`run.kind` = '{kind}'", "max_results": 1}
+    request = urllib.request.Request(
+        f"{address}/api/2.0/mlflow/runs/search", json.dumps(wanted).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        found = json.load(answer).get("runs", [])
+    return found[0]["info"]["run_id"] if found else None
+
+
+def picture_playground(browser: Browser, address: str, folder: Path, views: list[str]) -> None:
+    """The page of the first scene with its answers, timings and neighbours."""
+    for name in views:
+        width, scheme = _VIEWS[name]
+        page = browser.new_page(viewport={"width": width, "height": 1120}, color_scheme=scheme)
+        page.goto(address)
+        page.locator("#answers tr:last-child td", has_text=" ms ").wait_for(timeout=60_000)
+        page.keyboard.press("n")
+        save(page, folder / f"{name}.png", whole=width < 1000)
+
+
+def save(page: Page, file: Path, *, whole: bool = False) -> None:
+    """Writes what a page shows, in 256 colours."""
+    shot = Image.open(io.BytesIO(page.screenshot(full_page=whole))).convert("RGB")
+    shot.quantize(256).save(file, optimize=True)
+    page.close()
+    print(file)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -28,6 +28,7 @@ from data.images import CocoImages
 from data.settings import HarvestSettings, VLMSettings
 from data.vlm import load_vlm
 from pipeline.commands import long_forms
+from pipeline.predictors import COMMANDS as PREDICTOR_COMMANDS
 from scenes import ensure_world
 from scenes.world import render_scene
 from scr_runtime import SCR, PredictorConfig, SCRConfig, SourcePredictor, describe_model, save_predictor
@@ -35,9 +36,13 @@ from scr_runtime.serve.settings import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NO_CODE = ("text", "{toctree}", "{eval-rst}")
+NO_CODE = ("text", "{include}", "{toctree}", "{eval-rst}")
 CONFIG = SCRConfig(num_sources=8, edit_layers=(0, 2), attention_layers=(2, 4))
-COMMANDS = ("train.py", "data.harvest", "export", "evaluation", "playground", "scr_runtime.serve")
+OTHER_PROGRAMS = (
+    "git", "cd", "pip", "python3", "pre-commit", "ruff", "pyright", "lint-imports", "source", "export", "hf", "vllm",
+)  # fmt: skip
+OTHER_MODULES = ("pytest", "vllm.entrypoints.openai.api_server")
+"""Of others: their commands are not checked."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,6 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
-SHELL = [block for block in BLOCKS if block.language == "bash"]
 PYTHON = [
     page for page in PAGES if any(b.language == "python" and not b.mark.startswith("needs") for b in blocks(page))
 ]
@@ -77,27 +81,106 @@ def test_every_block_runs_or_says_what_it_needs() -> None:
     assert named and not [test for test in named if not (ROOT / test).exists()]
 
 
-def commands(block: Block) -> Iterator[list[str]]:
-    for line in block.text.replace("\\\n", " ").splitlines():
+def typed(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every command of a page with its place: lines of shell blocks, and code in a sentence that begins like one."""
+    content = page.read_text(encoding="utf-8")
+    places = [(block, block.text.replace("\\\n", " ").splitlines()) for block in blocks(page)]
+    shell = [(str(block), line) for block, lines in places if block.language == "bash" for line in lines]
+    prose = re.sub(r"^```.*?^```$", "", content, flags=re.DOTALL | re.MULTILINE)
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    shell += [(page.name, span) for span in spans if re.match(r"(\w+=\S+ )*(\S*/)?(python|make|torchrun) \S", span)]
+    for place, line in shell:
         words = shlex.split(line, comments=True)
-        starts = [place for place, word in enumerate(words) if word in COMMANDS]
-        if starts and any("python" in word or "torchrun" in word for word in words[: starts[0]]):
-            yield words[starts[0] :]
+        for number, word in reversed(list(enumerate(words))):
+            if word == "&&":
+                yield place, words[number + 1 :]
+                del words[number:]
+        if words:
+            yield place, words
 
 
-@pytest.mark.parametrize("block", [block for block in SHELL if list(commands(block))], ids=str)
-def test_the_settings_of_commands_are_ones_that_the_project_has(block: Block) -> None:
-    for program, *arguments in commands(block):
-        arguments = [text for text in arguments if not text.startswith(("port=", "output=", "--"))]
-        if arguments[:1] == ["compare"] or (program == "export" and arguments and "=" not in arguments[0]):
-            continue  # runs and folders, no settings
-        arguments = arguments[1:] if arguments[:1] == ["tune"] else arguments
-        if program == "scr_runtime.serve":
-            parse(arguments)
-        elif program == "train.py":
-            load_sweep(arguments)
-        else:
-            load_config(long_forms(arguments))
+def program_of(words: list[str]) -> tuple[str, list[str]]:
+    """What is started, and its arguments: train.py, a module or make; nothing for a program of others."""
+    while "=" in words[0] or words[0] == "srun":  # variables of the environment, Slurm
+        words = words[1:]
+    name = Path(words[0]).name
+    if name == "torchrun":
+        words = [name, *words[words.index("-m") :]]
+    if name in ("python", "torchrun"):
+        name, *words = words[1 + (words[1] == "-m") :]
+        return ("", []) if name in OTHER_MODULES else (name, words)
+    return ("", []) if name in OTHER_PROGRAMS else (name, words[1:])
+
+
+def check_settings(program: str, arguments: list[str]) -> None:
+    """Reads arguments as the program does, as far as no work is done.
+
+    Raises:
+        ValueError: The project has no such setting, command or option.
+    """
+    if not program or "--help" in arguments:
+        return
+    if "--config" in arguments:  # a run of the reader's
+        place = arguments.index("--config")
+        arguments = arguments[:place] + arguments[place + 2 :]
+    arguments = [text for text in arguments if text != "..." and not text.startswith(("port=", "output="))]
+    if program == "make":
+        target, *given = arguments
+        if f"\n{target}:" not in (ROOT / "Makefile").read_text(encoding="utf-8"):
+            raise ValueError(f"the Makefile has no target {target}")
+        for text in given:
+            program = {"train": "train.py"}.get(target, target)
+            check_settings(program, shlex.split(text.removeprefix("ARGS=")))
+    elif program == "train.py":
+        load_sweep(arguments)
+    elif program == "scr_runtime.serve":
+        parse(arguments)
+    elif program == "export" and arguments and arguments[0] in PREDICTOR_COMMANDS:
+        keys = {text.partition("=")[0] for text in arguments[1:] if "=" in text}
+        if wrong := keys - set(re.findall(r"([\w.]+)=", PREDICTOR_COMMANDS[arguments[0]].usage)):
+            raise ValueError(f"python -m export {arguments[0]} takes no {wrong}")
+    elif program in ("data.harvest", "export", "evaluation", "playground"):
+        if arguments[:1] != ["compare"]:  # takes runs, no settings
+            load_config(long_forms(arguments[arguments[:1] == ["tune"] :]))
+    else:
+        check_options(program, arguments)
+
+
+def check_options(module: str, arguments: list[str]) -> None:
+    """Looks for a module of the project, and in its text for the options and the command that are given to it."""
+    place = ROOT / module.replace(".", "/")
+    file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+    if not file.is_file():
+        raise ValueError(f"there is no module {module}")
+    code = file.read_text(encoding="utf-8")
+    named = [text for text in arguments if text.startswith("--")]
+    named += [text for text in arguments[:1] if re.fullmatch("[a-z]+", text)]
+    if missing := [text for text in named if f'"{text}"' not in code]:
+        raise ValueError(f"{module} has no {missing}")
+    load_config([text for text in arguments if re.match(r"[\w.]+=", text)])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_one_that_the_project_takes(page: Path) -> None:
+    wrong: list[str] = []
+    for place, words in typed(page):
+        try:
+            check_settings(*program_of(words))
+        except ValueError as error:
+            wrong.append(f"{place}: {shlex.join(words)}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_command_that_the_project_does_not_take_is_found() -> None:
+    for line in (
+        "python train.py predictor.los=kl", "python train.py model=llava", "make trian", 'make train ARGS="seed=x"',
+        "python -m data.harvests", "torchrun --nproc-per-node 2 -m data.harvest harvest.sample=3",
+        "python -m benchmarks.transfer grid", "python -m benchmarks.prefill --repeat 3",
+        "python -m data.inspect look A", "python -m export promote name=A versions=3",
+        "python -m scr_runtime.serve modell=A", "wget https://host",
+    ):  # fmt: skip
+        with pytest.raises(ValueError):
+            check_settings(*program_of(shlex.split(line)))
 
 
 @pytest.fixture
@@ -185,9 +268,12 @@ def test_the_site_is_built_without_a_warning_and_has_every_public_name(tmp_path:
     ]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
-    page = (tmp_path / "site/api.html").read_text(encoding="utf-8")
+    page, home = ((tmp_path / f"site/{name}.html").read_text(encoding="utf-8") for name in ("api", "index"))
     public = [name for name in scr_runtime.__all__ if name != "errors"]
-    assert not [name for name in public if not re.search(rf'id="scr_runtime\.\w+\.{name}"', page)]
-    loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', page)
+    assert not [name for name in public if f'id="scr_runtime.{name}"' not in page]  # as users import them
+    loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', page + home)
     assert not loaded  # the site asks no other server
+    assert "make train" in home and 'src="_images/how-it-works.svg"' in home  # the README's own text
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert not [name for name in pages if f'href="{Path(name).stem}.html"' not in home]
     shutil.rmtree(tmp_path / "site")
