@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
 from predictor.calibration import Calibration, ConfidenceRows
@@ -26,6 +29,17 @@ from scr_runtime.rule import SourceRule
 
 _HIT, _MISSED, _EXTRA = "#00a087", "#f2a900", "#d1478f"
 _INK, _MUTED = "#222222", "#8a8a8a"
+
+
+def _map_colours() -> ListedColormap:
+    """Colours of a map, from no attention to the largest of a row: what gets less lets more of the picture through."""
+    share = np.linspace(0, 1, 512)
+    colours = colormaps["inferno"](share**0.6)  # small differences show
+    colours[:, 3] = 0.25 + 0.7 * np.sqrt(share)
+    return ListedColormap(colours)
+
+
+_COLOURS = _map_colours()
 
 
 @dataclass(frozen=True)
@@ -74,34 +88,35 @@ def map_example(image: ArrayLike, attention: ArrayLike, scores: ArrayLike, rule:
 def source_maps_figure(examples: Sequence[MapExample]) -> Figure:
     """Draws, for each example: the image, the two-pass map, the predicted map, and both choices of sources.
 
-    The two maps of a row share one colour scale. Hits are filled, missed two-pass sources are framed, sources
-    that two-pass would not choose are crossed out.
+    The two maps of a row share one colour scale, which stands below them. Hits are filled, missed two-pass sources are
+    framed, sources that two-pass would not choose are crossed out.
 
     Raises:
         ValueError: No example.
     """
     if not examples:
         raise ValueError("source_maps_figure needs at least one example.")
-    figure = Figure(figsize=(11, 3.0 * len(examples) + 0.5), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11, 3.35 * len(examples) + 0.5), layout="constrained", facecolor="white")
     rows = figure.subfigures(len(examples), 1, squeeze=False, hspace=0.02)[:, 0]
     for subfigure, example in zip(rows, examples, strict=True):
         style: dict[str, Any] = {"fontsize": 12, "color": _INK, "weight": "bold"}
         subfigure.suptitle(example.title, x=0.012, ha="left", parse_math=False, **style)
         axes = subfigure.subplots(1, 4)
-        top = float(max(np.nanmax(example.true_map), np.nanmax(example.predicted_map)))
+        scale = Normalize(0, float(max(np.nanmax(example.true_map), np.nanmax(example.predicted_map))))
         hits = np.intersect1d(example.true_sources, example.chosen_sources)
         mass = example.true_map.flat[example.chosen_sources].sum() / max(
             example.true_map.flat[example.true_sources].sum(), np.finfo(np.float32).tiny
         )
         _show_image(axes[0], example, "image")
-        _show_map(axes[1], example, example.true_map, top, "two-pass map")
-        _show_map(axes[2], example, example.predicted_map, top, "predicted map")
+        _show_map(axes[1], example, example.true_map, scale, "two-pass map")
+        _show_map(axes[2], example, example.predicted_map, scale, "predicted map")
+        _show_scale(subfigure, axes[1:3], scale)
         label = f"sources: {len(hits)} of {len(example.true_sources)} hit, {mass:.0%} of the mass"
         _show_image(axes[3], example, label, dim=0.55)
         _mark_sources(axes[3], example)
     border = any(np.isnan(example.true_map).any() for example in examples)
     figure.legend(
-        title="Maps: brighter is more attention." + " The grey border is never a source." * border,
+        title="The grey border is never a source." if border else None,
         title_fontsize=10,
         handles=[
             Patch(facecolor=_HIT, edgecolor="white", label="hit: both choose it"),
@@ -184,25 +199,26 @@ def _show_image(axes: Axes, example: MapExample, title: str, dim: float = 0.0) -
         spine.set(color="#cccccc", linewidth=0.8)
 
 
-def _show_map(axes: Axes, example: MapExample, values: np.ndarray, top: float, title: str) -> None:
-    """A map over the grey picture; the least attended patches are the most transparent."""
+def _show_map(axes: Axes, example: MapExample, values: np.ndarray, scale: Normalize, title: str) -> None:
+    """A map over the grey picture; patches that can be no sources stay grey."""
     _show_image(axes, example, title)
     rows, columns = values.shape
-    aspect = axes.get_aspect()
     grey = example.image.astype(np.float32).mean(axis=-1) / 255
-    extent = (0.0, float(columns), float(rows), 0.0)
-    axes.imshow(grey, extent=extent, aspect=aspect, cmap="gray", vmin=-0.6, vmax=1.6, interpolation="nearest")
-    share = np.nan_to_num(values / top)
-    alpha = np.where(np.isnan(values), 0.0, 0.25 + 0.7 * np.sqrt(share))
-    axes.imshow(
-        np.nan_to_num(values),
-        extent=extent,
-        aspect=aspect,
-        cmap="inferno",
-        norm=PowerNorm(0.6, vmin=0, vmax=top),
-        alpha=alpha,
-        interpolation="nearest",
+    place: dict[str, Any] = {"extent": (0, columns, rows, 0), "aspect": axes.get_aspect(), "interpolation": "nearest"}
+    axes.imshow(grey, cmap="gray", vmin=-0.6, vmax=1.6, **place)
+    axes.imshow(np.ma.masked_invalid(values), cmap=_COLOURS, norm=scale, **place)
+
+
+def _show_scale(subfigure: SubFigure, axes: Sequence[Axes], scale: Normalize) -> None:
+    """The colours of two maps with their values, over the grey of a picture."""
+    bar = subfigure.colorbar(
+        ScalarMappable(scale, _COLOURS), ax=list(axes), location="bottom", shrink=0.62, aspect=38, pad=0.015
     )
+    bar.ax.set_facecolor("#808080")
+    bar.set_ticks(MaxNLocator(4), format=PercentFormatter(1, decimals=0))
+    bar.ax.tick_params(labelsize=8, length=2, color=_MUTED)
+    bar.set_label("a patch's share of the attention", fontsize=8.5, color=_INK)
+    bar.outline.set(edgecolor="#cccccc", linewidth=0.8)
 
 
 def _mark_sources(axes: Axes, example: MapExample) -> None:

@@ -6,6 +6,7 @@ A comment before a block marks it: `<!-- given: names -->` for Python that uses 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -220,9 +221,24 @@ def harvested(given: dict[str, Any]) -> None:
     harvest(*prepare(place, images=images, settings=settings, **arguments))
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:.*logging interval")
+@pytest.fixture
+def lightning(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What Lightning logs; its loggers get their levels back."""
+    loggers = [
+        logging.getLogger(f"pytorch_lightning{part}") for part in ("", ".utilities.rank_zero", ".loggers.mlflow")
+    ]
+    levels = [logger.level for logger in loggers]
+    loggers[0].addHandler(caplog.handler)
+    yield caplog
+    loggers[0].removeHandler(caplog.handler)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
-def test_the_python_of_a_page_runs(page: Path, given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_of_a_page_runs(
+    page: Path, given: dict[str, Any], capsys: pytest.CaptureFixture[str], lightning: pytest.LogCaptureFixture
+) -> None:
     if page.name == "fit.md":
         harvested(given)
     if page.name == "README.md":
@@ -236,6 +252,7 @@ def test_the_python_of_a_page_runs(page: Path, given: dict[str, Any], capsys: py
             names |= {name: given[name] for name in wanted if name in given}
         exec(compile(block.text, str(block), "exec"), names)
     printed = capsys.readouterr().out
+    assert "available:" not in lightning.text and "litlogger" not in lightning.text  # no notices, no adverts
     if page.name == "README.md":
         assert "Is there a dog in the image?" in printed and "two-pass [" in printed
         assert names["scr"].stats.prefills == 1

@@ -60,7 +60,7 @@ def test_source_maps(count: int) -> None:
     assert _png(figure).startswith(b"\x89PNG")
     titles = [subfigure.get_suptitle() for subfigure in figure.subfigs]
     assert titles == [QUESTION] * count
-    assert all(len(subfigure.axes) == 4 for subfigure in figure.subfigs)
+    assert all(len(subfigure.axes) == 5 for subfigure in figure.subfigs)  # four panels and a scale
 
 
 def test_hits_misses_and_extras_are_marked() -> None:
@@ -74,11 +74,25 @@ def test_hits_misses_and_extras_are_marked() -> None:
     assert f"{len(true & chosen)} of 4 hit" in axes.get_title(loc="left")
 
 
-def test_the_maps_say_what_brightness_and_grey_mean() -> None:
+def test_each_row_has_a_scale_with_values_for_both_of_its_maps() -> None:
+    examples = [_example(seed=seed) for seed in range(2)]
+    figure = source_maps_figure(examples)
+    _png(figure)
+    for subfigure, example in zip(figure.subfigs, examples, strict=True):
+        *panels, scale = subfigure.axes
+        top = max(np.nanmax(example.true_map), np.nanmax(example.predicted_map))
+        assert scale.get_xlim() == pytest.approx((0, top))
+        assert scale.get_xlabel() == "a patch's share of the attention"
+        assert all(text.get_text().endswith("%") for text in scale.get_xticklabels()) and len(scale.get_xticks()) > 2
+        for axes, values in ((panels[1], example.true_map), (panels[2], example.predicted_map)):
+            drawn = axes.images[-1]
+            assert drawn.norm.vmax == pytest.approx(top) and drawn.get_array().count() == np.isfinite(values).sum()
+
+
+def test_the_figure_says_what_the_grey_border_is() -> None:
     for scr, border in ((SCR, True), (SCRConfig(num_sources=4, exclude_border=False), False)):
         (legend,) = source_maps_figure([_example(scr=scr)]).legends
-        text = legend.get_title().get_text()
-        assert "brighter is more attention" in text and ("grey border is never a source" in text) == border
+        assert ("grey border is never a source" in legend.get_title().get_text()) == border
 
 
 def test_source_maps_need_an_example() -> None:
