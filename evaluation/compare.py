@@ -66,7 +66,7 @@ class Comparison:
     Attributes:
         settings: What was asked, and how.
         methods: Rows of the tables.
-        quiz: The yes/no questions, if any were asked.
+        quiz: The yes/no questions, if any were asked, or prompts whose answers nobody knows.
         prompts: What was found under each prompt; the first is the headline.
         captions: (method, tokens) -> caption scores; empty where none were made.
         fidelity: Method -> how it follows two-pass, under the first prompt.
@@ -148,8 +148,7 @@ def compare(
     quiz, headline = reference.quiz, prompts[0] if prompts else None
     states = None
     if quiz is not None and "fidelity" in settings.benchmarks:
-        task = next(iter(reference.tasks().values()))
-        states = compare_states(reference.asker, task, quiz, methods, loaded, settings)
+        states = compare_states(reference.asker, _template(reference), quiz, methods, loaded, settings)
     captions: dict[tuple[str, int], CaptionScore] = {}
     if reference.gallery is not None:
         decode = reference.asker.processor.tokenizer.decode
@@ -163,6 +162,9 @@ def compare(
     follow, felt, curves, fallback = {}, [], {}, {}
     if headline is not None:
         follow, felt, curves, fallback = _following(reference, headline, asked[headline.name], methods, loaded, states)
+    elif states is not None:
+        rows = {name: own for name, own in states.kept.items() if name != TWO_PASS}
+        follow = {name: fidelity(None, name, own, settings.bootstrap, settings.seed) for name, own in rows.items()}
     analysis = None
     if headline is not None and quiz is not None and TWO_PASS in headline.answered.margins:
         store, crops = asked[headline.name][TWO_PASS], _crops(reference)
@@ -290,10 +292,8 @@ def _prefill_costs(
     items = reference.quiz.items if reference.quiz else reference.gallery.items if reference.gallery else []
     if not items:
         return {}
-    template = next(iter(reference.settings.templates.values()), "{question}") if reference.quiz else "{question}"
-    inputs = chat_inputs(
-        asker.processor, [asker.pictures.open(items[0].image)], [template.replace("{question}", items[0].text)]
-    )
+    text = _template(reference).replace("{question}", items[0].text)
+    inputs = chat_inputs(asker.processor, [asker.pictures.open(items[0].image)], [text])
     inputs = inputs.to(asker.model.device, dtype=asker.model.dtype)
     runtimes: dict[str, SCR] = {VANILLA: SCR(asker.model, mode="off")}
     for method in methods:
@@ -306,6 +306,11 @@ def _prefill_costs(
             asker.model, config=scr, mode=mode, predictor=predictor, threshold=method.threshold, seed=asker.seed
         )
     return prefill_costs(asker.model, inputs, list(runtimes), runtimes.__getitem__, repeats=repeats)
+
+
+def _template(reference: Reference) -> str:
+    """The first prompt of yes/no questions; other prompts are whole."""
+    return next((task.template for task in reference.tasks().values()), "{question}")
 
 
 def _facts(reference: Reference, predictors: Predictors, settings: EvaluationSettings) -> dict[str, Any]:

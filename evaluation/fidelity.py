@@ -146,29 +146,26 @@ class Fidelity:
     effect_cosine: float
     kl: float
     kl_vanilla: float
-    spearman: float
-    shift_correlation: float
-    changed: int
-    followed: int
-    agreement: float
-    agreement_of_vanilla: float
+    spearman: float = math.nan
+    shift_correlation: float = math.nan
+    changed: int = 0
+    followed: int = 0
+    agreement: float = math.nan
+    agreement_of_vanilla: float = math.nan
 
 
 def fidelity(
-    answered: Answered, method: str, rows: Sequence[Kept] = (), resamples: int = 2000, seed: int = 0
+    answered: Answered | None, method: str, rows: Sequence[Kept] = (), resamples: int = 2000, seed: int = 0
 ) -> Fidelity:
     """Sums up how a method follows two-pass.
 
     Args:
-        answered: With two-pass and vanilla.
+        answered: With two-pass and vanilla; `None` where hidden states alone are compared.
         method: Which method.
         rows: Its comparison of hidden states, one row per image.
         resamples: Behind the intervals.
         seed: Of the resamples.
     """
-    vanilla, target, mine = (answered.margins[name] for name in (VANILLA, TWO_PASS, method))
-    before, wanted, own = (answered.parsed[name][0] for name in (VANILLA, TWO_PASS, method))
-    changed = wanted != before
 
     def mean(name: str) -> float:
         values = np.array([getattr(row, name) for row in rows], dtype=np.float64)
@@ -186,13 +183,23 @@ def fidelity(
         effect_cosine=mean("effect_cosine"),
         kl=mean("kl"),
         kl_vanilla=mean("kl_vanilla"),
-        spearman=_spearman(mine - vanilla, target - vanilla),
-        shift_correlation=_correlation(mine - vanilla, target - vanilla),
-        changed=int(changed.sum()),
-        followed=int((own == wanted)[changed].sum()),
-        agreement=float((own == wanted).mean()),
-        agreement_of_vanilla=float((~changed).mean()),
+        **({} if answered is None else _followed(answered, method)),
     )
+
+
+def _followed(answered: Answered, method: str) -> dict[str, Any]:
+    """The part of `Fidelity` that answers tell."""
+    vanilla, target, mine = (answered.margins[name] for name in (VANILLA, TWO_PASS, method))
+    before, wanted, own = (answered.parsed[name][0] for name in (VANILLA, TWO_PASS, method))
+    changed = wanted != before
+    return {
+        "spearman": _spearman(mine - vanilla, target - vanilla),
+        "shift_correlation": _correlation(mine - vanilla, target - vanilla),
+        "changed": int(changed.sum()),
+        "followed": int((own == wanted)[changed].sum()),
+        "agreement": float((own == wanted).mean()),
+        "agreement_of_vanilla": float((~changed).mean()),
+    }
 
 
 @dataclass(frozen=True)

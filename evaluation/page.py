@@ -16,6 +16,7 @@ from evaluation.report import (
     analysis_rows,
     answer_rows,
     caption_rows,
+    cost_rows,
     fact_rows,
     fidelity_rows,
     method_rows,
@@ -46,7 +47,7 @@ def page(comparison: Comparison, *, embedded: bool, command: str = "") -> str:
     if rows := caption_rows(comparison):
         note = "CHAIR falls when a caption says less: read it beside recall and length."
         parts.append(f"<h2>Captions</h2><p class='soft'>{note}</p>{_table(rows, comparison)}")
-    parts.append(_fidelity(comparison))
+    parts += [_fidelity(comparison), _costs(comparison)]
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in reading(comparison, embedded=embedded))
     parts.append(f"<h2>What the numbers say, and what they do not</h2><ul>{lines}</ul>")
     parts += [_gallery(comparison), _analysis(comparison)]
@@ -125,6 +126,12 @@ def _fidelity(comparison: Comparison) -> str:
         parts.append(f"<h3>auto: distance to two-pass by the share handed over, least confident first</h3>"
                      f"<div class='chart'>{chart}</div>")  # fmt: skip
     return "".join(parts)
+
+
+def _costs(comparison: Comparison) -> str:
+    rows = cost_rows(comparison)
+    note = "One prefill of one image with one prompt, interleaved; CPU time of one thread, on CUDA time of the device."
+    return f"<h2>Cost of a prefill</h2><p class='soft'>{note}</p>{_table(rows, comparison)}" if rows else ""
 
 
 def _analysis(comparison: Comparison) -> str:

@@ -182,7 +182,8 @@ class Quiz:
 
     Attributes:
         items: Each once; the questions of an image come one after the other.
-        splits: Name -> its questions, easiest first: the last is the headline.
+        splits: Name -> its questions, easiest first: the last is the headline. Empty where no answer is known to be
+            right: then nothing is answered, and edits and costs alone are compared.
         notes: What a reader of the result should know, such as questions that were left out.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from evaluation.asking import Asker, Task
 from evaluation.captions import Gallery, choose_images
 from evaluation.decoding import Decoding
 from evaluation.errors import EvaluationError
-from evaluation.methods import ONLINE
+from evaluation.methods import ONLINE, SHIFT
 from evaluation.pictures import Pictures
-from evaluation.questions import Quiz, quiz_from_annotations, quiz_from_files
+from evaluation.questions import Item, Quiz, quiz_from_annotations, quiz_from_files
 from evaluation.settings import EvaluationSettings
 from scr_runtime import SCRConfig
 from scr_runtime.families import blocks_of
+
+_SHOWN = 10  # of the prompts, in a report
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Reference:
     Attributes:
         asker: The model, and the answers that it has given.
         settings: What is asked, and how.
-        quiz: The yes/no questions; `None` where none are asked.
+        quiz: The yes/no questions, or prompts whose answers nobody knows; `None` where there are none.
         gallery: The images that are captioned; `None` where none are.
         images: Held-out images with annotations, if there are any.
         origin: Where questions and images come from, for the result.
@@ -45,7 +48,7 @@ class Reference:
 
     def tasks(self) -> dict[str, Task]:
         """Prompt name -> the yes/no questions under it."""
-        if self.quiz is None:
+        if self.quiz is None or not self.quiz.splits:
             return {}
         decoding = decoding_of(self.settings)
         return {
@@ -120,6 +123,32 @@ def prepare_reference(
         }
     asker = Asker(model, processor, scr, pictures, settings.batch_size, settings.seed, cache, rank)
     return Reference(asker, settings, quiz, gallery, images, origin)
+
+
+def unlabelled_reference(
+    model: Any, processor: Any, scr: SCRConfig, folder: Path, items: Sequence[Item], settings: EvaluationSettings
+) -> Reference:
+    """What can be compared on pictures without annotations: how methods follow two-pass, and what a prefill costs.
+
+    Args:
+        model: A supported model in eval mode.
+        processor: Its processor.
+        scr: The method's settings.
+        folder: Of the pictures.
+        items: Pictures that the predictor was not fitted to, at least two, each with a prompt.
+        settings: Of them methods, `fidelity_images`, sizes and seed count.
+
+    Raises:
+        EvaluationError: Pictures are missing.
+    """
+    pictures = Pictures(folder)
+    pictures.check(item.image for item in items)
+    methods = [name for name in settings.methods if name != SHIFT]  # it follows from answers
+    settings = settings.model_copy(update={"prompts": [], "methods": methods})
+    asker = Asker(model, processor, scr, pictures, settings.batch_size, settings.seed)
+    texts = list(dict.fromkeys(item.text for item in items))
+    origin = {"prompts": {str(number): text for number, text in enumerate(texts[:_SHOWN], 1)}}
+    return Reference(asker, settings, Quiz(list(items), {}), None, None, origin)
 
 
 def _quiz(images: CocoImages | None, settings: EvaluationSettings, cache: Path | None) -> Quiz:

@@ -56,6 +56,13 @@ def answer_rows(comparison: Comparison, prompt: Prompted | None = None) -> list[
     return rows
 
 
+def headline_tables(comparison: Comparison) -> list[list[list[str]]]:
+    """What the terminal and MLflow's page show: the answers; without any, fidelity and cost."""
+    if comparison.prompts:
+        return [answer_rows(comparison)]
+    return [rows for rows in (fidelity_rows(comparison), cost_rows(comparison)) if rows]
+
+
 def caption_rows(comparison: Comparison) -> list[list[str]]:
     """Header and one row per method and length: CHAIR with recall and length beside it; empty without captions."""
     if not comparison.captions:
@@ -102,7 +109,17 @@ def fidelity_rows(comparison: Comparison) -> list[list[str]]:
             continue
         cells = [share(found.edit_kept), f"{found.edit_cosine:.2f}", share(found.effect_kept)]
         cells += [f"{found.effect_cosine:.2f}", f"{found.kl:.2g}", _number(found.spearman, 2)]
-        rows.append([name, *cells, f"{found.followed} of {found.changed}"])
+        follows = f"{found.followed} of {found.changed}" if math.isfinite(found.agreement) else "-"
+        rows.append([name, *cells, follows])
+    return rows if len(rows) > 1 else []
+
+
+def cost_rows(comparison: Comparison) -> list[list[str]]:
+    """Header and one row per method whose prefill was timed."""
+    rows = [["method", "prefill", "of vanilla's", "quartiles"]]
+    for name, cost in comparison.costs.items():
+        quartiles = f"{cost.low:.2f} to {cost.high:.2f}"
+        rows.append([name, f"{cost.milliseconds:.1f} ms", f"{cost.ratio:.2f}x", quartiles])
     return rows if len(rows) > 1 else []
 
 
@@ -155,7 +172,8 @@ def fact_rows(comparison: Comparison, command: str = "") -> list[list[str]]:
         rows.append(["images captioned", f"{facts['caption_images']:,}, sha256 {facts['caption_ids_sha256'][:16]}"])
         rows.append(["caption prompt", comparison.settings.chair_prompt])
     rows += [[f"prompt {name}", template.replace("\n", " / ")] for name, template in facts["prompts"].items()]
-    rows += [["answers", facts["decoding"]], ["parser", facts["parser"]], ["seed", str(facts["seed"])]]
+    rows += [["answers", facts["decoding"]], ["parser", facts["parser"]]] if comparison.prompts else []
+    rows.append(["seed", str(facts["seed"])])
     rows.append(["libraries", ", ".join(f"{name} {version}" for name, version in facts["libraries"].items())])
     return rows
 
@@ -250,6 +268,7 @@ def markdown_text(comparison: Comparison, *, embedded: bool, command: str = "") 
     for name, rows in (
         ("Captions", caption_rows(comparison)),
         ("Fidelity to two-pass", fidelity_rows(comparison)),
+        ("Cost of a prefill", cost_rows(comparison)),
         ("Analysis", analysis_rows(comparison)),
     ):
         parts += [f"## {name}", "", markdown(rows), ""] if rows else []
@@ -312,7 +331,7 @@ def _record(comparison: Comparison, method: str, image: str, answer: Answer) -> 
 
 
 def write(folder: Path, comparison: Comparison, *, embedded: bool, command: str = "") -> dict[str, Path]:
-    """Writes evaluation.html, evaluation.md, evaluation.json and answers.jsonl into a folder.
+    """Writes evaluation.html, evaluation.md, evaluation.json and, if there are answers, answers.jsonl into a folder.
 
     Returns:
         Kind -> path.
@@ -321,8 +340,9 @@ def write(folder: Path, comparison: Comparison, *, embedded: bool, command: str 
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = {kind: folder / f"evaluation.{kind}" for kind in ("html", "md", "json")}
-    paths["answers"] = folder / "answers.jsonl"
-    write_file(paths["answers"], "".join(f"{line}\n" for line in answer_lines(comparison)).encode())
+    if comparison.stores:
+        paths["answers"] = folder / "answers.jsonl"
+        write_file(paths["answers"], "".join(f"{line}\n" for line in answer_lines(comparison)).encode())
     write_file(paths["md"], markdown_text(comparison, embedded=embedded, command=command).encode())
     found = verdict(comparison)
     content = {

@@ -49,7 +49,8 @@ class EvaluationSettings(BaseModel):
 
     images: int = Field(default=300, ge=0)
     """Images asked about where questions are made from annotations; 0 compares no answers: train.py then ends with
-    the fit's own metrics. The files of pope_files are asked whole."""
+    the fit's own metrics and, on pictures without annotations, fidelity and latency. The files of pope_files are asked
+    whole."""
     questions_per_image: int = Field(default=6, ge=2)
     """Questions per image and strategy, half about present, half about absent objects, as POPE asks."""
     pope_files: list[str] = []

@@ -54,13 +54,21 @@ class States:
 
 def compare_states(
     asker: Asker,
-    task: Task,
+    template: str,
     quiz: Quiz,
     methods: Sequence[Method],
     predictors: Mapping[str, SourcePredictor],
     settings: EvaluationSettings,
 ) -> States | None:
     """Runs one question of some images under every method, and compares what lies behind the last edited block.
+
+    Args:
+        asker: The model.
+        template: Of the prompt, with {question} in it.
+        quiz: The questions.
+        methods: Rows of the tables.
+        predictors: By name.
+        settings: How many images.
 
     Returns:
         `None` without two-pass, which everything is compared with.
@@ -70,11 +78,11 @@ def compare_states(
         return None
     firsts = {item.image: item for item in reversed(quiz.items)}
     items = [Item(name, firsts[name].text) for name in quiz.images[: settings.fidelity_images]]
-    quiet = Task("states", items, task.template, Decoding("margin", 1, margins=False))
+    quiet = Task("states", items, template, Decoding("margin", 1, margins=False))
     run = Run(asker, quiet, [], predictors)
     found, strong = States(), list[tuple[float, float]]()
     overlaps: list[tuple[float, float]] = []
-    blocks = make_blocks(items, task.template)
+    blocks = make_blocks(items, template)
     with tqdm(total=len(items), desc="compare states", unit="image", disable=None) as progress:
         for rows in blocks:
             batches = [

@@ -34,6 +34,13 @@ class Verdict:
 def verdict(comparison: Comparison) -> Verdict:
     """Judges the method that would be deployed: one-pass if there is one, else two-pass."""
     headline, quiz = comparison.headline, comparison.quiz
+    if headline is None and quiz is not None:
+        return Verdict(
+            "open", "No verdict: these pictures have no annotations, so there is no hallucination rate.",
+            "This report says how closely the predictor follows two-pass, and what a prefill costs. For a verdict, "
+            "ask questions with known answers: evaluation.pope_files=FILE evaluation.images_dir=FOLDER behind python "
+            "-m evaluation.",
+        )  # fmt: skip
     if headline is None or quiz is None:
         return Verdict("open", "No verdict: no yes/no questions were asked.", "Add pope to evaluation.benchmarks.")
     method = deployed(comparison)
@@ -119,6 +126,11 @@ def reading(comparison: Comparison, *, embedded: bool) -> list[str]:
                 "chain."
             )
         lines += _about_effect(comparison, headline, quiz.headline) + _about_answers(comparison, headline)
+    elif quiz is not None:
+        lines.append(
+            f"{len(quiz.images):,} pictures that the predictor was not fitted to, each with one of the harvest's "
+            "prompts. Shares of two-pass's edit with 95 % intervals over pictures."
+        )
     lines += _about_fidelity(comparison) + _about_sensitivity(comparison) + _about_auto(comparison)
     if comparison.analysis is not None and math.isfinite(comparison.analysis.by_image):
         one = comparison.analysis

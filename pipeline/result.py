@@ -81,10 +81,11 @@ def describe(config: TrainConfig, result: Result, tracker: MLFlowLogger, model_i
     info = client.get_run(tracker.run_id).info
     files = {"figures/maps.png": "maps", "figures/reliability.png": "reliability", "config.yaml": "settings"}
     if comparison is not None:
-        files = {"reports/evaluation.html": "report", "reports/answers.jsonl": "answers", **files}
+        answers = {"reports/answers.jsonl": "answers"} if comparison.prompts else {}
+        files = {"reports/evaluation.html": "report", **answers, **files}
     parts = [f"**{sentence}**", " · ".join(pages.artifact_link(info, file, name) for file, name in files.items())]
     if comparison is not None:
-        parts += [report.verdict(comparison).reason, markdown(report.answer_rows(comparison))]
+        parts += [report.verdict(comparison).reason, *map(markdown, report.headline_tables(comparison))]
     parts.append(f"The predictor on {config.harvest.test} test images, K = {result.fit.sources}:")
     parts += [markdown(source_rows(result.fit)), pages.picture(info, "figures/maps.png")]
     pages.describe_run(client, info.run_id, "\n\n".join(parts), model_id)
@@ -94,7 +95,7 @@ def describe(config: TrainConfig, result: Result, tracker: MLFlowLogger, model_i
 
 def verdict_line(result: Result) -> str:
     """What a run shows, in one sentence."""
-    if result.comparison is not None:
+    if result.comparison is not None and result.comparison.prompts:
         return report.verdict(result.comparison).sentence
     mass, prior = result.fit.metrics["mass"], result.fit.floors["position"]["mass"]
     beaten = "beats" if mass.low > prior.high else "does not clearly beat"
@@ -119,8 +120,9 @@ def print_result(config: TrainConfig, folder: RunFolder, result: Result, experim
         f"{confidence['fallback']:.0%} of the maps under auto's threshold"
     )
     if (comparison := result.comparison) is not None:
-        print(f"\nAnswers on {comparison.images} held-out images\n")
-        print(table(report.answer_rows(comparison), marked=(report.deployed(comparison),)))
+        print(f"\n{'Answers' if comparison.prompts else 'Edits and cost'} on {comparison.images} held-out images")
+        for rows in report.headline_tables(comparison):
+            print("\n" + table(rows, marked=(report.deployed(comparison),)))
         found, embedded = report.verdict(comparison), config.data.world is not None
         print("\n" + bullets([found.reason, *report.reading(comparison, embedded=embedded)]))
     count = result.packed.exported.predictor.count_parameters()

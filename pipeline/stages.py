@@ -12,10 +12,12 @@ from configs import TrainConfig, digest
 from data.datamodule import ShardDataModule
 from data.grids import grids_of
 from data.index import read_sidecar
+from data.shards import ShardReader
 from data.vlm import library_versions, load_vlm
 from evaluation import fit_report
 from evaluation.compare import Comparison, compare, measure_reference
-from evaluation.reference import Reference
+from evaluation.questions import Item
+from evaluation.reference import Reference, unlabelled_reference
 from export.package import Exported, Facts, export_predictor
 from pipeline.folders import RunFolder, named_folders
 from pipeline.harvest import harvest_from_config, held_out_images
@@ -61,12 +63,16 @@ class Work:
         return self._data.for_fit(config.trainer, seed=config.seed, mean_maps=config.mean_maps)
 
     def reference(self, config: TrainConfig) -> Reference:
-        """What is asked about, and the answers that need no predictor."""
+        """What is asked about, and the answers that need no predictor; without annotations, pictures and prompts."""
         settings = config.evaluation.for_training
         key = digest(config.scr.to_dict(), settings)
         if key not in self._references:
-            images, cache = held_out_images(config), config.paths.cache
-            reference = measure_reference(self.model, self.processor, config.scr, images, settings, cache)
+            if settings.images:
+                images, cache = held_out_images(config), config.paths.cache
+                reference = measure_reference(self.model, self.processor, config.scr, images, settings, cache)
+            else:
+                folder, items = config.paths.train_images, held_out_prompts(config)
+                reference = unlabelled_reference(self.model, self.processor, config.scr, folder, items, settings)
             reference.origin.update(model_name=config.model.name, data_name=config.data.name)
             self._references[key] = reference
         return self._references[key]
@@ -115,7 +121,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run found; `comparison` is None where no answers were compared."""
+    """What a run found; `comparison` is None where nothing was compared."""
 
     fit: Fit
     packed: Packed
@@ -204,14 +210,30 @@ def export(config: TrainConfig, fitted: Fit, work: Work, folder: RunFolder, run:
 
 
 def compare_answers(config: TrainConfig, work: Work, exported: Exported) -> Comparison | None:
-    """Asks the model under every method; None if no answers are to be compared."""
-    if not config.evaluation.images:
+    """Asks the model under every method; without annotations, compares edits and costs; None if nothing is wanted."""
+    if config.evaluation.images:
+        print_step(5, "compare: two-pass, one-pass, auto and the controls on held-out images")
+    elif has_unlabelled(config):
+        print_step(5, "compare: edits and cost on held-out pictures; no answers, for want of annotations")
+    else:
         return None
-    print_step(5, "compare: two-pass, one-pass, auto and the controls on held-out images")
     predictors = {"": load_predictor(exported.folder)}
     others = named_folders(config.evaluation.predictors, [""])
     predictors |= {name: load_predictor(folder) for name, folder in others.items()}
     return compare(work.reference(config), predictors, config.evaluation.for_training)
+
+
+def has_unlabelled(config: TrainConfig) -> bool:
+    """Whether pictures without annotations are to be compared: two at least, by fidelity or latency."""
+    wanted = {"fidelity", "latency"} & set(config.evaluation.benchmarks)
+    return config.paths.train_annotations is None and config.harvest.test > 1 and bool(wanted)
+
+
+def held_out_prompts(config: TrainConfig) -> list[Item]:
+    """Pictures of the test split, as many as fidelity is measured on, each with its first prompt."""
+    samples = ShardReader(config.paths.harvest, "test")
+    count = min(len(samples), config.evaluation.fidelity_images)
+    return [Item(sample.file, sample.prompts[0]["text"]) for sample in map(samples.stored, range(count))]
 
 
 def print_step(number: int, text: str) -> None:

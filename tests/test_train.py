@@ -510,9 +510,15 @@ def test_a_folder_of_pictures_without_annotations_gives_a_predictor(tmp_path: Pa
     folder = ["data=pictures", f"data.root={tmp_path / 'pictures'}"]
     result = run(*folder, *sizes, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "[5/5]" not in result.stdout and "The predictor on 5 test images" in result.stdout
+    assert "The predictor on 5 test images" in result.stdout and "Edits and cost on 5 held-out images" in result.stdout
+    page = (tmp_path / "runs/reports/scene-llava/evaluation.html").read_text()
+    assert "these pictures have no annotations, so there is no hallucination rate" in page
+    assert "<td>one-pass</td>" in page and "Describe the image." in page and "data=pictures" in page
+    assert "No answers were compared" in result.stdout  # the last line says what is known
     predictor = load_predictor(tmp_path / "runs/predictors/scene-llava")
     assert 0 < predictor.info["metrics"]["test/recall"] <= 1
+    without = run(*folder, *sizes, "evaluation.benchmarks=[pope]", "seed=1", cwd=tmp_path)
+    assert without.returncode == 0 and "[5/5]" not in without.stdout
     refused = run(*folder, *sizes, "harvest.prompts=[present]", cwd=tmp_path)
     assert refused.returncode == 1 and "[1/5]" not in refused.stdout
     assert "present ask about annotated objects, and data=pictures has no annotations" in refused.stderr

@@ -18,7 +18,8 @@ from evaluation import report
 from evaluation.compare import Comparison, compare, measure_reference
 from evaluation.errors import EvaluationError
 from evaluation.page import page
-from evaluation.reference import prepare_reference
+from evaluation.questions import Item
+from evaluation.reference import prepare_reference, unlabelled_reference
 from evaluation.settings import DEFAULT_METHODS, EvaluationSettings
 from evaluation.tables import table
 from evaluation.verdict import verdict
@@ -264,6 +265,37 @@ def test_without_a_predictor_or_questions(scene: Any) -> None:
     found = compare(prepare_reference(scene[0], scene[1], CONFIG, scene[2], settings), {}, settings)
     assert found.names == ["vanilla", "two-pass"] and found.prompts == [] and verdict(found).kind == "open"
     assert "<h2>Captions" in page(found, embedded=False) and report.answer_rows(found) == []
+
+
+def test_pictures_without_annotations_get_the_same_report_without_a_rate(scene: Any, tmp_path: Path) -> None:
+    model, processor, images = scene
+    settings = SETTINGS.model_copy(update={"benchmarks": ["pope", "fidelity", "latency"], "methods": DEFAULT_METHODS})
+    names = [images.path(number).name for number in images.ids[:3]]
+    items = [Item(name, "Describe the image.") for name in names]
+    reference = unlabelled_reference(model, processor, CONFIG, images.images_dir, items, settings)
+    found = compare(reference, make_predictor(), settings)
+    assert found.prompts == [] and found.stores == {} and found.images == 3 and "shift" not in found.names
+    assert set(found.fidelity) == {"one-pass", "uniform", "swapped", "position"}
+    assert set(found.costs) == {"vanilla", "two-pass", "one-pass", "auto", "uniform"}
+    judged = verdict(found)
+    assert judged.kind == "open" and "no annotations, so there is no hallucination rate" in judged.sentence
+    assert "evaluation.pope_files=FILE" in judged.reason
+    kept, costs = report.headline_tables(found)
+    assert [row[0] for row in kept[1:]] == list(found.fidelity) and {row[-1] for row in kept[1:]} == {"-"}
+    assert [row[0] for row in costs[1:]] == list(found.costs) and costs[1][2] == "1.00x"
+    paths = report.write(tmp_path, found, embedded=False, command="python train.py data=pictures")
+    assert set(paths) == {"html", "md", "json"}
+    text = paths["html"].read_text()
+    strict = Strict()
+    strict.feed(text)
+    assert strict.open == [] and "<h2>Fidelity to two-pass" in text and "<h2>Cost of a prefill" in text
+    assert "3 pictures that the predictor was not fitted to" in text and "Describe the image." in text
+    assert "<h2>Yes/no questions" not in text and "<th>parser" not in text and "nan" not in text
+    values = report.read_metrics(paths["json"])
+    assert {"eval/one-pass/edit_kept", "eval/one-pass/prefill_ratio"} <= set(values)
+    assert report.headlines(found).keys() == {"edit_kept", "prefill_x"}
+    with pytest.raises(EvaluationError, match="1 of 1 images that the questions name are not in"):
+        unlabelled_reference(model, processor, CONFIG, images.images_dir, [Item("gone.png", "What?")], settings)
 
 
 def test_bad_inputs_are_named_before_any_forward(scene: Any, tmp_path: Path, monkeypatch: Any) -> None:
