@@ -14,7 +14,7 @@ from data.datamodule import ShardDataModule
 from evaluation.errors import EvaluationError
 from pipeline import sweep
 from pipeline.result import source_rows
-from pipeline.stages import Fit, check_grids
+from pipeline.stages import Fit, check_grids, has_unlabelled
 from predictor.batch import SourceCount
 from predictor.errors import FitError
 from predictor.metrics import METRICS, Interval
@@ -42,6 +42,14 @@ def test_what_a_fit_found_is_logged_before_the_comparison_which_may_fail(monkeyp
     with pytest.raises(EvaluationError, match="the questions ended"):
         sweep.chain(nothing, nothing, nothing, tracker)
     assert called == ["log_data", "fit_predictor", "export", "log_fit", "compare_answers"]
+
+
+def test_pictures_without_annotations_are_compared_unless_nothing_of_it_is_wanted():
+    pictures = ["data=pictures", "data.root=/pictures"]
+    assert has_unlabelled(load_config(pictures))
+    for other in ("evaluation.benchmarks=[pope]", "harvest.test=1", "data.train_annotations=instances.json"):
+        assert not has_unlabelled(load_config([*pictures, other]))
+    assert not has_unlabelled(load_config(["evaluation.images=0"]))
 
 
 def test_a_grid_without_inner_patches_ends_a_fit_before_it_begins(tmp_path: Path):
