@@ -1,8 +1,8 @@
 """Takes the pictures of MLflow's pages and of the playground in docs/images, as a user gets them.
 
-.venv/bin/python docs/screenshots.py                              both, of the store and the predictor in runs/
-.venv/bin/python docs/screenshots.py mlflow --uri sqlite:///FILE  MLflow's pages alone, of another store
-.venv/bin/python docs/screenshots.py playground --views           the playground alone, dark and narrow, too
+.venv/bin/python docs/screenshots.py                             both, of the runs in runs/
+.venv/bin/python docs/screenshots.py mlflow --experiment losses  MLflow's pages alone, of this experiment
+.venv/bin/python docs/screenshots.py playground --views          the playground alone, dark and narrow, too
 
 needs Chromium, the dev extra, and a store with a plain run and, for the page of a sweep, a sweep:
 python train.py && python train.py predictor.loss=kl,bce,mse_log seed=0,1,2
@@ -41,8 +41,8 @@ def main() -> None:
     """Starts each server, and takes its pictures in headless Chromium."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", choices=("mlflow", "playground", "both"), nargs="?", default="both")
-    parser.add_argument("--uri", default="sqlite:///runs/mlflow.db", help="MLflow's store")
-    parser.add_argument("--predictor", default="runs/predictors/scene-llava", help="folder, for the playground")
+    parser.add_argument("--runs", default="runs", help="folder of the runs")
+    parser.add_argument("--experiment", default="", help="of MLflow; by default the first one")
     parser.add_argument("--output", type=Path, default=Path("docs/images"), help="folder of the pictures")
     parser.add_argument("--views", action="store_true", help="the playground dark and at 400 pixels, too")
     parser.add_argument("--browser", default=next(filter(None, map(shutil.which, _BROWSERS)), None))
@@ -52,25 +52,27 @@ def main() -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=options.browser, args=["--no-sandbox"])
         if options.pages != "playground":
-            with served("pipeline.ui", "--backend-store-uri", options.uri, "--port", "5055") as link:
+            store = f"sqlite:///{options.runs}/mlflow.db"
+            experiment = f"{options.experiment}: " if options.experiment else ""
+            with served(experiment, "pipeline.ui", "--backend-store-uri", store, "--port", "5055") as link:
                 picture_mlflow(browser, link, options.output)
         if options.pages != "mlflow":
-            with served("playground", f"predictor={options.predictor}", "port=0") as address:
+            with served("playground: ", "playground", f"runs_dir={options.runs}", "port=0") as address:
                 picture_playground(browser, address, options.output, list(_VIEWS) if options.views else ["playground"])
         browser.close()
 
 
 @contextmanager
-def served(module: str, *arguments: str) -> Iterator[str]:
-    """Runs a command that serves pages; gives the first address that it prints, once that answers."""
-    command = [sys.executable, "-m", module, *arguments]
+def served(name: str, *module: str) -> Iterator[str]:
+    """Runs a command that serves pages; gives the first address that it prints behind a name, once that answers."""
+    command = [sys.executable, "-m", *module]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         assert server.stdout is not None
         try:
-            words = (word for line in server.stdout for word in line.split())
+            words = (word for line in server.stdout if name in line for word in line.split())
             address = next((word for word in words if word.startswith("http://")), None)
             if address is None:
-                sys.exit(f"python -m {module} {' '.join(arguments)} ended: type it to see why")
+                sys.exit(f"{' '.join(command)} named no address behind {name!r}: type it to see why")
             wait_for(address)
             yield address
         finally:

@@ -110,7 +110,7 @@ def source_maps_figure(examples: Sequence[MapExample]) -> Figure:
         _show_image(axes[0], example, "image")
         _show_map(axes[1], example, example.true_map, scale, "two-pass map")
         _show_map(axes[2], example, example.predicted_map, scale, "predicted map")
-        _show_scale(subfigure, axes[1:3], scale)
+        _show_scale(subfigure, list(axes[1:3]), scale)
         label = f"sources: {len(hits)} of {len(example.true_sources)} hit, {mass:.0%} of the mass"
         _show_image(axes[3], example, label, dim=0.55)
         _mark_sources(axes[3], example)
@@ -209,13 +209,13 @@ def _show_map(axes: Axes, example: MapExample, values: np.ndarray, scale: Normal
     axes.imshow(np.ma.masked_invalid(values), cmap=_COLOURS, norm=scale, **place)
 
 
-def _show_scale(subfigure: SubFigure, axes: Sequence[Axes], scale: Normalize) -> None:
+def _show_scale(subfigure: SubFigure, axes: list[Axes], scale: Normalize) -> None:
     """The colours of two maps with their values, over the grey of a picture."""
     bar = subfigure.colorbar(
-        ScalarMappable(scale, _COLOURS), ax=list(axes), location="bottom", shrink=0.62, aspect=38, pad=0.015
+        ScalarMappable(scale, _COLOURS), ax=axes, location="bottom", shrink=0.62, aspect=38, pad=0.015
     )
     bar.ax.set_facecolor("#808080")
-    bar.set_ticks(MaxNLocator(4), format=PercentFormatter(1, decimals=0))
+    bar.set_ticks(MaxNLocator(4), format=PercentFormatter(1))
     bar.ax.tick_params(labelsize=8, length=2, color=_MUTED)
     bar.set_label("a patch's share of the attention", fontsize=8.5, color=_INK)
     bar.outline.set(edgecolor="#cccccc", linewidth=0.8)
