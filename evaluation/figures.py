@@ -154,19 +154,19 @@ def _draw_reliability(axes: Axes, calibration: Calibration, rows: ConfidenceRows
     tempered = rows.raw(calibration.temperature)
     axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     kinds = (
-        (rows.raw(), _MUTED, "raw"),
-        (tempered, _MISSED, "temperature"),
-        (calibration(tempered), _HIT, "isotonic"),
+        (rows.raw(), _MUTED, "s", "raw"),
+        (tempered, _MISSED, "^", "temperature"),
+        (calibration(tempered), _HIT, "o", "isotonic"),
     )
-    for values, colour, name in kinds:
+    for values, colour, marker, name in kinds:
         mean_confidence, mean_recall, _ = reliability_bins(values, rows.recall)
         label = f"{name}, ECE {expected_calibration_error(values, rows.recall):.3f}"
-        axes.plot(mean_confidence, mean_recall, "o-", color=colour, markersize=6, linewidth=1.6, label=label)
+        axes.plot(mean_confidence, mean_recall, f"{marker}-", color=colour, markersize=6, linewidth=1.6, label=label)
     threshold = calibration.threshold
     axes.axvline(threshold, color=_EXTRA, linewidth=1.4, label=f"fallback below {threshold:.2f}")
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="true share of sources (recall)")
     axes.set_aspect("equal")
-    axes.set_title("Reliability on held-out rows", loc="left", fontsize=11)
+    axes.set_title("Reliability on held-out maps", loc="left", fontsize=11)
 
 
 def _draw_coverage(axes: Axes, calibration: Calibration, rows: ConfidenceRows) -> None:
@@ -178,7 +178,7 @@ def _draw_coverage(axes: Axes, calibration: Calibration, rows: ConfidenceRows) -
     axes.axvline(kept, color=_EXTRA, linewidth=1.4, label=f"threshold keeps {kept:.0%}")
     low = float(np.floor(10 * min(mean, (1 - risk).min())) / 10)
     axes.set(xlim=(0, 1), ylim=(low - 0.05, 1.02))
-    axes.set(xlabel="share of rows that stay one-pass", ylabel="their mean recall")
+    axes.set(xlabel="share of maps that stay one-pass", ylabel="their mean recall")
     axes.set_title("Recall against coverage", loc="left", fontsize=11)
 
 

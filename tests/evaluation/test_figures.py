@@ -108,6 +108,8 @@ def test_reliability() -> None:
     figure = reliability_figure(calibrate(rows, PredictorSettings()), rows)
     assert _png(figure).startswith(b"\x89PNG")
     assert len(figure.axes) == 2
+    curves = [line for line in figure.axes[0].lines if "ECE" in str(line.get_label())]
+    assert len({line.get_marker() for line in curves}) == 3  # told apart without colours
 
 
 def test_leaves_pyplot_and_mlflow_alone() -> None:
