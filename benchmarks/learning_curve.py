@@ -21,6 +21,8 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
+from evaluation.sweep_report import HEADLINES
+
 Curve = tuple[float, float, float]  # floor, a, b
 
 
@@ -57,7 +59,7 @@ def predict(curve: Curve, images: Any) -> Any:
     return 1 - floor - scale * images**-exponent
 
 
-def figure(points: dict[int, list[float]], curve: Curve, metric: str) -> Figure:
+def figure(points: dict[int, list[float]], curve: Curve, label: str) -> Figure:
     """Seeds, and the fitted curve beyond them."""
     result = Figure(figsize=(6.4, 4), layout="constrained")
     axes = result.subplots()
@@ -67,7 +69,7 @@ def figure(points: dict[int, list[float]], curve: Curve, metric: str) -> Figure:
     axes.plot(sizes[~inside], predict(curve, sizes[~inside]), color="#059669", linestyle=":", label="extrapolated")
     for number, (images, values) in enumerate(points.items()):
         axes.plot([images] * len(values), values, "o", color="#111827", ms=5, label=None if number else "a seed each")
-    axes.set(xscale="log", xlabel="images to fit to (log scale), two prompts each", ylabel=metric)
+    axes.set(xscale="log", xlabel="images to fit to (log scale), two prompts each", ylabel=label)
     ticks = [*points, 2 * max(points), 4 * max(points)]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
@@ -100,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for images in (5000, 12_000, 50_000):
         print(f"extrapolated to {images:6,} images: {predict(curve, images):.4f}")
     if arguments.out:
-        figure(points, curve, arguments.metric).savefig(arguments.out, dpi=130)
+        label = f"{HEADLINES.get(arguments.metric, (arguments.metric,))[0]} on the test split"
+        figure(points, curve, label).savefig(arguments.out, dpi=130)
         print(f"figure: {arguments.out}")
 
 
