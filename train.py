@@ -29,15 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the chain, or a sweep of chains; returns the exit code."""
     sweep = parse_sweep(argv, PROGRAM, ABOUT)
     several = f" and others ({len(sweep.children)} runs)" if sweep.keys else ""
-    return start(PROGRAM, sweep.children[0].config, lambda: run(sweep), several)
+    resumes = all(child.config.trainer.resume for child in sweep.children)
+    return start(PROGRAM, sweep.children[0].config, lambda: run(sweep), several, resumes=resumes)
 
 
 def run(sweep: Sweep) -> int:
     """Opens the tracking store, then runs one configuration or all; returns the exit code."""
     # here, because they import torch, Lightning and MLflow: help and a typo cost no time
     from pipeline.checks import check_all
-    from pipeline.runs import connect
     from pipeline.sweep import ended, run_once, run_sweep
+    from pipeline.tracking import connect
 
     configs = [child.config for child in sweep.children]
     check_all(configs)

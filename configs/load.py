@@ -215,8 +215,7 @@ class _Build:
         return chosen
 
     def _no_option(self, group: str, option: Any, options: Sequence[str], where: str) -> None:
-        near = closest(str(option), options) or closest(str(option), _by_part(options))
-        close = [name for name in options if name == near] or [name for name in options if near and near in name]
+        close = _close_options(str(option).lower(), options)
         hint = f"Did you mean {' or '.join(f'{group}={name}' for name in close)}?" if close else ""
         self.fail(group, option, f"no file configs/{group}/{option}.yaml", " | ".join(options), hint, where)
 
@@ -328,9 +327,19 @@ class _Build:
         self.fail(path, value, reason, legal, hint, where)
 
 
-def _by_part(options: Sequence[str]) -> set[str]:
-    """The parts of options' names: scene-llava has scene and llava."""
-    return {part for option in options for part in option.split("-") if len(part) > 2}
+def _close_options(given: str, options: Sequence[str]) -> list[str]:
+    """The options that a text probably stands for: those that begin with it, the shortest first, or one like it.
+
+    Else those that have a part like it: scene-llava has scene and llava.
+    """
+    if found := [name for name in options if given and name.startswith(given)]:
+        return sorted(found, key=len)
+    if near := closest(given, options):
+        return [near]
+    part = closest(given, {part for option in options for part in option.split("-") if len(part) > 2})
+    return sorted(
+        (name for name in options if part and part in name), key=lambda name: (not name.startswith(part), len(name))
+    )
 
 
 def options_of(folder: Path, group: str) -> list[str]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import shutil
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scr_runtime.terminal import filled
+
 COMMAND_LINE = "command line"
-_COLUMNS = 110  # at most, for prose
 _LONGEST = 400  # letters of a value that are repeated
 
 
@@ -56,14 +55,7 @@ class ConfigError(ValueError):
 
 def wrap(text: str, indent: int, rest: int | None = None) -> str:
     """Wrap a paragraph to the terminal, never inside a word: keys and paths stay whole."""
-    return textwrap.fill(
-        text,
-        max(min(shutil.get_terminal_size((_COLUMNS, 24)).columns, _COLUMNS), 40),
-        initial_indent=" " * indent,
-        subsequent_indent=" " * (indent if rest is None else rest),
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
+    return filled(text, " " * indent, " " * (indent if rest is None else rest))
 
 
 def closest(word: str, candidates: Iterable[str]) -> str:

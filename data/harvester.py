@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from data.claims import adopted
 from data.errors import CorruptImageError, StatesOverflowError
 from data.images import CocoImages
 from data.index import read_sidecar
-from data.limits import check_skipped
+from data.limits import check_skipped, require_space
 from data.pictures import PictureGrids
 from data.plan import Job, ShardPlan, plan_shards, set_aside
 from data.prefetch import prefetch
@@ -37,7 +38,7 @@ from data.vlm import library_versions, model_identity
 from data.wording import CAPTION_PROMPT
 from scr_runtime import Capture, SCRConfig
 from scr_runtime import capture as run_diagnostic
-from scr_runtime.families import family_of
+from scr_runtime.families import FAMILIES
 
 SETTINGS_VERSION = 1  # bump when the same settings would produce different samples
 _PREFETCHED_BATCHES = 2
@@ -80,9 +81,7 @@ def prepare(
     """
     plans = plan_shards(images.ids, settings)
     check_prompts(images, settings.prompts_per_image, settings.prompts)
-    tokens = _tokens_of_some(model, processor, images, plans)
-    width = model.config.get_text_config().hidden_size
-    dtype = STATES_DTYPES[settings.states_dtype]
+    tokens = _tokens_of_some(model.config, processor, images, plans)
     job = Job(
         directory=Path(directory),
         plans=tuple(plans),
@@ -92,7 +91,7 @@ def prepare(
             "annotations_file": str(images.annotations_file),
             "scr": dataclasses.asdict(scr),
         },
-        bytes_per_image=sample_bytes(tokens[-1], width, settings.prompts_per_image, dtype),
+        bytes_per_image=_bytes_per_image(model.config, settings, tokens[-1]),
         tokens_per_image=tokens,
         prompts_per_image=settings.prompts_per_image,
         tuning=tuple(set_aside(images.ids, settings)),
@@ -101,6 +100,35 @@ def prepare(
     job = adopted(job)
     harvester = Harvester(job, settings, model=model, processor=processor, scr=scr, images=images, capture=capture)
     return job, harvester
+
+
+def check_free_space(
+    directory: Path, config: Any, processor: Any, images: CocoImages, settings: HarvestSettings
+) -> None:
+    """Checks that the shards that a folder lacks will fit on its disk, before a model's weights are loaded.
+
+    Args:
+        directory: folder of the shards, or where it will be made.
+        config: transformers configuration of the model.
+        processor: its processor, left padding.
+        images: images to harvest from.
+        settings: how many images, which prompts, which number format.
+
+    Raises:
+        DiskTooSmallError: they don't fit.
+        NotEnoughImagesError: `settings` asks for more images than there are.
+    """
+    plans = plan_shards(images.ids, settings)
+    missing = sum(len(plan.image_ids) for plan in plans if not (directory / f"{plan.name}.tar").exists())
+    if missing:
+        fewest, _, most = _tokens_of_some(config, processor, images, plans)
+        needed = missing * _bytes_per_image(config, settings, most)
+        require_space(directory, needed, at_most=fewest < most)
+
+
+def _bytes_per_image(config: Any, settings: HarvestSettings, tokens: int) -> int:
+    width, dtype = config.get_text_config().hidden_size, STATES_DTYPES[settings.states_dtype]
+    return sample_bytes(tokens, width, settings.prompts_per_image, dtype)
 
 
 def _recorded_settings(
@@ -126,7 +154,7 @@ def _recorded_settings(
 
 
 def _tokens_of_some(
-    model: Any, processor: Any, images: CocoImages, plans: Sequence[ShardPlan]
+    config: Any, processor: Any, images: CocoImages, plans: Sequence[ShardPlan]
 ) -> tuple[int, int, int]:
     """Visual tokens of up to 16 images, spread over the plan: the fewest, the mean, the most.
 
@@ -139,22 +167,22 @@ def _tokens_of_some(
         with contextlib.suppress(CorruptImageError):
             size = images.size(image_id)
             if size not in tokens:
-                tokens[size] = visual_tokens(model, processor, images.open(image_id))
+                tokens[size] = visual_tokens(config, processor, images.open(image_id))
             sizes.append(size)
     counts = [tokens[size] for size in sizes]
     for image_id in () if counts else planned:  # any that decodes
         with contextlib.suppress(CorruptImageError):
-            counts = [visual_tokens(model, processor, images.open(image_id))]
+            counts = [visual_tokens(config, processor, images.open(image_id))]
             break
     if not counts:
         return 0, 0, 0  # no image decodes: the harvest itself will report them
     return min(counts), round(sum(counts) / len(counts)), max(counts)
 
 
-def visual_tokens(model: Any, processor: Any, image: PILImage) -> int:
-    """Visual tokens of an image, counted in the processor's output; the model does not run."""
+def visual_tokens(config: Any, processor: Any, image: PILImage) -> int:
+    """Visual tokens of an image, counted in the processor's output by the model's configuration alone."""
     input_ids = chat_inputs(processor, [image], [CAPTION_PROMPT])["input_ids"]
-    return int(family_of(model).visual_tokens(model, input_ids).sum())
+    return int(FAMILIES[config.model_type].visual_tokens(SimpleNamespace(config=config), input_ids).sum())
 
 
 @dataclass(frozen=True)

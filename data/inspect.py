@@ -13,10 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.contact_sheet import contact_sheet, crops_centre, image_processor
 from data.errors import DataError
 from data.index import MANIFEST, damaged_shards, manifest_is_whole, read_index
-from data.shards import ShardReader
 
 
 def describe(directory: Path) -> str:
@@ -25,6 +23,8 @@ def describe(directory: Path) -> str:
     Raises:
         DataError: it is unfinished, or damaged.
     """
+    from data.shards import ShardReader  # takes seconds: it needs torch
+
     index = read_index(directory)
     lines = [f"{directory}: fingerprint {index['fingerprint'][:16]}"]
     for split in dict.fromkeys(shard["split"] for shard in index["shards"]):
@@ -83,6 +83,8 @@ def _verify(directory: Path) -> int:
 
 
 def _show(directory: Path, images: Path | None, output: Path | None) -> int:
+    from data.contact_sheet import contact_sheet, crops_centre, image_processor  # take seconds
+
     print(describe(directory))
     index = read_index(directory)
     images_dir = images or index["provenance"].get("images_dir")

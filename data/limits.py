@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from data.errors import DiskTooSmallError, TooManyBadImagesError
 from data.log import log
@@ -46,9 +47,26 @@ def check_disk(job: Job, missing: Sequence[str]) -> None:
         f"{count:,} images x {job.prompts_per_image} prompts, {about}{mean:,} visual tokens each "
         f"({about}{count * mean:,} in all{of}), {to_write}, {free / 1e6:,.0f} MB free",
     )
+    require_space(job.directory, needed, at_most=bool(about))
+
+
+def require_space(directory: Path, needed: int, *, at_most: bool) -> None:
+    """Checks that bytes fit on a folder's disk.
+
+    Args:
+        directory: the folder, or one that will be made.
+        needed: how many bytes.
+        at_most: whether it may turn out to be less.
+
+    Raises:
+        DiskTooSmallError: they don't.
+    """
+    free = shutil.disk_usage(
+        next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    ).free
     if needed > free:
         raise DiskTooSmallError(
-            f"the harvest needs {'up to ' if about else ''}{needed / 1e6:,.1f} MB in {job.directory}, "
+            f"the harvest needs {'up to ' if at_most else ''}{needed / 1e6:,.1f} MB in {directory}, "
             f"{free / 1e6:,.1f} MB are free. Lower harvest.samples, choose a runs_dir on a larger disk, or free some "
             "space."
         )

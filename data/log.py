@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from tqdm import tqdm
 
+from scr_runtime.terminal import filled
+
 
 def log(topic: str, message: str) -> None:
     """Prints a line above the progress bars."""
-    tqdm.write(f"{topic}: {message}")
+    tqdm.write(filled(f"{topic}: {message}", rest="  "))

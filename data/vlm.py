@@ -89,7 +89,7 @@ def load_vlm(settings: VLMSettings) -> tuple[Any, Any]:
     target = _resolve_device(settings.device)
     dtype = DTYPES.get(settings.dtype, "auto" if target.type != "cpu" else torch.float32)
     config = model_config(settings)
-    processor = _load_processor(settings, config)
+    processor = load_processor(settings, config)
     with _explained(settings):
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             place,
@@ -110,8 +110,16 @@ def load_vlm(settings: VLMSettings) -> tuple[Any, Any]:
         return model.to(target).eval(), processor
 
 
-def _load_processor(settings: VLMSettings, config: Any) -> Any:
-    """The processor, once it has made a prompt about an image."""
+def load_processor(settings: VLMSettings, config: Any) -> Any:
+    """The left-padding processor of a model, once it has made a prompt about an image.
+
+    Args:
+        settings: which model.
+        config: its `model_config`.
+
+    Raises:
+        ModelLoadError: there is none that can be used.
+    """
     place = settings.location
     with _explained(settings):
         processor = AutoProcessor.from_pretrained(place, revision=settings.revision, trust_remote_code=False)

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from predictor.metrics import Interval
 
 _SHOWN = ("recall", "ndcg", "mass")
+
+
+@dataclass(frozen=True)
+class FitTable:
+    """What a fit found on the test split, as the terminal and the report page show it.
+
+    Attributes:
+        title: How many images, and K.
+        notes: What the columns mean.
+        rows: Header, floors, reference and predictor.
+        confidence: How far the predictor's confidence can be trusted.
+    """
+
+    title: str
+    notes: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    confidence: str
 
 
 def source_rows(

@@ -11,6 +11,7 @@ from pathlib import Path
 from evaluation.charts import curves, forest, scatter
 from evaluation.compare import Comparison, Prompted
 from evaluation.edits import owned_patches
+from evaluation.fit_report import FitTable
 from evaluation.methods import ONE_PASS, TWO_PASS, VANILLA
 from evaluation.report import (
     analysis_rows,
@@ -35,8 +36,8 @@ _STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 _COLOURS = "".join(f".c{n}.full{{fill:var(--c{n})}}.c{n}.line,.c{n}.hollow{{stroke:var(--c{n})}}" for n in range(8))
 
 
-def page(comparison: Comparison, *, embedded: bool, command: str = "") -> str:
-    """The whole page."""
+def page(comparison: Comparison, *, embedded: bool, command: str = "", fitted: FitTable | None = None) -> str:
+    """The whole page; `fitted` is the table of the fit that made the predictor, of a run that began with one."""
     found = verdict(comparison)
     parts = [
         f"<h1>{html.escape(title(comparison))}</h1>",
@@ -48,6 +49,7 @@ def page(comparison: Comparison, *, embedded: bool, command: str = "") -> str:
         note = "CHAIR falls when a caption says less: read it beside recall and length."
         parts.append(f"<h2>Captions</h2><p class='soft'>{note}</p>{_table(rows, comparison)}")
     parts += [_fidelity(comparison), _costs(comparison)]
+    parts += [_fit(fitted, comparison)] if fitted else []
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in reading(comparison, embedded=embedded))
     parts.append(f"<h2>What the numbers say, and what they do not</h2><ul>{lines}</ul>")
     parts += [_gallery(comparison), _analysis(comparison)]
@@ -132,6 +134,14 @@ def _costs(comparison: Comparison) -> str:
     rows = cost_rows(comparison)
     note = "One prefill of one image with one prompt, interleaved; CPU time of one thread, on CUDA time of the device."
     return f"<h2>Cost of a prefill</h2><p class='soft'>{note}</p>{_table(rows, comparison)}" if rows else ""
+
+
+def _fit(fitted: FitTable, comparison: Comparison) -> str:
+    words = html.escape(" ".join([fitted.title, *fitted.notes]))
+    return (
+        f"<h2>The fit</h2><p class='soft'>{words}</p>{_table(fitted.rows, comparison)}"
+        f"<p class='soft'>{html.escape(fitted.confidence)}</p>"
+    )
 
 
 def _analysis(comparison: Comparison) -> str:

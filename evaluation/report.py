@@ -13,6 +13,7 @@ import numpy as np
 from evaluation.answers import Answer
 from evaluation.compare import Comparison, Prompted
 from evaluation.decoding import parse_margin
+from evaluation.fit_report import FitTable
 from evaluation.methods import AUTO, ONE_PASS, TWO_PASS, VANILLA
 from evaluation.parsers import PARSERS
 from evaluation.pictures import image_id
@@ -259,7 +260,7 @@ def _fidelity_metrics(comparison: Comparison) -> Iterable[tuple[str, float]]:
         yield "eval/norm_attention", one.norm_attention
 
 
-def markdown_text(comparison: Comparison, *, embedded: bool, command: str = "") -> str:
+def markdown_text(comparison: Comparison, *, embedded: bool, command: str = "", fitted: FitTable | None = None) -> str:
     """The report as Markdown."""
     found = verdict(comparison)
     parts = [f"# {title(comparison)}", "", f"**{found.sentence}** {found.reason}", ""]
@@ -272,6 +273,9 @@ def markdown_text(comparison: Comparison, *, embedded: bool, command: str = "") 
         ("Analysis", analysis_rows(comparison)),
     ):
         parts += [f"## {name}", "", markdown(rows), ""] if rows else []
+    if fitted is not None:
+        words = [fitted.title, *fitted.notes]
+        parts += ["## The fit", "", " ".join(words), "", markdown(fitted.rows), "", fitted.confidence, ""]
     parts += ["## What the numbers say", "", *(f"- {line}" for line in reading(comparison, embedded=embedded)), ""]
     parts += ["## Methods", "", markdown(method_rows(comparison)), ""]
     parts += ["## How to reproduce", "", markdown(fact_rows(comparison, command)), ""]
@@ -330,7 +334,9 @@ def _record(comparison: Comparison, method: str, image: str, answer: Answer) -> 
     }
 
 
-def write(folder: Path, comparison: Comparison, *, embedded: bool, command: str = "") -> dict[str, Path]:
+def write(
+    folder: Path, comparison: Comparison, *, embedded: bool, command: str = "", fitted: FitTable | None = None
+) -> dict[str, Path]:
     """Writes evaluation.html, evaluation.md, evaluation.json and, if there are answers, answers.jsonl into a folder.
 
     Returns:
@@ -343,7 +349,8 @@ def write(folder: Path, comparison: Comparison, *, embedded: bool, command: str 
     if comparison.stores:
         paths["answers"] = folder / "answers.jsonl"
         write_file(paths["answers"], "".join(f"{line}\n" for line in answer_lines(comparison)).encode())
-    write_file(paths["md"], markdown_text(comparison, embedded=embedded, command=command).encode())
+    about: dict[str, Any] = {"embedded": embedded, "command": command, "fitted": fitted}
+    write_file(paths["md"], markdown_text(comparison, **about).encode())
     found = verdict(comparison)
     content = {
         "verdict": vars(found),
@@ -353,7 +360,7 @@ def write(folder: Path, comparison: Comparison, *, embedded: bool, command: str 
         "metrics": metrics(comparison),
     }
     write_file(paths["json"], (json.dumps(content, indent=1, default=_plain) + "\n").encode())
-    write_file(paths["html"], page(comparison, embedded=embedded, command=command).encode())
+    write_file(paths["html"], page(comparison, **about).encode())
     return paths
 
 

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Collection, Sequence
 
-_PROSE = 110  # columns; longer lines are hard to read
-_UNKNOWN = 140  # columns of a file or a pipe
-
-
-def terminal_columns() -> int:
-    """Columns of the terminal, or of what the environment variable COLUMNS says."""
-    return max(shutil.get_terminal_size((_UNKNOWN, 24)).columns, 40)
+from scr_runtime.terminal import columns as terminal_columns
+from scr_runtime.terminal import filled
 
 
 def table(
@@ -60,19 +53,12 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def bullets(lines: Sequence[str]) -> str:
     """Wraps sentences for the terminal, one bullet each."""
-    return "\n".join(_filled(line, "- ", "  ") for line in lines)
+    return "\n".join(filled(line, "- ", "  ") for line in lines)
 
 
 def paragraph(text: str, strong: bool = False) -> str:
     """Wraps a text for the terminal; with `strong`, bold where that can be seen."""
-    return _strong(_filled(text)) if strong else _filled(text)
-
-
-def _filled(text: str, first: str = "", rest: str = "") -> str:
-    width = min(terminal_columns(), _PROSE)
-    wrapper = textwrap.TextWrapper(width, initial_indent=first, subsequent_indent=rest)
-    wrapper.break_long_words = wrapper.break_on_hyphens = False  # keys and paths stay whole
-    return wrapper.fill(text)
+    return _strong(filled(text)) if strong else filled(text)
 
 
 def _strong(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from export.card import model_card
+from export.card import write_card
 from export.errors import ExportError
 from export.fresh import check_fresh
 from predictor.batch import Batch
@@ -19,8 +18,7 @@ from predictor.calibration import Calibration, calibrate, confidence_rows, fit_d
 from predictor.module import SourceModule, load_module
 from predictor.settings import PredictorSettings
 from scr_runtime import SCRConfig, SourcePredictor, load_predictor, save_predictor
-from scr_runtime.artifact import CARD_NAME, CONFIG_NAME
-from scr_runtime.files import sync_folder, write_file
+from scr_runtime.files import sync_folder
 from scr_runtime.golden import golden_inputs, golden_outputs
 
 
@@ -99,13 +97,6 @@ def export_predictor(
     staged.rename(folder)
     sync_folder(folder.parent)
     return Exported(folder, reloaded, calibration)
-
-
-def write_card(folder: Path, evaluation: Mapping[str, str] | None) -> Path:
-    """Rewrites the card of a folder; nothing else of the folder changes."""
-    record = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    write_file(folder / CARD_NAME, model_card(record, evaluation).encode())
-    return folder / CARD_NAME
 
 
 def keep_former(folder: Path) -> Path | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from configs import TrainConfig, parse_cli
 from configs.keys import closest
 from configs.load import CONFIGS, KEYS, saved_config, split_values
+from scr_runtime.terminal import filled
 
 _SHORT = ("benchmarks", "methods")
 _OF_A_FOLDER = ("verify", "diff", "card", "engines", "push", "pull", "promote", "rollback")
@@ -90,13 +91,16 @@ def playground(argv: Sequence[str] | None = None) -> int:
     return start(program, config, lambda: import_module("pipeline.playground").serve(config, port))
 
 
-def start(program: str, config: TrainConfig, command: Callable[[], int], more: str = "") -> int:
+def start(
+    program: str, config: TrainConfig, command: Callable[[], int], more: str = "", *, resumes: bool = True
+) -> int:
     """Says what begins, and runs a command of the pipeline, which takes seconds to import; returns its exit code."""
-    print(f"{program}: {config.model.name} on {config.data.name}{more}, files in {config.runs_dir}", flush=True)
-    return exit_code(command)
+    words = f"{program}: {config.model.name} on {config.data.name}{more}, files in {config.runs_dir}"
+    print(filled(words), flush=True)
+    return exit_code(command, resumes)
 
 
-def exit_code(command: Callable[[], int]) -> int:
+def exit_code(command: Callable[[], int], resumes: bool = True) -> int:
     """Runs a command; returns its exit code, or that of what it raises."""
     try:
         exits = import_module("pipeline.exits")
@@ -104,7 +108,7 @@ def exit_code(command: Callable[[], int]) -> int:
         print("\nStopped before the start.", file=sys.stderr)
         return 130
     exits.quieten_libraries()
-    return exits.exit_code(command)
+    return exits.exit_code(command, resumes)
 
 
 def long_forms(arguments: Sequence[str]) -> list[str]:

@@ -6,15 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
-
 from configs import load_config
 from configs.cli import HELP
 from evaluation.errors import EvaluationError
 from evaluation.paper import PAPER, row_of, table_rows
-from evaluation.tables import markdown, table
-from pipeline.runs import every_number
+from evaluation.tables import bullets, markdown, table
 from scr_runtime.files import write_file
 
 _FILE = "evaluation.json"
@@ -37,10 +33,12 @@ def compare_runs(arguments: Sequence[str]) -> int:
     config = load_config([f"{key}={value}" for key, value in options.items() if key != "output"])
     rows = table_rows([*(row_of(*read_run(name, config.tracking_uri)) for name in names), *PAPER])
     print(table(rows))
-    print(
-        "\nThe paper's rows are arXiv 2602.22469's own (POPE adversarial, A100, fp16); its prompt and decoding are "
-        "not known.\nRates of different prompts or decodings must not be compared: see each run's evaluation.html."
-    )
+    notes = [
+        "The paper's rows are arXiv 2602.22469's own (POPE adversarial, A100, fp16); its prompt and decoding are not "
+        "known.",
+        "Rates of different prompts or decodings must not be compared: see each run's evaluation.html.",
+    ]
+    print("\n" + bullets(notes))
     if "output" in options:
         write_file(Path(options["output"]), (markdown(rows) + "\n").encode())
     return 0
@@ -67,6 +65,11 @@ def read_run(name: str, uri: str) -> tuple[str, Mapping[str, float]]:
             return str(facts.get("model_name") or facts["model"]["hub_id"]), dict(content["metrics"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise EvaluationError(f"{files[-1]} cannot be read: it is not what python -m evaluation writes") from error
+    from mlflow import MlflowClient  # which takes seconds to import, and folders need none
+    from mlflow.exceptions import MlflowException
+
+    from pipeline.tracking import every_number
+
     try:
         client = MlflowClient(uri)
         run = client.get_run(name)

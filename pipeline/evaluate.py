@@ -29,11 +29,12 @@ from evaluation.compare import Comparison, compare
 from evaluation.errors import EvaluationError, UnfinishedError
 from evaluation.reference import prepare_reference
 from evaluation.settings import EvaluationSettings
-from evaluation.tables import bullets, table
-from pipeline import runs
+from evaluation.tables import bullets, paragraph, table
 from pipeline.checks import check_all
 from pipeline.folders import RunFolder, latest_run, named_folders, new_folder
 from pipeline.harvest import held_out_images
+from pipeline.runs import log_metrics
+from pipeline.tracking import impatient
 from scr_runtime import SCR, SourcePredictor, load_predictor
 from scr_runtime.errors import PredictorMismatchError
 from scr_runtime.files import write_file
@@ -60,7 +61,7 @@ def run(config: TrainConfig, command: str = "") -> int:
     try:
         comparison = compare(reference, predictors, settings)
     except UnfinishedError as unfinished:
-        print(unfinished)
+        print(paragraph(str(unfinished)))
         return 0
     lock = config.paths.cache / "evaluation-report.lock"
     try:
@@ -82,7 +83,8 @@ def write_report(config: TrainConfig, comparison: Comparison, command: str, pred
     print_comparison(comparison, embedded=embedded)
     folder = new_folder(run_of_the_predictor(config) / "evaluations")
     files = report.write(folder, comparison, embedded=embedded, command=command)
-    print(f"\nreport: {files['html']}\nanswers, one line each: {files['answers']}")
+    print("\n" + paragraph(f"report: {files['html']}"))
+    print(paragraph(f"answers, one line each: {files['answers']}"))
     if predictor is not None:
         log_on_run(config, predictor, comparison, list(files.values()))
     return folder
@@ -107,7 +109,7 @@ def _digest(comparison: Comparison) -> str:
 def print_comparison(comparison: Comparison, *, embedded: bool) -> None:
     """Prints the verdict, the tables and what they say."""
     found = report.verdict(comparison)
-    print(f"\n{found.sentence}\n{bullets([found.reason])}\n")
+    print(f"\n{paragraph(found.sentence)}\n{bullets([found.reason])}\n")
     for prompt in comparison.prompts:
         print(f"prompt {prompt.name}\n\n{table(report.answer_rows(comparison, prompt))}\n")
     for rows in (report.caption_rows(comparison), report.fidelity_rows(comparison)):
@@ -176,13 +178,14 @@ def log_on_run(config: TrainConfig, predictor: SourcePredictor, comparison: Comp
     if not run_id or (config.tracking.uri is None and not config.paths.mlflow_db.exists()):
         return
     try:
-        with runs.impatient():
+        with impatient():
             client = MlflowClient(config.tracking_uri)
             client.get_run(run_id)
-        runs.log_metrics(client, run_id, report.headlines(comparison))
+        log_metrics(client, run_id, report.headlines(comparison))
         for file in files:
             client.log_artifact(run_id, str(file), f"evaluations/{file.parent.name}")
     except (MlflowException, OSError) as error:  # the report is written, and stays
-        print(f"not logged on run {run_id} of {config.tracking_uri}, which made the predictor: {error}")
+        words = f"not logged on run {run_id} of {config.tracking_uri}, which made the predictor"
+        print(paragraph(f"{words}: {error}"))
         return
     print(f"logged on the predictor's run {run_id}")

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 from data.errors import DataError
 from evaluation.errors import EvaluationError
+from evaluation.tables import paragraph
 from export.errors import ExportError, PublishError
 from pipeline.errors import RunError
-from predictor.errors import FitError
-from predictor.fit import Preempted
+from predictor.errors import FitError, Preempted
 from scr_runtime.errors import SCRError
 
 USER_ERRORS = (DataError, SCRError, FitError, ExportError, PublishError, EvaluationError, RunError)
@@ -30,8 +30,23 @@ STOPS = (KeyboardInterrupt, SystemExit, Preempted, TerminatedError)
 """What ends a command, and with it a sweep, not one child alone."""
 
 
-def exit_code(command: Callable[[], int]) -> int:
+def way_on(resumes: bool) -> str:
+    """What to do with a run that was stopped.
+
+    Args:
+        resumes: The run's `trainer.resume`.
+    """
+    if resumes:
+        return "run the same command again to resume"
+    return "run it with trainer.resume=true to resume; the same command begins the fit again (trainer.resume=false)"
+
+
+def exit_code(command: Callable[[], int], resumes: bool = True) -> int:
     """Runs a command and turns what it raises into its last line and its exit code.
+
+    Args:
+        command: The command.
+        resumes: Whether the same command resumes what is stopped.
 
     Returns:
         The command's own code; 1 for an error that a user caused; 130 after Ctrl-C, 143 after SIGTERM, as a shell
@@ -53,10 +68,11 @@ def exit_code(command: Callable[[], int]) -> int:
         )
         return 1
     except (Preempted, TerminatedError) as stop:
-        print(f"\n{stop}\nRun the same command again to resume.", file=sys.stderr)
+        print(f"\n{paragraph(str(stop))}\n{paragraph(_sentence(way_on(resumes)))}", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
-        print("\nStopped. Finished shards and epochs are kept; run the same command again to resume.", file=sys.stderr)
+        words = f"Stopped. Finished shards and epochs are kept; {way_on(resumes)}."
+        print(f"\n{paragraph(words)}", file=sys.stderr)
         return 130
 
 
@@ -80,6 +96,10 @@ def quieten_libraries() -> None:
         ".*number of training batches.*smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def _on_sigterm(*_: object) -> None:

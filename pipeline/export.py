@@ -11,6 +11,7 @@ from pathlib import Path
 
 from configs import TrainConfig
 from data.datamodule import ShardDataModule
+from evaluation.tables import paragraph
 from export.errors import ExportError
 from export.package import Facts, export_predictor
 from pipeline.folders import RunFolder, latest_run
@@ -35,10 +36,8 @@ def run(config: TrainConfig, run_folder: Path | None = None) -> int:
         settings=config.predictor,
         facts=Facts(former["metrics"], former["provenance"], stored_verdict(folder)),
     )
-    print(
-        f"{exported.folder}: {exported.predictor.count_parameters():,} parameters, reloaded and equal; "
-        f"auto falls back under an expected share of {exported.calibration.threshold:.3f}"
-    )
+    words = f"{exported.folder}: {exported.predictor.count_parameters():,} parameters, reloaded and equal; "
+    print(paragraph(f"{words}auto falls back under an expected share of {exported.calibration.threshold:.3f}"))
     return 0
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from configs import TrainConfig, digest, save_config
 from data.errors import LockTimeoutError
 from data.locks import exclusively
+from evaluation.tables import paragraph
 from export.package import keep_former
 from pipeline.errors import RunError
 from scr_runtime.errors import PredictorError
@@ -176,7 +177,7 @@ def _variant(config: TrainConfig, identity: str, stack: contextlib.ExitStack) ->
                 "or add overwrite=true"
             )
         former = keep_former(folder.predictor)
-        print(f"overwrite=true: the former predictor is kept in {former}" if former else "overwrite=true")
+        print(paragraph(f"overwrite=true: the former predictor is kept in {former}" if former else "overwrite=true"))
     return folder
 
 
@@ -188,7 +189,7 @@ def _unfinished(config: TrainConfig, identity: str, stack: contextlib.ExitStack)
     for folder in map(RunFolder, names):
         record = folder.record
         if record.get("identity") == identity and record.get("complete") is False and _locked(folder, stack):
-            print(f"resumes the interrupted run in {folder.path}")
+            print(paragraph(f"resumes the interrupted run in {folder.path}"))
             return folder
     return None
 

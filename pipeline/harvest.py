@@ -15,16 +15,19 @@ import torch
 from configs import TrainConfig
 from data.folder import HarvestSummary
 from data.harvest import harvest
-from data.harvester import Harvester, prepare
+from data.harvester import Harvester, check_free_space, prepare
 from data.images import CocoImages
+from data.index import INDEX
 from data.locks import exclusively
 from data.plan import Job
 from data.ranks import Rank, rank_of_this_process
-from data.vlm import load_vlm
+from data.vlm import load_processor, load_vlm, model_config
 from evaluation.errors import EvaluationError
+from evaluation.tables import paragraph
 from pipeline.checks import check_all
 
 _RENDERING_SECONDS = 1800.0  # longest wait for another process that renders the embedded world
+_WORLDS = set[Path]()  # that this process has rendered or reused, and said so
 
 
 def harvest_from_config(
@@ -47,6 +50,18 @@ def harvest_from_config(
             return summary
         overwrite = False  # and now, what workers made on other machines is fetched
     return harvest(*prepare_from_config(config, model, processor), overwrite=overwrite, rank=rank)
+
+
+def check_space(config: TrainConfig) -> None:
+    """Checks that a harvest into a local folder will fit on its disk, before the model's weights are loaded.
+
+    Raises:
+        DiskTooSmallError: It won't.
+    """
+    folder = config.paths.harvest
+    if config.harvest.output is None and not (folder / INDEX).exists():
+        model, images = model_config(config.model), training_images(config)
+        check_free_space(folder, model, load_processor(config.model, model), images, config.harvest)
 
 
 def harvest_on_cluster(config: TrainConfig, *, overwrite: bool = False) -> HarvestSummary:
@@ -108,12 +123,14 @@ def render_world(config: TrainConfig) -> None:
         from scenes import ensure_world
 
         with exclusively(root.with_name(f".{root.name}.lock"), _RENDERING_SECONDS, "rendering the embedded world"):
-            ensure_world(root, world.train, world.val, world.seed, world.sizes)
+            ensure_world(root, world.train, world.val, world.seed, world.sizes, quiet=root in _WORLDS)
+        _WORLDS.add(root)
 
 
 def run(config: TrainConfig) -> int:
     """The command: harvests, and prints what came of it."""
     check_all([config], ["harvest"])
+    check_space(config)
     if config.harvest.engine == "ray":
         summary = harvest_on_cluster(config)
     else:
@@ -124,9 +141,7 @@ def run(config: TrainConfig) -> int:
     made = summary.images - summary.reused
     rate = f", {made / summary.seconds:.1f} images/s" if made else ""
     state = f"fingerprint {summary.fingerprint[:16]}" if summary.fingerprint else "unfinished"
-    print(
-        f"{summary.samples:,} maps of {summary.images:,} images ({summary.reused:,} reused, {summary.skipped} "
-        f"skipped) in {summary.seconds:.1f} s{rate}, {summary.bytes / 1e6:,.1f} MB\n"
-        f"shards: {summary.directory} ({state})"
-    )
+    words = f"{summary.samples:,} maps of {summary.images:,} images ({summary.reused:,} reused, {summary.skipped} "
+    words += f"skipped) in {summary.seconds:.1f} s{rate}, {summary.bytes / 1e6:,.1f} MB"
+    print(f"{paragraph(words)}\n{paragraph(f'shards: {summary.directory} ({state})')}")
     return 0

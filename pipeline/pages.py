@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 
 from mlflow import MlflowClient
-from mlflow.entities import Run, RunInfo
+from mlflow.entities import Run, RunInfo, RunTag
 
 from configs import TrainConfig
 
 VIEW = "scr"
 """Key of the view that every experiment has: the table of runs with the columns that matter."""
 NOTE = "mlflow.note.content"
+WRITTEN = "note.sha256"
+"""Tag with the checksum of the description that was last put there: another description is a user's, and stays."""
 _COLUMNS = (
     *(f"metrics.`{name}`" for name in (
         "recall", "mass", "hr_vanilla", "hr_two_pass", "hr_one_pass", "edit_kept", "prefill_x",
@@ -37,15 +41,32 @@ def add_view(client: MlflowClient, experiment_id: str) -> None:
 
 
 def describe_experiment(client: MlflowClient, experiment_id: str, newest: str) -> None:
-    """Puts what is newest, and what the columns mean, above the table of runs."""
-    client.set_experiment_tag(experiment_id, NOTE, cut(f"{newest}\n{_LEGEND}"))
+    """Puts what is newest, and what the columns mean, above the table of runs, unless a user has written there."""
+    if not by_user(client.get_experiment(experiment_id).tags):
+        for key, value in _note(f"{newest}\n{_LEGEND}").items():
+            client.set_experiment_tag(experiment_id, key, value)
 
 
 def describe_run(client: MlflowClient, run_id: str, text: str, model_id: str | None = None) -> None:
-    """Puts a text on the page of a run, and of its model."""
-    client.set_tag(run_id, NOTE, cut(text))
+    """Puts a text on the page of a run, unless a user has written there, and of its model."""
+    if not by_user(client.get_run(run_id).data.tags):
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in _note(text).items()])
     if model_id is not None:
         client.set_logged_model_tags(model_id, {NOTE: cut(text)})
+
+
+def by_user(tags: Mapping[str, str]) -> bool:
+    """Whether a user has written the description of a run or an experiment, or has changed it."""
+    note = tags.get(NOTE, "")
+    return bool(note) and tags.get(WRITTEN) != _checksum(note)
+
+
+def _note(text: str) -> dict[str, str]:
+    return {NOTE: cut(text), WRITTEN: _checksum(cut(text))}
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def cut(text: str) -> str:

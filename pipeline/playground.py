@@ -15,6 +15,8 @@ import uvicorn
 
 from configs import TrainConfig
 from data.vlm import load_vlm
+from evaluation.tables import paragraph
+from pipeline.checks import check_all
 from pipeline.errors import RunError
 from pipeline.exits import TerminatedError
 from pipeline.harvest import held_out_images
@@ -45,17 +47,19 @@ def open_place(config: TrainConfig) -> Place:
     given = config.evaluation.predictors
     folder = Path(given[0]).expanduser() if given else config.paths.predictor
     found = bool(given) or folder.exists()
-    predictor = load_predictor(folder) if found else None
-    images = held_out_images(config) if config.paths.eval_images is not None else None
+    asked = config.evaluation.model_copy(update={"predictors": [str(folder)] if found else []})
+    check_all([config.model_copy(update={"evaluation": asked})], ["evaluation"])
     model, processor = load_vlm(config.model)
+    engine = Engine(model, processor, config.scr, load_predictor(folder) if found else None)
+    images = held_out_images(config) if config.paths.eval_images is not None else None  # which may have to be rendered
     without = (
         f"one-pass and auto need a predictor, and {folder} does not exist: `python train.py "
         f"model={config.model.name}` makes one (the embedded model's takes some minutes)."
     )
     if not found:
-        print(without)
+        print(paragraph(without))
     return Place(
-        engine=Engine(model, processor, config.scr, predictor),
+        engine=engine,
         name=config.model.name,
         model=config.model.location,
         dtype=str(model.dtype).removeprefix("torch."),

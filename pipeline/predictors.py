@@ -8,6 +8,8 @@ push FOLDER repo=ORG/NAME [private=true] [revision=BRANCH]
 pull repo=ORG/NAME folder=FOLDER [revision=COMMIT]
 promote name=MODEL version=N [force=true why=REASON] [who=NAME] [tracking.uri=URI]
 rollback name=MODEL [why=REASON] [who=NAME] [tracking.uri=URI]
+
+Each imports what it needs itself: torch takes seconds to import, MLflow and Lightning too.
 """
 
 from __future__ import annotations
@@ -16,28 +18,27 @@ import getpass
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
-
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from configs import load_config
 from configs.cli import HELP
-from evaluation.tables import bullets, table
-from export import engines, hub, registry
-from export.difference import differences
+from evaluation.tables import bullets, paragraph, table
 from export.errors import ExportError, PublishError
-from export.package import write_card
-from pipeline.runs import connect
-from scr_runtime import load_predictor
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 Options = Mapping[str, str]
 
 
 def verify(folders: Sequence[Path], options: Options) -> int:
     """Reads a folder strictly, compares its golden pair, and the files of other engines if there are any."""
+    from export import engines
+    from scr_runtime import load_predictor
+
     predictor = load_predictor(folders[0], verify=True)
-    print(f"{folders[0]}: {predictor!r}\nall checksums fit, and the golden inputs give the stored answers")
+    print(paragraph(f"{folders[0]}: {predictor!r}"))
+    print("all checksums fit, and the golden inputs give the stored answers")
     for name, error in engines.check_engines(folders[0], predictor).items():
         print(f"{name}: outputs equal the predictor's to {error:.1e}")
     return 0
@@ -45,6 +46,8 @@ def verify(folders: Sequence[Path], options: Options) -> int:
 
 def diff(folders: Sequence[Path], options: Options) -> int:
     """Prints what tells two folders apart."""
+    from export.difference import differences
+
     rows, sentences = differences(folders[0], folders[1])
     print(table(rows) if len(rows) > 1 else "config.json says the same in both")
     print(bullets(sentences))
@@ -53,6 +56,9 @@ def diff(folders: Sequence[Path], options: Options) -> int:
 
 def card(folders: Sequence[Path], options: Options) -> int:
     """Rewrites the model card with the verdict of an evaluation."""
+    from export.card import write_card
+    from scr_runtime import load_predictor
+
     try:
         verdict = json.loads(Path(options["evaluation"]).read_text(encoding="utf-8"))["verdict"]
         evaluation = {key: str(verdict[key]) for key in ("sentence", "reason")}
@@ -65,6 +71,8 @@ def card(folders: Sequence[Path], options: Options) -> int:
 
 def write_engines(folders: Sequence[Path], options: Options) -> int:
     """Writes model.onnx and model.pt2 into a folder."""
+    from export import engines
+
     asked = options.get("formats", ",".join(get_args(engines.Engine))).split(",")
     if unknown := sorted(set(asked) - set(get_args(engines.Engine))):
         raise ExportError(f"formats={','.join(unknown)}: expected {' or '.join(get_args(engines.Engine))}")
@@ -76,6 +84,8 @@ def write_engines(folders: Sequence[Path], options: Options) -> int:
 
 def push(folders: Sequence[Path], options: Options) -> int:
     """Uploads a folder to the Hub."""
+    from export import hub
+
     private = _truth(options, "private")
     commit = hub.push(folders[0], options["repo"], private=private, revision=options.get("revision"))
     print(f'{options["repo"]} at {commit}\nuse it: SCR(model, predictor="{options["repo"]}", revision="{commit}")')
@@ -84,30 +94,40 @@ def push(folders: Sequence[Path], options: Options) -> int:
 
 def pull(folders: Sequence[Path], options: Options) -> int:
     """Downloads a folder from the Hub."""
+    from export import hub
+
     print(hub.pull(options["repo"], Path(options["folder"]).expanduser(), options.get("revision")))
     return 0
 
 
 def promote(folders: Sequence[Path], options: Options) -> int:
     """Moves @champion to a version that is better."""
+    from mlflow.exceptions import MlflowException
+
+    from export import registry
+
     client, uri = _tracking(options)
     order = registry.Order(_who(options), options.get("why", ""), _truth(options, "force"))
     try:
         found = registry.promote(client, uri, options["name"], options["version"], order)
     except MlflowException as error:
         raise PublishError(f"version {options['version']} of {options['name']}: {error}") from error
-    print(f"models:/{options['name']}@{registry.CHAMPION} is version {options['version']}: {found}")
+    print(paragraph(f"models:/{options['name']}@{registry.CHAMPION} is version {options['version']}: {found}"))
     return 0
 
 
 def rollback(folders: Sequence[Path], options: Options) -> int:
     """Moves @champion back."""
+    from mlflow.exceptions import MlflowException
+
+    from export import registry
+
     client, _ = _tracking(options)
     try:
         former, now = registry.rollback(client, options["name"], registry.Order(_who(options), options.get("why", "")))
     except MlflowException as error:
         raise PublishError(f"{options['name']}: {error}") from error
-    print(f"models:/{options['name']}@{registry.CHAMPION} is version {now} again, and no longer {former}")
+    print(paragraph(f"models:/{options['name']}@{registry.CHAMPION} is version {now} again, and no longer {former}"))
     return 0
 
 
@@ -174,5 +194,7 @@ def _who(options: Options) -> str:
 
 def _tracking(options: Options) -> tuple[MlflowClient, str]:
     """The tracking store that train.py uses, or the one that is given."""
+    from pipeline.tracking import connect
+
     config = load_config([f"{key}={options[key]}" for key in ("tracking.uri", "runs_dir") if key in options])
     return connect(config.tracking_uri, [], config.paths.mlflow_artifacts), config.tracking_uri

@@ -16,11 +16,11 @@ from configs import TrainConfig
 from data.chat import unprocessed
 from data.shards import ShardReader
 from evaluation import fit_report, report
-from evaluation.compare import Comparison
 from evaluation.figures import map_example, reliability_figure, source_maps_figure
-from evaluation.tables import bullets, markdown, table
+from evaluation.fit_report import FitTable
+from evaluation.tables import bullets, markdown, paragraph, table
 from export import registry
-from export.package import write_card
+from export.card import write_card
 from pipeline import pages, runs
 from pipeline.folders import RunFolder
 from pipeline.harvest import training_images
@@ -62,12 +62,16 @@ def log_fit(
 
 
 def log_comparison(
-    config: TrainConfig, folder: RunFolder, comparison: Comparison, tracker: MLFlowLogger, model_id: str
+    config: TrainConfig, folder: RunFolder, result: Result, tracker: MLFlowLogger, model_id: str
 ) -> None:
-    """Writes the report of a comparison, and logs it with its headline numbers."""
+    """Writes the report of a run's comparison, if there is one, and logs it with its headline numbers."""
+    comparison = result.comparison
+    if comparison is None:
+        return
     client, run = tracker.experiment, str(tracker.run_id)
     command = shlex.join(["python", *sys.argv])
-    files = report.write(folder.reports, comparison, embedded=config.data.world is not None, command=command)
+    embedded, fitted = config.data.world is not None, fit_table(config, result)
+    files = report.write(folder.reports, comparison, embedded=embedded, command=command, fitted=fitted)
     runs.log_metrics(client, run, report.headlines(comparison), model_id)
     runs.log_curve(client, run, "auto_error", report.fallback_curve(comparison))
     for file in files.values():
@@ -86,8 +90,8 @@ def describe(config: TrainConfig, result: Result, tracker: MLFlowLogger, model_i
     parts = [f"**{sentence}**", " · ".join(pages.artifact_link(info, file, name) for file, name in files.items())]
     if comparison is not None:
         parts += [report.verdict(comparison).reason, *map(markdown, report.headline_tables(comparison))]
-    parts.append(f"The predictor on {config.harvest.test} test images, K = {result.fit.sources}:")
-    parts += [markdown(source_rows(result.fit)), pages.picture(info, "figures/maps.png")]
+    fitted = fit_table(config, result)
+    parts += [fitted.title, markdown(fitted.rows), pages.picture(info, "figures/maps.png")]
     pages.describe_run(client, info.run_id, "\n\n".join(parts), model_id)
     newest = f"Newest run, {pages.run_link(info)}: **{sentence}**"
     pages.describe_experiment(client, info.experiment_id, newest)
@@ -107,18 +111,10 @@ def verdict_line(result: Result) -> str:
 
 def print_result(config: TrainConfig, folder: RunFolder, result: Result, experiment_id: str) -> None:
     """Prints the tables and where everything is."""
-    sources = result.fit.sources
-    print(f"\nThe predictor on {config.harvest.test} test images, K = {sources}.")
-    if config.scr.source_fraction is None and sources.fewest < config.scr.num_sources:
-        print(f"num_sources={config.scr.num_sources} was asked: at most half of a grid's eligible patches are used.")
-    print("95 % intervals over images; mass: attention on the chosen patches, as a share of the best K's\n")
-    print(table(source_rows(result.fit), marked=("predictor",)))
-    confidence = result.packed.confidence
-    print(
-        f"\nconfidence on the test split: expected calibration error {confidence['ece']:.3f} isotonic, "
-        f"{confidence['ece_temperature']:.3f} by temperature alone, {confidence['ece_raw']:.3f} raw; "
-        f"{confidence['fallback']:.0%} of the maps under auto's threshold"
-    )
+    fitted = fit_table(config, result)
+    print("\n" + "\n".join(map(paragraph, [fitted.title, *fitted.notes])) + "\n")
+    print(table(fitted.rows, marked=("predictor",)))
+    print("\n" + paragraph(fitted.confidence))
     if (comparison := result.comparison) is not None:
         print(f"\n{'Answers' if comparison.prompts else 'Edits and cost'} on {comparison.images} held-out images")
         for rows in report.headline_tables(comparison):
@@ -126,11 +122,32 @@ def print_result(config: TrainConfig, folder: RunFolder, result: Result, experim
         found, embedded = report.verdict(comparison), config.data.world is not None
         print("\n" + bullets([found.reason, *report.reading(comparison, embedded=embedded)]))
     count = result.packed.exported.predictor.count_parameters()
-    print(f"\nthis run: {folder.path}")
-    print(f"report and figures: {folder.reports}")
-    print(f"predictor: {config.paths.predictor}  ({count:,} parameters)")
-    print(f"compare runs: {pages.where_runs_are(config, experiment_id)}")
-    print(f'use it: with SCR(model, predictor="{config.paths.predictor}", mode="auto"): model.generate(**inputs)')
+    places = {
+        "this run": folder.path,
+        "report and figures": folder.reports,
+        "predictor": f"{config.paths.predictor} ({count:,} parameters)",
+        "compare runs": pages.where_runs_are(config, experiment_id),
+    }
+    print("\n" + "\n".join(paragraph(f"{name}: {place}") for name, place in places.items()))
+    print(f'use it:\n  with SCR(model, predictor="{config.paths.predictor}", mode="auto"):')
+    print("      model.generate(**inputs)")
+
+
+def fit_table(config: TrainConfig, result: Result) -> FitTable:
+    """What the fit of a run found."""
+    sources, confidence = result.fit.sources, result.packed.confidence
+    notes = ["95 % intervals over images; mass: attention on the chosen patches, as a share of the best K's."]
+    if config.scr.source_fraction is None and sources.fewest < config.scr.num_sources:
+        asked = f"num_sources={config.scr.num_sources} was asked"
+        notes.insert(0, f"{asked}: at most half of a grid's eligible patches are used.")
+    return FitTable(
+        title=f"The predictor on {config.harvest.test} test images, K = {sources}.",
+        notes=notes,
+        rows=source_rows(result.fit),
+        confidence=f"Confidence on the test split: expected calibration error {confidence['ece']:.3f} isotonic, "
+        f"{confidence['ece_temperature']:.3f} by temperature alone, {confidence['ece_raw']:.3f} raw; "
+        f"{confidence['fallback']:.0%} of the maps under auto's threshold.",
+    )
 
 
 def source_rows(fit: Fit) -> list[list[str]]:
@@ -146,7 +163,7 @@ def register(client: MlflowClient, config: TrainConfig, run: str) -> None:
     name, model_id = config.tracking.register_as, registry.logged_model(client, run)
     if name is not None and model_id is not None:
         version = registry.register(client, model_id, name, run)
-        print(f"registered: models:/{name}@{registry.ALIAS} is version {version}, of run {run}")
+        print(paragraph(f"registered: models:/{name}@{registry.ALIAS} is version {version}, of run {run}"))
 
 
 def maps_figure(config: TrainConfig, processor: Any, module: SourceModule) -> Any:

@@ -1,22 +1,18 @@
-"""The life of an MLflow run: created with its origin, reopened, recorded until its end, found again."""
+"""The life of an MLflow run: created with its origin, reopened, recorded until its end."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import json
-import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import mlflow
-import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Run
 from mlflow.exceptions import MlflowException
@@ -29,61 +25,24 @@ from configs import Child, TrainConfig
 from configs.grid import short_names
 from data.folder import HarvestSummary
 from pipeline import pages
-from pipeline.errors import TrackingError
-from pipeline.exits import STOPS
+from pipeline.exits import STOPS, way_on
 from pipeline.folders import RunFolder
 from pipeline.stages import SELECTED_BY, compare_answers, export, fit_predictor
-from pipeline.store import follow_moved_artifacts
-from predictor.fit import Preempted
+from pipeline.tracking import experiment_id, process_tags
+from predictor.errors import Preempted
 
 _PLACES = ("runs_dir", "overwrite", "variant", "harvest.name", "tracking.")
 """Settings that are no params: they would tell equal runs apart."""
 _NAMED = ("model", "data.root")
 """Settings that are in no run's name: the experiment has the model's."""
 _LONGEST_NAME = 80
-_HOST, _PROCESS = "process.host", "process.id"
 _STAGES = {
     fit_predictor.__code__: "the fit",
     export.__code__: "the export",
     compare_answers.__code__: "the comparison",
 }
-FILES = ("fit.json", "evaluation.json")
-"""Artifacts below reports/ that hold every number of a run, under `metrics`."""
 SYSTEM_METRICS_SECONDS = 5
 """Sampling interval; MLflow's own 10 s would miss short fits. MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides it."""
-
-
-def connect(uri: str, experiments: Sequence[str], artifacts: Path) -> MlflowClient:
-    """Opens a tracking store and its experiments, within seconds or with an error.
-
-    Args:
-        uri: Tracking URI.
-        experiments: Names; those that are not there are created.
-        artifacts: Where files of new experiments go if the store is a database; a server chooses for itself.
-
-    Raises:
-        TrackingError: If the store cannot be used, or an experiment of that name was deleted.
-    """
-    server = uri.startswith(("http://", "https://", "databricks"))
-    try:
-        with impatient():
-            if uri == f"sqlite:///{artifacts.with_name('mlflow.db')}":
-                follow_moved_artifacts(artifacts.with_name("mlflow.db"), artifacts)
-            mlflow.set_tracking_uri(uri)
-            client = MlflowClient(uri)
-            for name in experiments:
-                found = client.get_experiment_by_name(name)
-                if found is None:
-                    client.create_experiment(name, None if server else artifacts.absolute().as_uri())
-                elif found.lifecycle_stage == "deleted":
-                    raise TrackingError(f"the experiment {name!r} is deleted: restore it, or set tracking.experiment")
-                pages.add_view(client, experiment_id(client, name))
-            close_dead_runs(client, experiments)
-    except TrackingError:
-        raise
-    except Exception as error:  # every kind of store has errors of its own; before any work, all mean the same
-        raise TrackingError(f"MLflow at {uri} cannot be used: {error}\nSee tracking.uri.") from error
-    return client
 
 
 @contextlib.contextmanager
@@ -104,7 +63,7 @@ def tracked(
         run = create_run(client, config.experiment, name, tags, parent.info.run_id if parent else None)
         client.log_metric(run.info.run_id, SELECTED_BY, 0.0, step=0)  # MLflow's comparison shows the first metric
     folder.note(mlflow_run_id=run.info.run_id)
-    with recorded(client, run.info.run_id, config.tracking_uri, STOPS):
+    with recorded(client, run.info.run_id, config.tracking_uri, STOPS, resumes=config.trainer.resume):
         tracker = ResumedLogger(client, run, config)
         settings = {key: value for key, value in _flat(config.model_dump()).items() if not key.startswith(_PLACES)}
         logged = run.data.params  # of a reopened run; MLflow rejects other values, such as another cache
@@ -168,19 +127,6 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-@contextlib.contextmanager
-def impatient() -> Iterator[None]:
-    """One retry and ten seconds for the first contact; later, MLflow's own patience bridges a server's restart."""
-    first = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    mine = {key: value for key, value in first.items() if key not in os.environ}
-    os.environ.update(mine)
-    try:
-        yield
-    finally:
-        for key in mine:
-            del os.environ[key]
-
-
 def create_run(
     client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str], parent: str | None = None
 ) -> Run:
@@ -193,7 +139,7 @@ def create_run(
         tags: More tags.
         parent: Run id that it is nested under.
     """
-    origin = {"command": shlex.join(["python", *sys.argv]), **git_tags(Path(__file__).parents[1]), **_process_tags()}
+    origin = {"command": shlex.join(["python", *sys.argv]), **git_tags(Path(__file__).parents[1]), **process_tags()}
     if parent is not None:
         origin[MLFLOW_PARENT_RUN_ID] = parent
     tags = resolve_tags({**origin, **tags})
@@ -209,40 +155,12 @@ def reopen_run(client: MlflowClient, run_id: str, *, even_finished: bool = False
     if run.info.lifecycle_stage != "active" or (run.info.status == "FINISHED" and not even_finished):
         return None
     client.update_run(run_id, status="RUNNING")
-    for key in {"error", pages.NOTE} & set(run.data.tags):  # they say how it ended
+    said = {"error"} if pages.by_user(run.data.tags) else {"error", pages.NOTE}
+    for key in said & set(run.data.tags):  # they say how it ended
         client.delete_tag(run_id, key)
-    for key, value in _process_tags().items():
+    for key, value in process_tags().items():
         client.set_tag(run_id, key, value)
     return run
-
-
-def close_dead_runs(client: MlflowClient, experiments: Sequence[str]) -> int:
-    """Marks runs as KILLED that say RUNNING although their process on this machine has died; returns how many."""
-    closed = 0
-    for name in experiments:
-        wanted = f"attributes.status = 'RUNNING' and tags.`{_HOST}` = '{socket.gethostname()}'"
-        for run in client.search_runs([experiment_id(client, name)], wanted, max_results=1000):
-            if not _is_alive(run.data.tags.get(_PROCESS, "")):
-                died = "the process died (SIGKILL, out of memory, power)"
-                client.set_tag(run.info.run_id, "error", died)
-                pages.describe_run(client, run.info.run_id, f"{died}; the same command resumes it")
-                client.set_terminated(run.info.run_id, "KILLED")
-                closed += 1
-    return closed
-
-
-def _process_tags() -> dict[str, str]:
-    own = psutil.Process()
-    return {_HOST: socket.gethostname(), _PROCESS: f"{own.pid} {own.create_time():.2f}"}
-
-
-def _is_alive(process: str) -> bool:
-    """Whether the process "<pid> <start>" of this machine lives; another that got its number doesn't count."""
-    try:
-        pid, start = process.split()
-        return abs(psutil.Process(int(pid)).create_time() - float(start)) < 1
-    except (ValueError, psutil.Error):
-        return False
 
 
 @contextlib.contextmanager
@@ -251,6 +169,8 @@ def recorded(
     run_id: str,
     uri: str,
     stops: tuple[type[BaseException], ...] = (KeyboardInterrupt, SystemExit),
+    *,
+    resumes: bool = True,
 ) -> Iterator[None]:
     """Logs system metrics inside the block, and gives the run the status and the error that the block ends with.
 
@@ -259,6 +179,7 @@ def recorded(
         run_id: The run.
         uri: Of the tracking store.
         stops: What ends a run as KILLED instead of FAILED.
+        resumes: Whether the same command resumes the run.
     """
     monitor = SystemMetricsMonitor(run_id, SYSTEM_METRICS_SECONDS, tracking_uri=uri)
     status = "FAILED"
@@ -269,7 +190,7 @@ def recorded(
     except stops as stop:
         status = "KILLED"
         with contextlib.suppress(Exception):
-            pages.describe_run(client, run_id, f"{_what_stopped(stop)}; the same command resumes it")
+            pages.describe_run(client, run_id, f"{_what_stopped(stop)}; {way_on(resumes)}")
         raise
     except Exception as error:
         with contextlib.suppress(Exception):  # on a full disk the store fails too; the error itself counts
@@ -288,12 +209,6 @@ def _what_stopped(stop: BaseException) -> str:
     stage = next((f" in {_STAGES[code]}" for code in called if code in _STAGES), "")
     signals = {KeyboardInterrupt: "Ctrl-C", Preempted: "SIGTERM"}
     return f"stopped by {signals.get(type(stop), type(stop).__name__)}{stage}"
-
-
-def find_run(client: MlflowClient, experiment: str, tag: str, value: str, status: str | None = None) -> Run | None:
-    """The newest run of an experiment with this tag, and if given this status."""
-    wanted = f"tags.`{tag}` = '{value}'" + (f" and attributes.status = '{status}'" if status else "")
-    return next(iter(client.search_runs([experiment_id(client, experiment)], wanted, max_results=1)), None)
 
 
 def log_data(client: MlflowClient, run_id: str, config: TrainConfig, harvested: HarvestSummary) -> None:
@@ -332,16 +247,6 @@ def log_curve(client: MlflowClient, run_id: str, name: str, points: Mapping[int,
     client.log_batch(run_id, metrics=[Metric(name, value, now, step) for step, value in points.items()])
 
 
-def every_number(client: MlflowClient, run: Run) -> dict[str, float]:
-    """Metrics of a run, with those of its files: few of them are metrics of MLflow, whose pages draw each as a bar."""
-    numbers = {key: value for key, value in run.data.metrics.items() if not key.startswith("system/")}
-    for file in FILES:
-        with contextlib.suppress(MlflowException, OSError, ValueError, KeyError):  # a run without answers has one only
-            content = Path(client.download_artifacts(run.info.run_id, f"reports/{file}")).read_text(encoding="utf-8")
-            numbers |= json.loads(content)["metrics"]
-    return numbers
-
-
 def git_tags(folder: Path) -> dict[str, str]:
     """Commit of the code in `folder`, and whether files differ from it; nothing if that is no git repository."""
 
@@ -356,15 +261,3 @@ def git_tags(folder: Path) -> dict[str, str]:
         }
     except (OSError, subprocess.SubprocessError):
         return {}
-
-
-def experiment_id(client: MlflowClient, name: str) -> str:
-    """Id of an experiment.
-
-    Raises:
-        LookupError: There is none of that name.
-    """
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        raise LookupError(f"the experiment {name!r} has gone: it was there when the tracking store was opened")
-    return experiment.experiment_id

@@ -18,9 +18,10 @@ from evaluation import fit_report
 from evaluation.compare import Comparison, compare, measure_reference
 from evaluation.questions import Item
 from evaluation.reference import Reference, unlabelled_reference
+from evaluation.tables import paragraph
 from export.package import Exported, Facts, export_predictor
 from pipeline.folders import RunFolder, named_folders
-from pipeline.harvest import harvest_from_config, held_out_images
+from pipeline.harvest import check_space, harvest_from_config, held_out_images
 from predictor import baselines
 from predictor.batch import SourceCount
 from predictor.calibration import ConfidenceRows, confidence_rows
@@ -50,6 +51,7 @@ class Work:
     def __init__(self, config: TrainConfig) -> None:
         """Loads the model, and harvests what is missing."""
         print_step(1, f"model {config.model.name} and images of {config.data.name}")
+        check_space(config)
         self.model, self.processor = load_vlm(config.model)
         print_step(2, "harvest: attention maps and block-0 states of the training images")
         self.harvested = harvest_from_config(config, self.model, self.processor, overwrite=config.overwrite)
@@ -138,13 +140,14 @@ def fit_predictor(config: TrainConfig, work: Work, folder: RunFolder, tracker: M
         config.predictor.network(data.hidden_size), config.scr, config.trainer, config.predictor.loss
     )
     count = module.predictor.count_parameters()
-    print(f"{count:,} parameters, rank {module.predictor.config.rank}; {data.count('train'):,} training maps")
+    rank, maps = module.predictor.config.rank, data.count("train")
+    print(paragraph(f"{count:,} parameters, rank {rank}; {maps:,} training maps"))
     module.compute_statistics(data.train_dataloader())
     fitted = fit(module, data, folder.checkpoints, config.trainer, logger=tracker)
     tracker.log_metrics({SELECTED_BY: round(fitted.score, 4)}, step=fitted.epochs)
     limit, patience = config.trainer.max_epochs, config.trainer.patience
     early = f" of at most {limit}: none of the last {patience} was better" if fitted.epochs < limit else ""
-    print(f"best epoch: val/mass {fitted.score:.4f}; fitted for {fitted.epochs} epochs{early}")
+    print(paragraph(f"best epoch: val/mass {fitted.score:.4f}; fitted for {fitted.epochs} epochs{early}"))
     sources = SourceCount.of(data.grids("test"), config.scr)
     metrics, floors = measure(config, data, fitted.module.score, "predictor"), work.floors(config)
     return Fit(fitted.module, sources, metrics, floors, fitted.epochs)
@@ -204,7 +207,7 @@ def export(config: TrainConfig, fitted: Fit, work: Work, folder: RunFolder, run:
             },
         ),
     )
-    print(f"{exported.folder}: reloaded, outputs equal to the checkpoint's")
+    print(paragraph(f"{exported.folder}: reloaded, outputs equal to the checkpoint's"))
     rows = confidence_rows(fitted.module.score, data.test_dataloader(), config.scr)
     return Packed(exported, rows, calibration_summary(exported.calibration, rows))
 
@@ -238,7 +241,7 @@ def held_out_prompts(config: TrainConfig) -> list[Item]:
 
 def print_step(number: int, text: str) -> None:
     """Prints a headline."""
-    print(f"\n[{number}/5] {text}", flush=True)
+    print("\n" + paragraph(f"[{number}/5] {text}"), flush=True)
 
 
 def shared_settings(config: TrainConfig) -> list[Any]:

@@ -26,6 +26,7 @@ from pipeline.exits import STOPS, print_error
 from pipeline.folders import RunFolder, finish_run, open_run
 from pipeline.result import describe, log_comparison, log_fit, print_result, register, verdict_line
 from pipeline.stages import SELECTED_BY, Result, Work, compare_answers, export, fit_predictor, shared_settings
+from pipeline.tracking import every_number, find_run
 
 RESULT_TAG = "config.fingerprint"
 """Identity of what decided a run's result; set last, so that a run that has it is complete."""
@@ -42,7 +43,7 @@ def run_once(child: Child, client: MlflowClient) -> int:
         notes = finish_run(folder, config)
         print_result(config, folder, result, str(tracker.experiment_id))
     for note in notes:
-        print(f"note: {note}")
+        print(paragraph(f"note: {note}"))
     register(client, config, str(tracker.run_id))
     print(f"{ended()}\n\n{paragraph(verdict_line(result), strong=True)}")
     return 0
@@ -60,10 +61,8 @@ def chain(config: TrainConfig, work: Work, folder: RunFolder, tracker: MLFlowLog
     fitted = fit_predictor(config, work, folder, tracker)
     packed = export(config, fitted, work, folder, run)
     model_id = log_fit(config, work, folder, fitted, packed, tracker)
-    comparison = compare_answers(config, work, packed.exported)
-    if comparison is not None:
-        log_comparison(config, folder, comparison, tracker, model_id)
-    result = Result(fitted, packed, comparison)
+    result = Result(fitted, packed, compare_answers(config, work, packed.exported))
+    log_comparison(config, folder, result, tracker, model_id)
     describe(config, result, tracker, model_id)
     client.set_tag(run, RESULT_TAG, work.result_id(config))
     return result
@@ -105,8 +104,9 @@ def run_children(
         return
     for child, number in zip(children, numbers, strict=False):
         result_id = work.result_id(child.config)  # whatever command finished it
-        run = runs.find_run(client, child.config.experiment, RESULT_TAG, result_id, "FINISHED")
-        print(f"\n[child {number}/{total}] {child.label}" + (" (finished before)" if run else ""), flush=True)
+        run = find_run(client, child.config.experiment, RESULT_TAG, result_id, "FINISHED")
+        words = f"[child {number}/{total}] {child.label}" + (" (finished before)" if run else "")
+        print(f"\n{paragraph(words)}", flush=True)
         if run is None:
             run_id = ""
             try:
@@ -122,8 +122,8 @@ def run_children(
                 yield child, Trial(child.choices, "FAILED", {}, run_id)
                 continue
             run = client.get_run(run_id)
-        metrics = runs.every_number(client, run)
-        print(sweep_report.headline(metrics))
+        metrics = every_number(client, run)
+        print(paragraph(sweep_report.headline(metrics)))
         yield child, Trial(child.choices, "FINISHED", metrics, run.info.run_id)
 
 
@@ -131,7 +131,7 @@ def open_parent(children: Sequence[Child], sweep: Sweep, client: MlflowClient) -
     """Reopens the parent run that an earlier command left for this very grid, or creates one."""
     experiment = children[0].config.experiment
     grid = digest(sorted(str(child.config.variant) for child in children))
-    if found := runs.find_run(client, experiment, GRID_TAG, grid):
+    if found := find_run(client, experiment, GRID_TAG, grid):
         client.update_run(found.info.run_id, status="RUNNING")
         return found
     swept_names = " x ".join(short_names(sweep.keys).values())
@@ -154,17 +154,18 @@ def close_parent(children: Sequence[Child], trials: Sequence[Trial], parent: Run
     for file in sweep_report.write(folder, trials, names, title):
         client.log_artifact(run, str(file), "sweep")
     pages.describe_sweep(client, parent, sweep_report.markdown_text(trials, names))
-    print(f"\n{title}\n\n{sweep_report.summary_table(trials, names)}")
+    print(f"\n{paragraph(title)}\n\n{sweep_report.summary_table(trials, names)}")
     if any(len(cell.means) and cell.finished > 1 for cell in sweep_report.cells(trials)):
-        print(sweep_report.NOTE)
+        print(paragraph(sweep_report.NOTE))
     for trial in trials:
         if trial.status != "FINISHED":
             label = " ".join(f"{key}={value}" for key, value in trial.choices.items())
-            print(f"without a result: {label} ({trial.status}" + (f", run {trial.run_id})" if trial.run_id else ")"))
+            state = trial.status + (f", run {trial.run_id}" if trial.run_id else "")
+            print(paragraph(f"without a result: {label} ({state})"))
     if not missing:
         register(client, config, max(trials, key=_selected_by).run_id)
-    print(f"\nsummary: {folder}\nchildren: {config.paths.sweeps}")
-    print(f"compare runs: {pages.where_runs_are(config, parent.info.experiment_id)}")
+    print(f"\n{paragraph(f'summary: {folder}')}\n{paragraph(f'children: {config.paths.sweeps}')}")
+    print(paragraph(f"compare runs: {pages.where_runs_are(config, parent.info.experiment_id)}"))
     client.set_terminated(run, "FAILED" if missing else "FINISHED")
     return missing
 
@@ -189,14 +190,13 @@ def compare_models(
     for file in sweep_report.write(folder, trials, names, title, answers):
         for parent in parents:
             client.log_artifact(parent, str(file), "models")
-    print(f"\n{title}\n\n{sweep_report.summary_table(trials, names)}")
+    print(f"\n{paragraph(title)}\n\n{sweep_report.summary_table(trials, names)}")
     print(f"\nAnswers of each model's best child\n\n{table(answers)}")
-    print(f"\ntables and figure: {folder}")
+    print("\n" + paragraph(f"tables and figure: {folder}"))
     for parent in parents:
         pages.describe_models(client, client.get_run(parent), title)
-    print(
-        f"compare models: {pages.server(config)}{_comparison_page([trial.run_id for trial in best.values()], client)}"
-    )
+    page = _comparison_page([trial.run_id for trial in best.values()], client)
+    print(paragraph(f"compare models: {pages.server(config)}{page}"))
 
 
 def _finished(trial: Trial) -> bool:

@@ -12,7 +12,7 @@ from configs.load import CONFIGS
 from data.plan import set_aside
 from data.vlm import load_vlm
 from evaluation.errors import EvaluationError
-from evaluation.tables import bullets, table
+from evaluation.tables import bullets, paragraph, table
 from evaluation.tune import candidates, tune_settings, tuned_rows
 from pipeline.folders import new_folder
 from pipeline.harvest import training_images
@@ -61,5 +61,5 @@ def tune(config: TrainConfig) -> int:
     folder = new_folder(config.paths.fits / "tuning")
     write_file(folder / "tuning.json", json.dumps(record, indent=1).encode())
     write_file(file, (head + yaml.safe_dump(content, sort_keys=False)).encode())
-    print(f"\nall settings: {folder / 'tuning.json'}\nuse it: model={name}   ({file})")
+    print(f"\n{paragraph(f'all settings: {folder}/tuning.json')}\n{paragraph(f'use it: model={name} ({file})')}")
     return 0

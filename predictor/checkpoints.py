@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from predictor.errors import FitError, Preempted
 from predictor.memory import keep_freed_memory
 from scr_runtime.files import replace_file, write_file
+from scr_runtime.terminal import filled
 
 MONITOR = "val/mass"
 BEST, LAST, RECORD = "best.ckpt", "last.ckpt", "fit.json"
@@ -203,7 +204,7 @@ def in_main_thread() -> bool:
 
 def log_line(message: str) -> None:
     """Prints a line about the fit, above a progress bar."""
-    tqdm.write(f"fit: {message}")
+    tqdm.write(filled(f"fit: {message}", rest="  "))
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:

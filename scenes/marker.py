@@ -16,11 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from data.errors import DataError, UnreadableFileError
 from data.files import SETTINGS_BYTES, read_json
 from data.locks import is_alive
+from data.log import log
 from scr_runtime.files import write_file
 
 MARKER = "world.json"
@@ -77,7 +76,7 @@ def holds_world(root: Path, settings: Mapping[str, Any]) -> bool:
         return True
     plain = {key: value for key, value in settings.items() if key != "fingerprint"}
     if found["fingerprint"] == settings["fingerprint"] or plain.items() <= found.items():
-        tqdm.write(f"scenes: {file} was changed; it is re-created")  # one of its values, and not all of them
+        log("scenes", f"{file} was changed; it is re-created")  # one of its values, and not all of them
         write_marker(root, settings)
         return True
     if found != with_fingerprint(found):

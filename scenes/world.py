@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.errors import DataError, SettingsError
+from data.log import log
 from scenes.categories import CATEGORIES
 from scenes.drawing import LOOKS, SIZE, SQUARE, Look, Scene, SceneObject, Sizes, caption, render_scene
 from scenes.marker import WAY_OUT, NoWorldError, holds_world, remove_dead, with_fingerprint, write_marker
@@ -38,7 +39,9 @@ _KINDS = ("instances", "captions")
 _LICENCE = {"name": "SIL Open Font License 1.1 (glyphs of Noto Color Emoji)", "url": "https://openfontlicense.org"}
 
 
-def ensure_world(root: Path, train: int, val: int, seed: int = 0, sizes: Sizes = "square") -> Path:
+def ensure_world(
+    root: Path, train: int, val: int, seed: int = 0, sizes: Sizes = "square", *, quiet: bool = False
+) -> Path:
     """Renders a world in COCO layout into `root`, unless a finished one is there already.
 
     Writes `train/000000000001.png` .., `val/000001000001.png` .., and in `annotations/` the files
@@ -52,6 +55,7 @@ def ensure_world(root: Path, train: int, val: int, seed: int = 0, sizes: Sizes =
         val: Number of validation images, from 1.
         seed: Seed of every scene.
         sizes: "square" for scenes of 96 x 96 pixels, "mixed" for larger ones of several sizes and aspect ratios.
+        quiet: Whether nothing is said of a finished world that is reused.
 
     Returns:
         `root`.
@@ -75,9 +79,10 @@ def ensure_world(root: Path, train: int, val: int, seed: int = 0, sizes: Sizes =
         place = root.resolve()  # what a link points to is what is renamed
         if holds_world(place, settings):
             _repair(place, settings)
-            tqdm.write(f"scenes: reusing the finished world at {root} ({train:,} train, {val:,} val, seed {seed})")
+            if not quiet:
+                log("scenes", f"reusing the finished world at {root} ({train:,} train, {val:,} val, seed {seed})")
         else:
-            tqdm.write(f"scenes: rendering {train + val:,} scenes into {root} (none there yet)")
+            log("scenes", f"rendering {train + val:,} scenes into {root} (none there yet)")
             _render(place, settings)
     return root
 
@@ -129,7 +134,7 @@ def _repair(root: Path, settings: dict[str, Any]) -> None:
             continue
         what = [f"{len(missing):,} images of {split}/"] * bool(missing)
         what += [f"annotations/{kind}_{split}.json" for kind in lost]
-        tqdm.write(f"scenes: {', '.join(what)} missing in {root}: rendered again")
+        log("scenes", f"{', '.join(what)} missing in {root}: rendered again")
         (root / split).mkdir(exist_ok=True)
         for index in missing:
             scene = render_scene(settings["seed"], split, index, _look(settings))

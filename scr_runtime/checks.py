@@ -16,7 +16,8 @@ from scr_runtime.errors import ConfigurationError, PrefillError, UnsupportedMode
 from scr_runtime.families import Family, blocks_of
 from scr_runtime.network import SourcePredictor
 from scr_runtime.places import FORMS
-from scr_runtime.rule import effective_num_sources
+from scr_runtime.redistribute import Grid
+from scr_runtime.rule import asked_num_sources, effective_num_sources
 
 
 def check_arguments(config: Any, predictor: Any, mode: Any, threshold: Any, seed: Any) -> None:
@@ -47,22 +48,38 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
-def check_grid(model: Any, family: Family, config: SCRConfig) -> None:
+def check_grid(model: Any, family: Family, config: SCRConfig) -> Grid | None:
     """Checks that sources can be chosen on the grid of a family whose images all have the same one.
+
+    Returns:
+        That grid; ``None`` if it is not known before a call.
 
     Raises:
         ConfigurationError: If no patch of it can be a source.
     """
     if family.fixed_grid is None:
-        return
+        return None
     try:
         image = family.fixed_grid(model, {})
     except PrefillError:
-        return  # a vision tower that is not known: what a call says of it decides
+        return None  # a vision tower that is not known: what a call says of it decides
     try:
         effective_num_sources(image.grid, config)
     except PrefillError as error:
         raise ConfigurationError(f"the images of this {type(model).__name__} have {error}") from None
+    return image.grid
+
+
+def fewer_sources(grid: Grid, config: SCRConfig) -> str | None:
+    """Says that fewer sources are used on a grid than the settings ask for; ``None`` where all are."""
+    asked, used = asked_num_sources(grid, config), effective_num_sources(grid, config)
+    if used == asked:
+        return None
+    rows, columns = grid
+    return (
+        f"{asked} sources are asked for, and {used} are used for an image of {rows} x {columns} = {rows * columns} "
+        "patches: at most half of those that can be sources"
+    )
 
 
 def check_decoder(model: Any, family: Family, config: SCRConfig, *, online: bool = False) -> None:

@@ -109,7 +109,7 @@ def source_rule(config: SCRConfig, grid: Grid, device: torch.device | None = Non
 
 
 def effective_num_sources(grid: Grid, config: SCRConfig) -> int:
-    """K for a grid: ``config``'s number or share, at most half of the eligible patches, at least one (decision D4).
+    """K for a grid: what is asked for, at most half of the eligible patches, at least one (decision D4).
 
     Raises:
         PrefillError: If the grid has no eligible patch.
@@ -120,8 +120,14 @@ def effective_num_sources(grid: Grid, config: SCRConfig) -> int:
         raise PrefillError(
             f"a grid of {rows} x {columns} patches has no patch off its border; set exclude_border=False"
         )
+    return min(asked_num_sources(grid, config), max(eligible // 2, 1))
+
+
+def asked_num_sources(grid: Grid, config: SCRConfig) -> int:
+    """K for a grid as ``config`` asks for it, by number or by share; at least one."""
+    rows, columns = grid
     wanted = config.num_sources if config.source_fraction is None else round(config.source_fraction * rows * columns)
-    return min(max(wanted, 1), max(eligible // 2, 1))
+    return max(wanted, 1)
 
 
 @functools.lru_cache(maxsize=64)

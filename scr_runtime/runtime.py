@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ from torch import nn
 
 from scr_runtime import sources as providers
 from scr_runtime.attention import hold, release, unregister_unused
-from scr_runtime.checks import attention_configs, check_arguments, check_decoder, check_grid
+from scr_runtime.checks import attention_configs, check_arguments, check_decoder, check_grid, fewer_sources
 from scr_runtime.config import Mode, SCRConfig
 from scr_runtime.errors import AttachError, ConfigurationError
 from scr_runtime.families import blocks_of, family_of, generative_model
@@ -34,6 +35,7 @@ from scr_runtime.stats import SCRStats, StatsCounter
 logger = logging.getLogger("scr_runtime")
 
 _TURNS = Turns()
+_FEWER = "fewer sources"
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[SCR]] = weakref.WeakKeyDictionary()  # by base model
 
 
@@ -98,10 +100,10 @@ class SCR:
         self._blocks = blocks_of(self.model)
         self._predictor, self.config, reason = choose(predictor, self.model, mode, processor, config, revision)
         self._reads_attention = mode in ("two-pass", "auto", "online")
+        self._warned: dict[str, object] = {} if reason is None else {providers.NO_PREDICTOR: None}
         self._check_model()
         self._given_threshold, self._seed, self._processor = threshold, seed, processor
         self._threshold = self._threshold_of(self._predictor)
-        self._warned: dict[str, object] = {} if reason is None else {providers.NO_PREDICTOR: None}
         asked = self._ask(self._predictor, reason)
         self._passes = Passes(self.model, self._family, self.config, mode, asked, self._finished)
         self._shadows = Shadows()
@@ -267,7 +269,10 @@ class SCR:
         if self.mode == "off":
             return
         self.config.check_depth(len(self._blocks))
-        check_grid(self.model, self._family, self.config)
+        grid = check_grid(self.model, self._family, self.config)
+        fewer = None if grid is None else fewer_sources(grid, self.config)
+        if fewer is not None and self._is_first(_FEWER):
+            warnings.warn(fewer, RuntimeWarning, stacklevel=3)
         online = self.mode == "online"
         if online:
             self.config.check_online()
@@ -316,8 +321,12 @@ class SCR:
         scores = [choice.scores for choice in prefill.counted()]
         fresh = scores if prefill.fresh else []
         self._counter.add(fresh, len(prefill.fired))
-        for fallback in (fallback for group in fresh for fallback in group.fallbacks):
-            self._log_once(fallback)
+        for group in fresh:
+            fewer = fewer_sources(group.rule.grid, self.config)
+            if fewer is not None and self._is_first(_FEWER):
+                logger.warning("%s (logged once)", fewer)
+            for fallback in group.fallbacks:
+                self._log_once(fallback)
         if logger.isEnabledFor(logging.DEBUG):
             names = [name for group in scores for name in group.providers]
             counts = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names)))
@@ -327,9 +336,13 @@ class SCR:
         """Logs each kind of fallback once; low confidence is expected and not logged."""
         if fallback is None or fallback.kind == providers.LOW_CONFIDENCE:
             return
-        mark = object()
-        if self._warned.setdefault(fallback.kind, mark) is mark:  # of several threads one
+        if self._is_first(fallback.kind):
             logger.warning("an image fell back to the diagnostic run (logged once): %s", fallback.reason)
+
+    def _is_first(self, kind: str) -> bool:
+        """Whether nothing of this kind has been said yet; of several threads, for one."""
+        mark = object()
+        return self._warned.setdefault(kind, mark) is mark
 
     # -- several questions about one image -----------------------------------------------------------------------
 

@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints one line for each version; returns 1 if a test failed."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     cut = arguments.index("--") if "--" in arguments else len(arguments)
+    if {"-h", "--help"} & set(arguments[:cut]):
+        print(__doc__)
+        return 0
     versions, chosen = arguments[:cut] or supported(), arguments[cut + 1 :]
     chosen = chosen or [f"tests/scr_runtime/test_{name}.py" for name in TESTS]
     failed = 0

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scr_runtime.config import Mode
+from scr_runtime.terminal import filled
 
 KEY_VARIABLE = "SCR_API_KEY"
 PROGRAM = "python -m scr_runtime.serve"
@@ -110,5 +111,5 @@ def help_text() -> str:
     ]
     for key, field in ServeSettings.model_fields.items():
         default = "" if field.is_required() or field.default in (None, ()) else f" [{field.default}]"
-        lines.append(f"  {key + '=':<17}{field.description}{default}")
+        lines.append(filled(f"{field.description}{default}", f"  {key + '=':<17}", " " * 19))
     return "\n".join(lines)

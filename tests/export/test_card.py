@@ -15,8 +15,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from export.card import model_card
-from export.package import write_card
+from export.card import model_card, write_card
 from scenes import CHECKPOINT
 from scr_runtime import PredictorConfig, SCRConfig, SourcePredictor, describe_model, load_predictor, save_predictor
 

@@ -7,7 +7,8 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.runs import close_dead_runs, connect, create_run
+from pipeline.runs import create_run
+from pipeline.tracking import close_dead_runs, connect
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
@@ -47,4 +48,4 @@ def test_a_new_command_closes_them(client: MlflowClient, tmp_path: Path) -> None
     again = connect(f"sqlite:///{tmp_path}/mlflow.db", ["runs"], tmp_path / "artifacts")
     found = again.get_run(run.info.run_id)
     assert found.info.status == "KILLED" and "died" in found.data.tags["error"]
-    assert "the same command resumes it" in found.data.tags["mlflow.note.content"]
+    assert "run the same command again to resume" in found.data.tags["mlflow.note.content"]

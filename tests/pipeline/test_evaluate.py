@@ -21,7 +21,7 @@ from data.settings import VLMSettings
 from data.vlm import load_vlm
 from evaluation.errors import EvaluationError
 from evaluation.settings import EvaluationSettings
-from pipeline import runs
+from pipeline import runs, tracking
 from pipeline.commands import evaluation, long_forms
 from pipeline.compare_runs import compare_runs, read_run
 from pipeline.errors import RunError
@@ -159,7 +159,7 @@ def test_official_files_of_the_world_give_the_same_figures(evaluated: Path) -> N
 def store(evaluated: Path) -> Iterator[MlflowClient]:
     """The tracking store that the command looks into."""
     former = mlflow.get_tracking_uri()
-    yield runs.connect(load_config([f"runs_dir={evaluated}"]).tracking_uri, ["fits"], evaluated / "mlflow")
+    yield tracking.connect(load_config([f"runs_dir={evaluated}"]).tracking_uri, ["fits"], evaluated / "mlflow")
     mlflow.set_tracking_uri(former)
 
 

@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from configs import load_config, load_sweep
-from pipeline import pages, runs
+from pipeline import pages, runs, tracking
 from pipeline.store import follow_moved_artifacts
 from pipeline.ui import links
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     former = mlflow.get_tracking_uri()
     place = tmp_path_factory.mktemp("first") / "runs"
     place.mkdir()
-    client = runs.connect(f"sqlite:///{place / 'mlflow.db'}", ["fits"], place / "mlflow")
+    client = tracking.connect(f"sqlite:///{place / 'mlflow.db'}", ["fits"], place / "mlflow")
     run = runs.create_run(client, "fits", "defaults", {}).info.run_id
     client.log_dict(run, {"metrics": {"test/mass": 0.9}}, "reports/fit.json")
     client.log_metric(run, "mass", 0.9)
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def open_store(place: Path) -> MlflowClient:
-    return runs.connect(f"sqlite:///{place / 'mlflow.db'}", ["fits"], place / "mlflow")
+    return tracking.connect(f"sqlite:///{place / 'mlflow.db'}", ["fits"], place / "mlflow")
 
 
 def test_an_experiment_has_the_view_that_the_link_opens(folder: Path) -> None:
@@ -62,7 +62,7 @@ def test_an_experiment_has_the_view_that_the_link_opens(folder: Path) -> None:
 
 def test_descriptions_are_cut_between_lines(folder: Path) -> None:
     client = open_store(folder)
-    run = client.search_runs([runs.experiment_id(client, "fits")])[0].info
+    run = client.search_runs([tracking.experiment_id(client, "fits")])[0].info
     pages.describe_run(client, run.run_id, "\n".join(f"line {number}" for number in range(1000)))
     text = client.get_run(run.run_id).data.tags["mlflow.note.content"]
     assert len(text) <= 5000 and text.endswith("\n...") and text.splitlines()[-2].startswith("line ")
@@ -74,8 +74,8 @@ def test_descriptions_are_cut_between_lines(folder: Path) -> None:
 
 def test_every_number_is_found_in_the_files_of_a_run(folder: Path) -> None:
     client = open_store(folder)
-    (run,) = client.search_runs([runs.experiment_id(client, "fits")], "attributes.run_name = 'defaults'")
-    assert runs.every_number(client, run) == {"mass": 0.9, "test/mass": 0.9}
+    (run,) = client.search_runs([tracking.experiment_id(client, "fits")], "attributes.run_name = 'defaults'")
+    assert tracking.every_number(client, run) == {"mass": 0.9, "test/mass": 0.9}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_artifacts_are_found_in_a_folder_that_was_moved_or_copied(folder: Path, 
     else:
         shutil.copytree(first, second)
     client = open_store(second)
-    (run,) = client.search_runs([runs.experiment_id(client, "fits")], "attributes.run_name = 'defaults'")
+    (run,) = client.search_runs([tracking.experiment_id(client, "fits")], "attributes.run_name = 'defaults'")
     assert run.info.artifact_uri == f"{(second / 'mlflow').as_uri()}/{run.info.run_id}/artifacts"
     assert (Path(url2pathname(str(run.info.artifact_uri).removeprefix("file://"))) / "reports/fit.json").is_file()
     fresh = runs.create_run(client, "fits", "later", {}).info.run_id

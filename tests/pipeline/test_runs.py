@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from configs import load_config
-from pipeline import runs
+from pipeline import runs, tracking
 from pipeline.exits import STOPS
 from pipeline.pages import NOTE
 from pipeline.stages import Work, fit_predictor
@@ -31,7 +31,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MlflowClie
     former = mlflow.get_tracking_uri()
     folder = tmp_path_factory.mktemp("store")
     uri = f"sqlite:///{folder}/mlflow.db"
-    yield runs.connect(uri, ["fits"], folder / "artifacts"), uri
+    yield tracking.connect(uri, ["fits"], folder / "artifacts"), uri
     mlflow.set_tracking_uri(former)
 
 
@@ -56,8 +56,8 @@ def test_a_stopped_run_says_what_ended_it_until_it_is_resumed(store: tuple[Mlflo
     client, uri = store
     config, work = load_config(), Mock(spec=Work)
     for stop, words in (
-        (KeyboardInterrupt(), "stopped by Ctrl-C in the fit; the same command resumes it"),
-        (Preempted(), "stopped by SIGTERM in the fit; the same command resumes it"),
+        (KeyboardInterrupt(), "stopped by Ctrl-C in the fit; run the same command again to resume"),
+        (Preempted(), "stopped by SIGTERM in the fit; run the same command again to resume"),
     ):
         run = runs.create_run(client, "fits", "x", {}).info.run_id
         work.data.side_effect = stop
@@ -69,7 +69,7 @@ def test_a_stopped_run_says_what_ended_it_until_it_is_resumed(store: tuple[Mlflo
         assert not {NOTE, "error"} & set(client.get_run(run).data.tags)
     with pytest.raises(KeyboardInterrupt), runs.recorded(client, run, uri, STOPS):
         raise KeyboardInterrupt
-    assert client.get_run(run).data.tags[NOTE] == "stopped by Ctrl-C; the same command resumes it"
+    assert client.get_run(run).data.tags[NOTE] == "stopped by Ctrl-C; run the same command again to resume"
 
 
 def test_system_metrics_are_logged(store: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,12 +86,12 @@ def test_system_metrics_are_logged(store: tuple[MlflowClient, str], monkeypatch:
 def test_runs_are_found_by_tag_and_status(store: tuple[MlflowClient, str]) -> None:
     client, _ = store
     run = runs.create_run(client, "fits", "x", {"mark": "a"}).info.run_id
-    assert runs.find_run(client, "fits", "mark", "a", "FINISHED") is None
-    assert runs.find_run(client, "fits", "mark", "b") is None
+    assert tracking.find_run(client, "fits", "mark", "a", "FINISHED") is None
+    assert tracking.find_run(client, "fits", "mark", "b") is None
     client.set_terminated(run, "FINISHED")
     newer = runs.create_run(client, "fits", "x", {"mark": "a"}, parent=run).info.run_id
     assert newer != run
-    found = runs.find_run(client, "fits", "mark", "a", "FINISHED")
+    found = tracking.find_run(client, "fits", "mark", "a", "FINISHED")
     assert found is not None and found.info.run_id == run
     assert client.get_run(newer).data.tags["mlflow.parentRunId"] == run
 
@@ -115,14 +115,14 @@ def test_git_is_recorded_and_not_needed(tmp_path: Path) -> None:
 def test_a_deleted_experiment_is_named(store: tuple[MlflowClient, str], tmp_path: Path) -> None:
     client, uri = store
     client.delete_experiment(client.create_experiment("gone"))
-    with pytest.raises(runs.TrackingError, match="'gone' is deleted"):
-        runs.connect(uri, ["gone"], tmp_path)
+    with pytest.raises(tracking.TrackingError, match="'gone' is deleted"):
+        tracking.connect(uri, ["gone"], tmp_path)
 
 
 def test_a_server_that_is_not_there_is_reported_in_seconds(tmp_path: Path) -> None:
     former, started = mlflow.get_tracking_uri(), time.monotonic()
-    with pytest.raises(runs.TrackingError, match=r"127\.0\.0\.1"):
-        runs.connect("http://127.0.0.1:9", ["fits"], tmp_path)
+    with pytest.raises(tracking.TrackingError, match=r"127\.0\.0\.1"):
+        tracking.connect("http://127.0.0.1:9", ["fits"], tmp_path)
     assert time.monotonic() - started < 20
     mlflow.set_tracking_uri(former)
 

@@ -11,7 +11,7 @@ import pytest
 
 from configs import load_config, load_sweep
 from evaluation.sweep_report import Trial
-from pipeline import runs
+from pipeline import runs, tracking
 from pipeline.folders import open_run
 from pipeline.stages import SELECTED_BY
 from pipeline.sweep import compare_models, open_parent
@@ -33,7 +33,7 @@ def former_store() -> Iterator[None]:
 @pytest.mark.usefixtures("former_store")
 def test_models_end_in_one_table_of_their_best_children(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    client = runs.connect(uri, ["a", "b"], tmp_path / "artifacts")
+    client = tracking.connect(uri, ["a", "b"], tmp_path / "artifacts")
     config = load_config([f"runs_dir={tmp_path / 'runs'}", f"tracking.uri={uri}"])
     found, parents, best = {}, [], []
     for model, rate in (("a", 0.25), ("b", 0.5)):
@@ -62,7 +62,7 @@ def test_models_end_in_one_table_of_their_best_children(tmp_path: Path, capsys: 
 @pytest.mark.usefixtures("former_store")
 def test_sweeps_of_other_settings_get_other_names(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    client = runs.connect(uri, ["scene-llava"], tmp_path / "artifacts")
+    client = tracking.connect(uri, ["scene-llava"], tmp_path / "artifacts")
     names = []
     for changes in ([], ["trainer.max_epochs=3"], []):
         places = [f"runs_dir={tmp_path / 'runs'}", f"tracking.uri={uri}"]
