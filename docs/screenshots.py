@@ -53,23 +53,29 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=options.browser, args=["--no-sandbox"])
         if options.pages != "playground":
             store = f"sqlite:///{options.runs}/mlflow.db"
-            experiment = f"{options.experiment}: " if options.experiment else ""
-            with served(experiment, "pipeline.ui", "--backend-store-uri", store, "--port", "5055") as link:
+            with served(options.experiment, "pipeline.ui", "--backend-store-uri", store, "--port", "5055") as link:
                 picture_mlflow(browser, link, options.output)
         if options.pages != "mlflow":
-            with served("playground: ", "playground", f"runs_dir={options.runs}", "port=0") as address:
+            with served("playground", "playground", f"runs_dir={options.runs}", "port=0") as address:
                 picture_playground(browser, address, options.output, list(_VIEWS) if options.views else ["playground"])
         browser.close()
 
 
 @contextmanager
 def served(name: str, *module: str) -> Iterator[str]:
-    """Runs a command that serves pages; gives the first address that it prints behind a name, once that answers."""
+    """Runs a command that serves pages; gives the address that it prints behind a name, once that answers.
+
+    Args:
+        name: What stands before the address, with a colon; "" takes the first address.
+        module: The module, and its arguments.
+    """
     command = [sys.executable, "-m", *module]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         assert server.stdout is not None
         try:
-            words = (word for line in server.stdout if name in line for word in line.split())
+            words = (word for line in server.stdout for word in line.split())
+            if name:
+                next((word for word in words if word == f"{name}:"), None)
             address = next((word for word in words if word.startswith("http://")), None)
             if address is None:
                 sys.exit(f"{' '.join(command)} named no address behind {name!r}: type it to see why")
