@@ -117,6 +117,10 @@ def picture_mlflow(browser: Browser, link: str, folder: Path) -> None:
         if assistant.count():  # MLflow opens it at the first visit
             assistant.first.click()
             page.wait_for_timeout(1_000)
+        more = page.get_by_text("Show more", exact=True)
+        if more.count():  # the description: tables and figures
+            more.first.click()
+            page.wait_for_timeout(3_000)
         save(page, folder / f"{name}.png")
 
 

@@ -60,7 +60,7 @@ class Block:
 
 def blocks(page: Path) -> Iterator[Block]:
     content = page.read_text(encoding="utf-8")
-    pattern = r"(?:^<!-- (?P<mark>(?:given|needs): [^\n]+) -->\n)?^```(?P<language>\S*)\n(?P<text>.*?)^```$"
+    pattern = r"(?:^<!-- (?P<mark>(?:given|needs): [^\n]+) -->\n)?^```(?P<language>\S*)[^\n]*\n(?P<text>.*?)^```$"
     found = list(re.finditer(pattern, content, re.DOTALL | re.MULTILINE))
     assert len(found) * 2 == len(re.findall(r"^```", content, re.MULTILINE)), f"{page}: a block that is not closed"
     for match in found:
