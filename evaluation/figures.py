@@ -212,10 +212,16 @@ def _show_map(axes: Axes, example: MapExample, values: np.ndarray, scale: Normal
 def _show_scale(subfigure: SubFigure, axes: list[Axes], scale: Normalize) -> None:
     """The colours of two maps with their values, over the grey of a picture."""
     bar = subfigure.colorbar(
-        ScalarMappable(scale, _COLOURS), ax=axes, location="bottom", shrink=0.62, aspect=38, pad=0.015
+        ScalarMappable(scale, _COLOURS),
+        ax=axes,
+        location="bottom",
+        shrink=0.62,
+        aspect=38,
+        pad=0.015,
+        ticks=MaxNLocator(4),
+        format=PercentFormatter(1),
     )
     bar.ax.set_facecolor("#808080")
-    bar.set_ticks(MaxNLocator(4), format=PercentFormatter(1))
     bar.ax.tick_params(labelsize=8, length=2, color=_MUTED)
     bar.set_label("a patch's share of the attention", fontsize=8.5, color=_INK)
     bar.outline.set(edgecolor="#cccccc", linewidth=0.8)
