@@ -19,7 +19,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
 from predictor.calibration import Calibration, ConfidenceRows
@@ -96,7 +96,7 @@ def source_maps_figure(examples: Sequence[MapExample]) -> Figure:
     """
     if not examples:
         raise ValueError("source_maps_figure needs at least one example.")
-    figure = Figure(figsize=(11, 3.35 * len(examples) + 0.5), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11, 3.7 * len(examples) + 0.5), layout="constrained", facecolor="white")
     rows = figure.subfigures(len(examples), 1, squeeze=False, hspace=0.02)[:, 0]
     for subfigure, example in zip(rows, examples, strict=True):
         style: dict[str, Any] = {"fontsize": 12, "color": _INK, "weight": "bold"}
@@ -219,7 +219,7 @@ def _show_scale(subfigure: SubFigure, axes: list[Axes], scale: Normalize) -> Non
         aspect=38,
         pad=0.015,
         ticks=MaxNLocator(4),
-        format=PercentFormatter(1),
+        format=FuncFormatter(lambda share, _: f"{100 * share:g} %"),
     )
     bar.ax.set_facecolor("#808080")
     bar.ax.tick_params(labelsize=8, length=2, color=_MUTED)

@@ -87,7 +87,7 @@ def typed(page: Path) -> Iterator[tuple[str, list[str]]]:
     content = page.read_text(encoding="utf-8")
     places = [(block, block.text.replace("\\\n", " ").splitlines()) for block in blocks(page)]
     shell = [(str(block), line) for block, lines in places if block.language == "bash" for line in lines]
-    prose = re.sub(r"^```.*?^```$", "", content, flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^ *```.*?^ *```$", "", content, flags=re.DOTALL | re.MULTILINE)
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
     shell += [(page.name, span) for span in spans if re.match(r"(\w+=\S+ )*(\S*/)?(python|make|torchrun) \S", span)]
     for place, line in shell:
@@ -107,6 +107,8 @@ def program_of(words: list[str]) -> tuple[str, list[str]]:
     name = Path(words[0]).name
     if name == "torchrun":
         words = [name, *words[words.index("-m") :]]
+    if words[1:2] == ["-I"]:  # an option that a page explains
+        return "", []
     if name in ("python", "torchrun"):
         name, *words = words[1 + (words[1] == "-m") :]
         return ("", []) if name in OTHER_MODULES else (name, words)
@@ -149,7 +151,7 @@ def check_settings(program: str, arguments: list[str]) -> None:
 
 def check_options(module: str, arguments: list[str]) -> None:
     """Looks for a module of the project, and in its text for the options and the command that are given to it."""
-    place = ROOT / module.replace(".", "/")
+    place = ROOT / module.removesuffix(".py").replace(".", "/")
     file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
     if not file.is_file():
         raise ValueError(f"there is no module {module}")
@@ -176,7 +178,7 @@ def test_a_command_that_the_project_does_not_take_is_found() -> None:
     for line in (
         "python train.py predictor.los=kl", "python train.py model=llava", "make trian", 'make train ARGS="seed=x"',
         "python -m data.harvests", "torchrun --nproc-per-node 2 -m data.harvest harvest.sample=3",
-        "python -m benchmarks.transfer grid", "python -m benchmarks.prefill --repeat 3",
+        "python -m benchmarks.transfer shapes", "python -m benchmarks.prefill --repeat 3",
         "python -m data.inspect look A", "python -m export promote name=A versions=3",
         "python -m scr_runtime.serve modell=A", "wget https://host",
     ):  # fmt: skip
