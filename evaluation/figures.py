@@ -96,7 +96,7 @@ def source_maps_figure(examples: Sequence[MapExample]) -> Figure:
     """
     if not examples:
         raise ValueError("source_maps_figure needs at least one example.")
-    figure = Figure(figsize=(11, 3.7 * len(examples) + 0.5), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11, 3.5 * len(examples) + 0.5), layout="constrained", facecolor="white")
     rows = figure.subfigures(len(examples), 1, squeeze=False, hspace=0.02)[:, 0]
     for subfigure, example in zip(rows, examples, strict=True):
         style: dict[str, Any] = {"fontsize": 12, "color": _INK, "weight": "bold"}

@@ -269,7 +269,9 @@ def test_without_a_predictor_or_questions(scene: Any) -> None:
 
 def test_pictures_without_annotations_get_the_same_report_without_a_rate(scene: Any, tmp_path: Path) -> None:
     model, processor, images = scene
-    settings = SETTINGS.model_copy(update={"benchmarks": ["pope", "fidelity", "latency"], "methods": DEFAULT_METHODS})
+    settings = SETTINGS.model_copy(
+        update={"benchmarks": ["pope", "fidelity", "latency"], "methods": list(DEFAULT_METHODS), "thresholds": []}
+    )
     names = [images.path(number).name for number in images.ids[:3]]
     items = [Item(name, "Describe the image.") for name in names]
     reference = unlabelled_reference(model, processor, CONFIG, images.images_dir, items, settings)
