@@ -91,6 +91,8 @@ def test_help_and_typos_import_nothing_heavy(command: list[str], argument: str):
         "export verify", "evaluation compare --help", "evaluation compare", "pipeline.ui --help",
         "tests.versions --help", "data.inspect --help", "data.inspect verify nowhere", "scenes --help",
         "scr_runtime.serve --help",
+        *(f"benchmarks.{path.stem} --help" for path in sorted((ROOT / "benchmarks").glob("*.py"))
+          if "PARSER" in path.read_text(encoding="utf-8")),
     ],
 )  # fmt: skip
 def test_help_and_slips_of_the_other_commands_import_no_framework(command: str):
