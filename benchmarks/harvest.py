@@ -22,6 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("--images", type=int, default=2, help="images per batch and round (default 2)")
+PARSER.add_argument("--prompts", type=int, default=2, help="prompts per image (default 2)")
+PARSER.add_argument("--rounds", type=int, default=3, help="timed rounds after one warm-up (default 3)")
+if __name__ == "__main__":
+    PARSER.parse_args()  # before the imports below, which take seconds
+
 import numpy as np
 import torch
 from PIL import Image
@@ -48,11 +55,7 @@ WRITING = "  its writing"
 
 def main() -> None:
     """Prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2, help="images per batch and round (default 2)")
-    parser.add_argument("--prompts", type=int, default=2, help="prompts per image (default 2)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds after one warm-up (default 3)")
-    options = parser.parse_args()
+    options = PARSER.parse_args()
     torch.set_num_threads(1)
     model = build_llava()
     with tempfile.TemporaryDirectory() as folder:

@@ -37,6 +37,12 @@ from contextlib import closing
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+PARSER = argparse.ArgumentParser("python -m benchmarks.kills", description="Kills train.py at random moments.")
+PARSER.add_argument("--kills", type=int, default=100, help="how many (default: 100)")
+PARSER.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+if __name__ == "__main__":
+    PARSER.parse_args()  # before the imports below, which take seconds
+
 import torch
 from tqdm import tqdm
 
@@ -169,10 +175,7 @@ def wait(process: BaseProcess, seconds: float) -> int | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Kills the chain so many times; returns 1 if anything was lost, doubled or half there."""
-    parser = argparse.ArgumentParser("python -m benchmarks.kills", description="Kills train.py at random moments.")
-    parser.add_argument("--kills", type=int, default=100, help="how many (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    options = parser.parse_args(argv)
+    options = PARSER.parse_args(argv)
     rng = random.Random(options.seed)
     os.environ["OMP_NUM_THREADS"] = "1"
     multiprocessing.set_forkserver_preload(_IMPORTED)

@@ -17,6 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("folder", type=Path, help="the children of sweeps: runs/sweeps/<model>")
+PARSER.add_argument("--experiment", default="learning-curve", help="their tracking.experiment")
+PARSER.add_argument("--metric", default="test/recall")
+PARSER.add_argument("--out", type=Path, help="PNG to write")
+if __name__ == "__main__":
+    PARSER.parse_args()  # before the imports below, which take seconds
+
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
@@ -80,15 +88,10 @@ def figure(points: dict[int, list[float]], curve: Curve, label: str) -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the children of sweeps: runs/sweeps/<model>")
-    parser.add_argument("--experiment", default="learning-curve", help="their tracking.experiment")
-    parser.add_argument("--metric", default="test/recall")
-    parser.add_argument("--out", type=Path, help="PNG to write")
-    arguments = parser.parse_args(argv)
+    arguments = PARSER.parse_args(argv)
     points = read(arguments.folder, arguments.experiment, arguments.metric)
     if len(points) < 4:
-        parser.error(
+        PARSER.error(
             f"{arguments.folder} has children of experiment {arguments.experiment!r} at {len(points)} numbers of "
             "images; 4 are needed: see --help"
         )

@@ -20,6 +20,13 @@ import argparse
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("--repeats", type=int, default=20, help="timed rounds (default 20; 0: counts alone)")
+PARSER.add_argument("--batch", type=int, default=1, help="images per prefill (default 1)")
+PARSER.add_argument("--only", help="modes whose time is taken, separated by commas (default: all)")
+if __name__ == "__main__":
+    PARSER.parse_args()  # before the imports below, which take seconds
+
 import torch
 
 from benchmarks.counting import accelerator_branches, counted
@@ -47,11 +54,7 @@ def runtimes(model: Any, config: SCRConfig) -> dict[str, SCR]:
 
 def main() -> None:
     """Prints one table of times, and one of counts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=20, help="timed rounds (default 20; 0: counts alone)")
-    parser.add_argument("--batch", type=int, default=1, help="images per prefill (default 1)")
-    parser.add_argument("--only", help="modes whose time is taken, separated by commas (default: all)")
-    options = parser.parse_args()
+    options = PARSER.parse_args()
     if options.repeats:
         print_times(options.repeats, options.batch, options.only)
     print_counts(options.batch)

@@ -25,6 +25,16 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+MODELS = ("llava-1.5-7b", "llava-1.5-13b", "qwen2-vl-7b")
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("--model", choices=MODELS, action="append", help="shape (default: all)")
+PARSER.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu (default cuda)")
+PARSER.add_argument("--repeats", type=int, default=30, help="timed rounds (default 30; a multiple of 10)")
+PARSER.add_argument("--tiny", action="store_true", help="a tiny LLaVA in float32 instead of the real shapes")
+PARSER.add_argument("--json", type=Path, help="also write every number there")
+if __name__ == "__main__":
+    PARSER.parse_args()  # before the imports below, which take seconds
+
 import torch
 import transformers
 
@@ -40,7 +50,6 @@ LLAVA = {
     "llava-1.5-13b": Shape(5120, 13_824, 40, 40, _TOWER, words=32_064),
     "tiny": Shape(64, 128, 6, 4, (32, 64, 2, 2), side=6, words=32_064),
 }
-MODELS = ("llava-1.5-7b", "llava-1.5-13b", "qwen2-vl-7b")
 SETTINGS = {  # the layers of arXiv 2602.22469
     "llava-1.5-7b": SCRConfig(edit_layers=(0, 11), attention_layers=(8, 16)),
     "llava-1.5-13b": SCRConfig(edit_layers=(0, 11), attention_layers=(8, 16)),
@@ -52,13 +61,7 @@ Attached = AbstractContextManager[Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures the chosen shapes, one table each; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, action="append", help="shape (default: all)")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu (default cuda)")
-    parser.add_argument("--repeats", type=int, default=30, help="timed rounds (default 30; a multiple of 10)")
-    parser.add_argument("--tiny", action="store_true", help="a tiny LLaVA in float32 instead of the real shapes")
-    parser.add_argument("--json", type=Path, help="also write every number there")
-    options = parser.parse_args(argv)
+    options = PARSER.parse_args(argv)
     cuda = options.device.startswith("cuda")
     if cuda and not torch.cuda.is_available():
         print("no CUDA device; --device cpu --tiny is a smoke test", file=sys.stderr)

@@ -24,6 +24,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("folder", type=Path, help="a finished harvest")
+PARSER.add_argument("settings", nargs="*", help="those of the harvest, and of the fits: key=value")
+PARSER.add_argument("--seeds", type=int, default=3)
+if __name__ == "__main__":
+    PARSER.parse_args()  # before the imports below, which take seconds
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -170,11 +177,7 @@ def compare(configs: Sequence[TrainConfig], folder: Path) -> list[list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a finished harvest")
-    parser.add_argument("settings", nargs="*", help="those of the harvest, and of the fits: key=value")
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args(argv)
+    arguments = PARSER.parse_args(argv)
     quieten_libraries()
     configs = [load_config([*arguments.settings, f"seed={seed}"]) for seed in range(arguments.seeds)]
     rows = compare(configs, arguments.folder)

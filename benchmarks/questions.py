@@ -17,6 +17,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("--repeats", type=int, default=20, help="timed rounds (default 20)")
+PARSER.add_argument("--text", type=int, default=30, help="text tokens behind the image (default 30)")
+if __name__ == "__main__":
+    PARSER.parse_args()  # before the imports below, which take seconds
+
 import torch
 
 from benchmarks.models import SMALL, build_llava, build_predictor, llava_inputs
@@ -30,10 +36,7 @@ FIRST = "vanilla, features kept"
 
 def main() -> None:
     """Prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=20, help="timed rounds (default 20)")
-    parser.add_argument("--text", type=int, default=30, help="text tokens behind the image (default 30)")
-    options = parser.parse_args()
+    options = PARSER.parse_args()
     torch.set_num_threads(1)
     times, kept = measure(options.text, options.repeats)
     print(f"{SMALL.side**2} visual tokens, {options.text} text tokens behind them; {options.repeats} rounds\n")

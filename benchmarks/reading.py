@@ -18,6 +18,14 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("--samples", type=int, default=200, help="samples of 4.7 MB (default 200)")
+PARSER.add_argument("--batch", type=int, default=8, help="rows per batch (default 8)")
+PARSER.add_argument("--rounds", type=int, default=5, help="timed rounds after one to warm up (default 5)")
+PARSER.add_argument("--folder", help="where the shards are written (default: the temporary folder)")
+if __name__ == "__main__":
+    PARSER.parse_args()  # before the imports below, which take seconds
+
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -65,12 +73,7 @@ def plain_webdataset(tars: list[str], batch: int) -> Iterator[list[Tensor]]:
 
 def main() -> None:
     """Prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=200, help="samples of 4.7 MB (default 200)")
-    parser.add_argument("--batch", type=int, default=8, help="rows per batch (default 8)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds after one to warm up (default 5)")
-    parser.add_argument("--folder", help="where the shards are written (default: the temporary folder)")
-    options = parser.parse_args()
+    options = PARSER.parse_args()
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

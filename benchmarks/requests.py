@@ -17,6 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+PARSER = argparse.ArgumentParser("python -m benchmarks.requests", description="Memory over many requests.")
+PARSER.add_argument("--requests", type=int, default=10_000)
+if __name__ == "__main__":
+    PARSER.parse_args()  # before the imports below, which take seconds
+
 import psutil
 import torch
 
@@ -31,9 +36,7 @@ _KINDS = 32
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the memory at each tenth; returns 1 if it grew by more than `MOST_GROWTH` after the first."""
-    parser = argparse.ArgumentParser("python -m benchmarks.requests", description="Memory over many requests.")
-    parser.add_argument("--requests", type=int, default=10_000)
-    options = parser.parse_args(argv)
+    options = PARSER.parse_args(argv)
     torch.set_num_threads(1)
     model: Any = make_tiny_llava(0)
     predictor, process = make_predictor(model), psutil.Process()

@@ -35,6 +35,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("what", choices=("soak", "speed"))
+PARSER.add_argument("--clients", type=int, default=50)
+PARSER.add_argument("--minutes", type=float, default=5.0)
+PARSER.add_argument("--rounds", type=int, default=30)
+PARSER.add_argument("--predictor", type=Path, help="a fitted one; otherwise one is made")
+if __name__ == "__main__":
+    PARSER.parse_args()  # before the imports below, which take seconds
+
 import openai
 import psutil
 import torch
@@ -59,13 +68,7 @@ EXPECTED = {"broken": 400, "too many pixels": 413, "unknown field": 400, "body t
 
 def main() -> int:
     """Runs one of the two."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("soak", "speed"))
-    parser.add_argument("--clients", type=int, default=50)
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--predictor", type=Path, help="a fitted one; otherwise one is made")
-    options = parser.parse_args()
+    options = PARSER.parse_args()
     with tempfile.TemporaryDirectory() as place:
         predictor = options.predictor or unfitted(Path(place) / "predictor")
         with serving(predictor) as (address, process):

@@ -14,6 +14,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("--train", type=int, default=1500, help="training images (default 1500)")
+PARSER.add_argument("--epochs", type=int, default=8, help="epochs of each fit (default 8)")
+PARSER.add_argument("--folder", default="runs/states-dtype", help="where shards go (default runs/states-dtype)")
+PARSER.add_argument("--runs", default="runs", help="where the world is rendered (default runs)")
+if __name__ == "__main__":
+    PARSER.parse_args()  # before the imports below, which take seconds
+
 import pytorch_lightning as pl
 import torch
 
@@ -34,12 +42,7 @@ DTYPES = ("float16", "int8")
 
 def main() -> None:
     """Prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=int, default=1500, help="training images (default 1500)")
-    parser.add_argument("--epochs", type=int, default=8, help="epochs of each fit (default 8)")
-    parser.add_argument("--folder", default="runs/states-dtype", help="where shards go (default runs/states-dtype)")
-    parser.add_argument("--runs", default="runs", help="where the world is rendered (default runs)")
-    options = parser.parse_args()
+    options = PARSER.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)

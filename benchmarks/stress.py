@@ -30,6 +30,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+PARSER = argparse.ArgumentParser("python -m benchmarks.stress", description="Tries to break the runtime's promises.")
+PARSER.add_argument("--minutes", type=float, default=5.0, help="how long (default: 5)")
+PARSER.add_argument("--seed", type=int, default=0, help="of everything that is random (default: 0)")
+PARSER.add_argument("--only", choices=("calls", "files", "grids"), help="one part alone")
+if __name__ == "__main__":
+    PARSER.parse_args()  # before the imports below, which take seconds
+
 import psutil
 import torch
 from tqdm import tqdm
@@ -276,13 +283,7 @@ class GridsPart:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the parts in turn until the time is over; returns 1 if anything was wrong or left over."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.stress", description="Tries to break the runtime's promises."
-    )
-    parser.add_argument("--minutes", type=float, default=5.0, help="how long (default: 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is random (default: 0)")
-    parser.add_argument("--only", choices=("calls", "files", "grids"), help="one part alone")
-    options = parser.parse_args(argv)
+    options = PARSER.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         makers: dict[str, Callable[[random.Random], Any]] = {

@@ -29,6 +29,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("--samples", type=int, default=256, help="images of 4.7 MB (default 256)")
+PARSER.add_argument("--batch", type=int, default=64, help="rows per batch (default 64)")
+PARSER.add_argument("--rounds", type=int, default=3, help="timed rounds after one to warm up (default 3)")
+PARSER.add_argument("--threads", type=int, default=1, help="torch's threads (default 1)")
+PARSER.add_argument("--folder", help="where the shards are written (default: the temporary folder)")
+PARSER.add_argument("--device", default="shards", help="cuda, or cpu: an epoch from that memory, without shards")
+if __name__ == "__main__":
+    PARSER.parse_args()  # before the imports below, which take seconds
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -182,14 +192,7 @@ def _setting() -> str:
 
 def main() -> None:
     """Prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=256, help="images of 4.7 MB (default 256)")
-    parser.add_argument("--batch", type=int, default=64, help="rows per batch (default 64)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds after one to warm up (default 3)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default 1)")
-    parser.add_argument("--folder", help="where the shards are written (default: the temporary folder)")
-    parser.add_argument("--device", default="shards", help="cuda, or cpu: an epoch from that memory, without shards")
-    options = parser.parse_args()
+    options = PARSER.parse_args()
     torch.set_num_threads(options.threads)
     if options.device != "shards":
         on_device(options)
@@ -197,7 +200,7 @@ def main() -> None:
     try:
         on_cpu(options)
     except ModuleNotFoundError as error:
-        parser.exit(1, f"{error.name} is not installed: the table of shards needs the train extra; --device works\n")
+        PARSER.exit(1, f"{error.name} is not installed: the table of shards needs the train extra; --device works\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("part", choices=("grids", "images"))
+PARSER.add_argument("folder", type=Path, help="a finished harvest")
+PARSER.add_argument("--model", default="scene-next", help="configs/model/<this>.yaml, of the harvest")
+PARSER.add_argument("--start", type=Path, help="images: another model's predictor folder")
+PARSER.add_argument("--images", type=int, nargs="+", default=[25, 100, 400], help="images: how many")
+PARSER.add_argument("--steps", type=int, default=400, help="of each fit, about")
+PARSER.add_argument("--seeds", type=int, default=3)
+if __name__ == "__main__":
+    PARSER.parse_args()  # before the imports below, which take seconds
+
 import numpy as np
 import pytorch_lightning as pl
 
@@ -151,21 +162,13 @@ def over_seeds(measure: Callable[[TrainConfig], list[float]], configs: Sequence[
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("grids", "images"))
-    parser.add_argument("folder", type=Path, help="a finished harvest")
-    parser.add_argument("--model", default="scene-next", help="configs/model/<this>.yaml, of the harvest")
-    parser.add_argument("--start", type=Path, help="images: another model's predictor folder")
-    parser.add_argument("--images", type=int, nargs="+", default=[25, 100, 400], help="images: how many")
-    parser.add_argument("--steps", type=int, default=400, help="of each fit, about")
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args(argv)
+    arguments = PARSER.parse_args(argv)
     quieten_libraries()
     configs = [load_config([f"model={arguments.model}", f"seed={seed}"]) for seed in range(arguments.seeds)]
     if arguments.part == "grids":
         rows = compare_grids(configs, arguments.folder, arguments.steps)
     elif arguments.start is None:
-        parser.error("images needs --start, another model's predictor folder")
+        PARSER.error("images needs --start, another model's predictor folder")
     else:
         start = load_predictor(arguments.start)
         rows = compare_images(configs, arguments.folder, arguments.steps, arguments.images, start)

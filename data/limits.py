@@ -61,9 +61,8 @@ def require_space(directory: Path, needed: int, *, at_most: bool) -> None:
     Raises:
         DiskTooSmallError: they don't.
     """
-    free = shutil.disk_usage(
-        next(place for place in (directory, *directory.absolute().parents) if place.exists())
-    ).free
+    existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise DiskTooSmallError(
             f"the harvest needs {'up to ' if at_most else ''}{needed / 1e6:,.1f} MB in {directory}, "

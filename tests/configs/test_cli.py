@@ -84,6 +84,28 @@ def test_help_and_typos_import_nothing_heavy(command: list[str], argument: str):
     assert not names & {"torch", "transformers", "mlflow", "pytorch_lightning", "numpy", "matplotlib", "datasets"}
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "playground --help", "export card --help", "export card", "export promote --help", "export promote name=m",
+        "export verify", "evaluation compare --help", "evaluation compare", "pipeline.ui --help",
+        "tests.versions --help", "data.inspect --help", "data.inspect verify nowhere", "scenes --help",
+        "scr_runtime.serve --help",
+        *(f"benchmarks.{path.stem} --help" for path in sorted((ROOT / "benchmarks").glob("*.py"))
+          if "PARSER" in path.read_text(encoding="utf-8")),
+    ],
+)  # fmt: skip
+def test_help_and_slips_of_the_other_commands_import_no_framework(command: str):
+    arguments = [sys.executable, "-X", "importtime", "-m", *command.split()]
+    run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if "--help" in command:
+        assert run.returncode == 0 and len(run.stdout.splitlines()) >= 2
+    else:
+        assert run.returncode in (1, 2) and "Traceback" not in run.stderr
+    names = {line.rpartition("|")[2].strip().partition(".")[0] for line in run.stderr.splitlines()}
+    assert not names & {"torch", "transformers", "mlflow", "pytorch_lightning", "matplotlib", "datasets"}
+
+
 def test_help_into_a_pipe_that_is_closed():
     command = f'{sys.executable} -c \'from train import main; main(["--help", "all"])\' | true'
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)

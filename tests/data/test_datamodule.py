@@ -46,7 +46,7 @@ def test_memory_and_maps_give_the_same_batches_and_log_which_it_is(
 ):
     cached, mapped = ShardDataModule(undisturbed, seed=5), ShardDataModule(undisturbed, seed=5, memory_limit=1000)
     assert cached.in_memory and not mapped.in_memory
-    logged = capsys.readouterr().out
+    logged = " ".join(capsys.readouterr().out.split())
     assert "kept in memory: 0.1 MB are within" in logged
     assert "memory maps: 0.1 MB are over the limit of 0 MB" in logged
     for one, other in zip(cached.train_dataloader(), mapped.train_dataloader(), strict=True):
@@ -69,7 +69,7 @@ def test_int8_states_reach_the_batch_as_float32(
 def test_the_cache_can_be_chosen(undisturbed: Path, capsys: pytest.CaptureFixture[str]):
     assert ShardDataModule(undisturbed, ReadingSettings(cache="memory"), memory_limit=0).in_memory
     assert not ShardDataModule(undisturbed, ReadingSettings(cache="none")).in_memory
-    assert "read through memory maps: trainer.cache=none" in capsys.readouterr().out
+    assert "read through memory maps: trainer.cache=none" in " ".join(capsys.readouterr().out.split())
 
 
 class _Strategy:
@@ -97,7 +97,7 @@ def test_rows_of_a_fit_live_on_its_device_and_go_with_it(
     device = torch.device("cuda:0") if kept else None
     assert places == [("train", device), ("validation", device)]
     if cache == "auto":
-        assert f"{'kept' if kept else 'not kept'} on cuda:0: " in capsys.readouterr().out
+        assert f"{'kept' if kept else 'not kept'} on cuda:0: " in " ".join(capsys.readouterr().out.split())
     module.teardown("fit")
     assert module._device is None
 
@@ -108,7 +108,7 @@ def test_a_fit_on_the_cpu_keeps_the_rows_in_its_memory(
     module = ShardDataModule(undisturbed, ReadingSettings(cache="device"))
     monkeypatch.setattr(module, "trainer", type("Trainer", (), {"strategy": _Strategy("cpu"), "num_devices": 1})())
     module.setup("fit")
-    assert module._device is None and "shards are kept in its memory" in capsys.readouterr().out
+    assert module._device is None and "shards are kept in its memory" in " ".join(capsys.readouterr().out.split())
     assert next(iter(module.train_dataloader()))["states"].device.type == "cpu"
 
 

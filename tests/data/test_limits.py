@@ -67,7 +67,7 @@ def test_the_estimate_looks_at_several_images_where_grids_differ(
     assert job.bytes_per_image == sample_bytes(100, tiny.WIDTH, 2, torch.float16)
     claim(job)
     check_disk(job, job.names)
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert f"30 images x 2 prompts, about {mean} visual tokens each (about {30 * mean:,} in all; 16 to 100 in" in said
     assert "at most" in said
     usage = namedtuple("usage", "total used free")

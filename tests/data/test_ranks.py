@@ -106,7 +106,7 @@ def test_ranks_fill_one_folder(
         assert result.shards == len(range(number, 7, last))
         done = number >= min(last, 7) - 1
         assert result.finished == done == (target / "index.json").exists()
-        out = capsys.readouterr().out
+        out = " ".join(capsys.readouterr().out.split())
         if done:
             assert f"rank {number} of {last} is done, and all 7 shards are there" in out
         else:
@@ -123,7 +123,7 @@ def test_a_rank_names_the_missing_shards_and_their_ranks(
     tmp_path: Path, coco: CocoImages, run_harvest: Run, capsys: Any
 ):
     run_harvest(tmp_path, coco, rank=Rank(1, 3, variables="RANK, WORLD_SIZE"))
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     missing = "train-00000, train-00002, train-00003, validation-00001, test-00000"
     assert f"5 of 7 shards are missing: {missing} (of ranks 0, 2)" in out
 

@@ -17,6 +17,7 @@ import pytest
 from evaluation import report
 from evaluation.compare import Comparison, compare, measure_reference
 from evaluation.errors import EvaluationError
+from evaluation.fit_report import FitTable
 from evaluation.page import page
 from evaluation.questions import Item
 from evaluation.reference import prepare_reference, unlabelled_reference
@@ -163,6 +164,20 @@ def test_the_page_is_self_contained_and_well_formed(comparison: Comparison) -> N
     assert text.index('class="verdict') < text.index("<table")
     assert "':near': their neighbours; ':elsewhere': the other patches" in text
     assert "a&lt;b" in text and text.count("<svg") >= 7 and "data:image/jpeg;base64," in text
+
+
+def test_the_report_of_a_run_has_the_table_of_its_fit(comparison: Comparison) -> None:
+    rows = [["scores from", "recall@8"], ["position", "0.401 [0.390, 0.410]"], ["predictor", "0.842 [0.830, 0.850]"]]
+    fitted = FitTable("The predictor on 400 <test> images, K = 8.", ["95 % intervals."], rows, "Confidence: good.")
+    text = page(comparison, embedded=True, fitted=fitted)
+    assert "<h2>The fit</h2>" in text and "400 &lt;test&gt; images, K = 8. 95 % intervals." in text
+    assert "<td>predictor</td><td>0.842 [0.830, 0.850]</td>" in text and "Confidence: good." in text
+    strict = Strict()
+    strict.feed(text)
+    assert strict.open == []
+    text = report.markdown_text(comparison, embedded=True, fitted=fitted)
+    assert "| predictor | 0.842 [0.830, 0.850] |" in text and "Confidence: good." in text
+    assert "The fit" not in page(comparison, embedded=True)
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")

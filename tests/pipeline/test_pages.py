@@ -70,6 +70,9 @@ def test_descriptions_are_cut_between_lines(folder: Path) -> None:
     pages.describe_experiment(client, run.experiment_id, f"Newest run, {pages.run_link(run)}")
     experiment = client.get_experiment(run.experiment_id)
     assert experiment.tags["mlflow.note.content"].startswith("Newest run, [defaults](#/experiments/")
+    client.set_experiment_tag(run.experiment_id, pages.NOTE, "What we want to know.")
+    pages.describe_experiment(client, run.experiment_id, "Newest run")
+    assert client.get_experiment(run.experiment_id).tags[pages.NOTE] == "What we want to know."
 
 
 def test_every_number_is_found_in_the_files_of_a_run(folder: Path) -> None:

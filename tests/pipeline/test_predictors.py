@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from pipeline import commands, predictors
 from pipeline.commands import export as main
 from scr_runtime import PredictorConfig, SCRConfig, SourcePredictor, save_predictor
 
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = {"family": "llava", "hidden_size": 16, "num_blocks": 4, "embedding_probe": [0.5] * 32}
 
 
@@ -88,6 +91,28 @@ def test_card(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file.write_text("[]")
     code, printed = told(capsys, "card", folder, f"evaluation={file}")
     assert code == 1 and "not what python -m evaluation writes" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "spared"),
+    [
+        (["card", "FOLDER", "evaluation=FILE"], {"pytorch_lightning", "mlflow", "transformers", "onnx"}),
+        (["diff", "FOLDER", "FOLDER"], {"pytorch_lightning", "mlflow", "transformers", "huggingface_hub", "onnx"}),
+        (["promote", "name=nobody", "version=1", "runs_dir=RUNS"], {"pytorch_lightning", "transformers", "onnx"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_command_imports_what_it_needs(tmp_path: Path, arguments: list[str], spared: set[str]) -> None:
+    file = tmp_path / "evaluation.json"
+    file.write_text(json.dumps({"verdict": {"sentence": "No effect shown.", "reason": "Too few."}}))
+    places = {"FOLDER": saved(tmp_path / "p"), "FILE": file, "RUNS": tmp_path}
+    for name, place in places.items():
+        arguments = [one.replace(name, str(place)) for one in arguments]
+    code = "import sys; from pipeline.commands import export; export(sys.argv[1:]); print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert not spared & set(run.stdout.splitlines()[-1].split()), run.stdout[:300]
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")

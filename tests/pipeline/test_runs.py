@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from configs import load_config
-from pipeline import runs, tracking
+from pipeline import pages, runs, tracking
 from pipeline.exits import STOPS
 from pipeline.pages import NOTE
 from pipeline.stages import Work, fit_predictor
@@ -70,6 +70,34 @@ def test_a_stopped_run_says_what_ended_it_until_it_is_resumed(store: tuple[Mlflo
     with pytest.raises(KeyboardInterrupt), runs.recorded(client, run, uri, STOPS):
         raise KeyboardInterrupt
     assert client.get_run(run).data.tags[NOTE] == "stopped by Ctrl-C; run the same command again to resume"
+
+
+def test_a_stopped_run_says_so_where_the_same_command_would_not_resume_it(store: tuple[MlflowClient, str]) -> None:
+    client, uri = store
+    run = runs.create_run(client, "fits", "x", {}).info.run_id
+    with pytest.raises(KeyboardInterrupt), runs.recorded(client, run, uri, STOPS, resumes=False):
+        raise KeyboardInterrupt
+    note = client.get_run(run).data.tags[NOTE]
+    assert note.startswith("stopped by Ctrl-C; run it with trainer.resume=true to resume; the same command begins")
+
+
+def test_a_description_that_a_user_wrote_stays_when_a_run_is_stopped_and_resumed(
+    store: tuple[MlflowClient, str],
+) -> None:
+    client, uri = store
+    run = runs.create_run(client, "fits", "x", {}).info.run_id
+    pages.describe_run(client, run, "the verdict")
+    for words in ("mine", "the verdict, and what I think of it"):
+        client.set_tag(run, NOTE, words)
+        with pytest.raises(KeyboardInterrupt), runs.recorded(client, run, uri, STOPS):
+            raise KeyboardInterrupt
+        assert runs.reopen_run(client, run) is not None
+        pages.describe_run(client, run, "another verdict")
+        assert client.get_run(run).data.tags[NOTE] == words
+    client.set_tag(run, NOTE, "")  # cleared by hand
+    pages.describe_run(client, run, "another verdict")
+    pages.describe_run(client, run, "the last verdict")  # over its own
+    assert client.get_run(run).data.tags[NOTE] == "the last verdict"
 
 
 def test_system_metrics_are_logged(store: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlflow
 import pytest
 
 from configs import load_config, load_sweep
-from evaluation.sweep_report import Trial
-from pipeline import runs, tracking
+from evaluation.sweep_report import HEADLINES, Trial
+from pipeline import runs, sweep, tracking
 from pipeline.folders import open_run
 from pipeline.stages import SELECTED_BY
 from pipeline.sweep import compare_models, open_parent
@@ -57,6 +60,22 @@ def test_models_end_in_one_table_of_their_best_children(tmp_path: Path, capsys: 
         }  # fmt: skip
     (text,) = (tmp_path / "runs" / "sweeps").glob("models-*/summary.md")
     assert "2 of 3" in text.read_text() and "Answers of each model's best child" in text.read_text()
+
+
+def test_a_childs_lines_fit_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    children = load_sweep(["trainer.learning_rate=0.0003,0.001", "model.scr.strength=1.1,1.2", "seed=0,1"]).children
+    run: Any = SimpleNamespace(info=SimpleNamespace(run_id="r"))
+    monkeypatch.setattr(sweep, "Work", lambda _: SimpleNamespace(result_id=lambda _: "x"))
+    monkeypatch.setattr(sweep, "find_run", lambda *_: run)
+    monkeypatch.setattr(sweep, "every_number", lambda *_: dict.fromkeys(HEADLINES, 0.5))
+    found = list(sweep.run_children(children, run, run, itertools.count(1), len(children)))
+    assert len(found) == 8
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    said = " ".join(lines)
+    assert "[child 8/8] trainer.learning_rate=0.001 model.scr.strength=1.2 seed=1 (finished before)" in said
+    assert all(head in said for head, _, _ in HEADLINES.values())
 
 
 @pytest.mark.usefixtures("former_store")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fractions
 import math
+import warnings
 from typing import Any
 
 import numpy
@@ -109,6 +110,7 @@ def test_layers_beyond_the_depth(model: Any, mode: Any, changes: dict[str, Any])
         SCR(model, **given)
 
 
+@pytest.mark.filterwarnings("ignore:4 sources are asked for, and 1 are used")
 @pytest.mark.parametrize(
     ("side", "border", "fits"), [(1, True, False), (2, True, False), (3, True, True), (1, False, 1)]
 )
@@ -126,6 +128,38 @@ def test_a_grid_without_an_inner_patch(side: int, border: bool, fits: int) -> No
             with pytest.raises(errors.ConfigurationError, match=r"images of this Llava.*no patch off its border"):
                 SCR(small, config=config, mode=kind)
     SCR(small, config=config, mode="off")
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"), [({"num_sources": 30}, 30), ({"source_fraction": 0.5}, 18), ({"num_sources": 8}, None)]
+)
+def test_fewer_sources_than_asked_for_are_a_warning_once(
+    model: Any, changes: dict[str, Any], asked: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 6 x 6 patches 16 are off the border, and half of those can be sources."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scr = SCR(model, config=scr_config(**changes), mode="uniform")
+        for _ in range(2):
+            with torch.no_grad(), scr:
+                model(**make_inputs(model, [1]))
+        SCR(model, config=scr_config(**changes), mode="off")
+    words = f"{asked} sources are asked for, and 8 are used for an image of 6 x 6 = 36 patches: at most half of"
+    found = [str(one.message) for one in caught if one.filename == __file__]
+    assert len(found) == (asked is not None) and all(one.startswith(words) for one in found)
+    assert len(scr.reports[0].sources) == 8 and not caplog.records
+
+
+def test_fewer_sources_are_logged_once_where_the_grid_is_the_images(caplog: pytest.LogCaptureFixture) -> None:
+    tiny = TINY["qwen2-vl"]
+    model = tiny.model(1)
+    scr = SCR(model, config=scr_config(num_sources=1000), mode="uniform")
+    for _ in range(2):
+        with torch.no_grad(), scr:
+            model(**tiny.prompt(model, [1]).inputs)
+    logged = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(logged) == 1 and logged[0].startswith("1000 sources are asked for, and ")
+    assert f", and {len(scr.reports[0].sources)} are used for an image of " in logged[0]
 
 
 @pytest.mark.parametrize("name", ["chameleon", "internvl", "qwen-vl"])
