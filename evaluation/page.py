@@ -132,7 +132,7 @@ def _fidelity(comparison: Comparison) -> str:
 
 def _costs(comparison: Comparison) -> str:
     rows = cost_rows(comparison)
-    note = "One prefill of one image with one prompt, interleaved; CPU time of one thread, on CUDA time of the device."
+    note = "One prefill of one image with one prompt, interleaved; CPU time of one thread, on CUDA the device's time."
     return f"<h2>Cost of a prefill</h2><p class='soft'>{note}</p>{_table(rows, comparison)}" if rows else ""
 
 
