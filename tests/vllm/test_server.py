@@ -149,6 +149,7 @@ def test_the_counts_are_on_metrics(server: Server) -> None:
     assert {name: after[name] - before[name] for name in after} == {"images": 2, "edits": 12, "switched_off": 1}
 
 
+@pytest.mark.slow  # test_start.py has it without a server
 def test_a_setting_that_would_drop_the_edit_stops_the_start(
     checkpoint: Path, reference: Reference, tmp_path: Path
 ) -> None:
