@@ -11,7 +11,7 @@ from typing import Any
 from scr_runtime.errors import ConfigurationError
 from scr_runtime.vllm.settings import KEY, EngineSettings, request_settings
 
-logger = logging.getLogger("scr_runtime")
+logger = logging.getLogger("vllm.scr")  # under vLLM's logger, so that a server prints it
 
 
 def register() -> None:

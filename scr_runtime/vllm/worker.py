@@ -23,7 +23,7 @@ from scr_runtime.vllm.images import GRID_KEYS, Feature, FlatImage, Grids, Part, 
 from scr_runtime.vllm.metrics import publish
 from scr_runtime.vllm.settings import KEY, EngineSettings, request_settings
 
-logger = logging.getLogger("scr_runtime")
+logger = logging.getLogger("vllm.scr")  # under vLLM's, so that a server prints it
 
 
 class Edits:
