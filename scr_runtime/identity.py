@@ -10,7 +10,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +102,24 @@ def _facts(model: Any, processor: Any) -> dict[str, Any]:
 
 def _probe(model: Any) -> list[float] | None:
     """32 entries of the input embedding; ``None`` where its weights are offloaded."""
-    return probe_of(model.get_input_embeddings().weight)
+    table: Tensor = model.get_input_embeddings().weight
+    return (
+        None if table.device.type == "meta" else probe_of(lambda tokens: table[tokens.to(table.device)], table.shape)
+    )
 
 
-def probe_of(table: Tensor) -> list[float] | None:
-    """32 evenly spaced entries of an input embedding [V, d]; ``None`` if it is on no device."""
-    if table.device.type == "meta":
-        return None
-    flat = table.detach().reshape(-1)
-    places = torch.linspace(0, flat.numel() - 1, PROBE + 2, dtype=torch.float64).long()[1:-1].to(table.device)
-    return [float(value) for value in flat[places].float().tolist()]
+def probe_of(embed: Callable[[Tensor], Tensor], shape: Sequence[int]) -> list[float]:
+    """32 evenly spaced entries of an input embedding.
+
+    Args:
+        embed: Token ids [N] -> their embeddings [N, d].
+        shape: V, d.
+    """
+    words, size = shape
+    places = torch.linspace(0, words * size - 1, PROBE + 2, dtype=torch.float64).long()[1:-1]
+    columns = (places % size)[:, None]
+    rows = embed(places // size).detach()
+    return rows.gather(1, columns.to(rows.device))[:, 0].float().tolist()
 
 
 def model_differences(expected: Mapping[str, Any], model: Any, processor: Any = None) -> list[str]:

@@ -30,7 +30,7 @@ RESTRICTED = {
     "ray": r"data/cluster\.py",
     "starlette": r"playground/server\.py|scr_runtime/serve/app\.py",
     "uvicorn": r"pipeline/playground\.py|scr_runtime/serve/process\.py",
-    "vllm": r"scr_runtime/vllm/(operator|scheduler|[cg]pu_worker|plugin)\.py|benchmarks/vllm\.py",
+    "vllm": r"scr_runtime/vllm/(operator|scheduler|worker|[cg]pu_worker|plugin)\.py|benchmarks/vllm\.py",
     "prometheus_client": r"scr_runtime/(serve/(metrics|process)|vllm/metrics)\.py",
     "lightning": r"(?!)",  # one name for one thing: pytorch_lightning
     "train": r"benchmarks/kills\.py",

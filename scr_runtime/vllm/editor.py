@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +18,13 @@ from scr_runtime.network import SourcePredictor
 from scr_runtime.redistribute import EditPlan, apply_edit, merge_plans, plan_edit
 from scr_runtime.sources import Scores, predicted
 from scr_runtime.vllm.images import FlatLayout, StepImages, flat_layout
-from scr_runtime.vllm.settings import ServeSettings
+from scr_runtime.vllm.settings import EngineSettings
 
 _SUMS = ("scored", "low_confidence", "drifted", "not_finite", "confidence")
 
 
 @dataclass(frozen=True)
-class ServeStats:
+class EngineStats:
     """Counts since the engine started. An image with several grids (LLaVA-NeXT) counts once for each.
 
     Attributes:
@@ -77,12 +77,22 @@ class Editor:
         config: The settings in force.
         settings: The engine's.
         family: The model's.
+        share: The first worker's values of a tensor, where several workers each hold a part of the weights: all of
+            them then choose the same sources, also where their states round differently.
     """
 
-    def __init__(self, predictor: SourcePredictor, config: SCRConfig, settings: ServeSettings, family: Family) -> None:
+    def __init__(
+        self,
+        predictor: SourcePredictor,
+        config: SCRConfig,
+        settings: EngineSettings,
+        family: Family,
+        share: Callable[[Tensor], Tensor] = lambda states: states,
+    ) -> None:
         self.config = config
         self._predictor = predictor
         self._provide = predicted(predictor)
+        self._share = share
         self._decoder = Decoder(family, nn.ModuleList())
         self._skips = settings.on_low_confidence == "skip"
         given = settings.threshold
@@ -140,7 +150,7 @@ class Editor:
             self._seen.copy_(self._sums, non_blocking=True)
             self._step = None
 
-    def stats(self, *, wait: bool = True) -> ServeStats:
+    def stats(self, *, wait: bool = True) -> EngineStats:
         """The counts so far.
 
         Args:
@@ -149,14 +159,14 @@ class Editor:
         """
         sums = dict(zip(_SUMS, (self._sums if wait else self._seen).tolist(), strict=True))
         scored, confidence = sums.pop("scored"), sums.pop("confidence")
-        return ServeStats(
+        return EngineStats(
             **self._counts, left_out=dict(self._left_out), mean_confidence=confidence / scored if scored else None,
             **{name: int(value) for name, value in sums.items()},
         )  # fmt: skip
 
     def _choose(self, step: _Step, hidden: Tensor, residual: Tensor) -> None:
         flat = step.flat
-        read = (hidden[flat.rows] + residual[flat.rows])[None]  # [1, P + Q, d]
+        read = self._share((hidden[flat.rows] + residual[flat.rows])[None])  # [1, P + Q, d]
         wide = self._predictor.config.reads_question
         state = StateLayerOutput(read, flat.layout, self.config, self._decoder, {}, wide=wide)
         plans: list[EditPlan] = []

@@ -104,8 +104,6 @@ def _parallel(parallel: Any) -> Iterator[str]:
         yield f"worker_cls is {parallel.worker_cls!r}: SCR takes the place of {sorted(WORKERS)} only. Leave it out"
     if parallel.pipeline_parallel_size > 1:
         yield "pipeline parallelism: only the first rank knows where images are. Set pipeline_parallel_size=1"
-    if parallel.tensor_parallel_size > 1:
-        yield "tensor parallelism was not tried with this plug-in. Set tensor_parallel_size=1"
     for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
         if getattr(parallel, name) > 1:
             yield f"context parallelism spreads a prompt's tokens over ranks. Set {name}=1"
@@ -134,6 +132,8 @@ def _features(config: Any) -> Iterator[str]:
 
 
 def _graphs(compilation: Any) -> Iterator[str]:
+    if getattr(compilation.pass_config, "enable_sp", False):
+        yield "sequence parallelism spreads a step's rows over ranks. Set enable_sp=false in pass_config"
     mode = compilation.cudagraph_mode
     if mode is not None and mode.mixed_mode().name == "FULL":
         yield (

@@ -6,7 +6,7 @@ from typing import Any
 
 from prometheus_client import Counter  # pyright: ignore[reportMissingImports]
 
-from scr_runtime.vllm.editor import ServeStats
+from scr_runtime.vllm.editor import EngineStats
 
 # At module level: a second engine in one process would register them twice.
 _COUNTERS: dict[str, Any] = {
@@ -20,7 +20,7 @@ _COUNTERS: dict[str, Any] = {
 _LEFT_OUT: Any = Counter("scr_left_out", "Images that could not be edited.", ["reason"])
 
 
-def publish(now: ServeStats, before: ServeStats) -> None:
+def publish(now: EngineStats, before: EngineStats) -> None:
     """Adds what has happened between two counts."""
     for name, counter in _COUNTERS.items():
         counter.inc(getattr(now, name) - getattr(before, name))

@@ -9,14 +9,14 @@ import logging
 from typing import Any
 
 from scr_runtime.errors import ConfigurationError
-from scr_runtime.vllm.settings import KEY, ServeSettings, request_settings
+from scr_runtime.vllm.settings import KEY, EngineSettings, request_settings
 
-logger = logging.getLogger("scr_runtime")
+logger = logging.getLogger("vllm.scr")  # under vLLM's logger, so that a server prints it
 
 
 def register() -> None:
     """Called by vLLM when it starts, in each of its processes. Without SCR_PREDICTOR it does nothing."""
-    settings = ServeSettings.from_environment()
+    settings = EngineSettings.from_environment()
     if settings is None:
         return
     arguments: Any = importlib.import_module("vllm.engine.arg_utils").EngineArgs
@@ -30,7 +30,7 @@ def _prepared(create: Any) -> Any:
     @functools.wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = create(self, *args, **kwargs)
-        settings = ServeSettings.from_environment()
+        settings = EngineSettings.from_environment()
         if settings is not None:
             prepare(config, settings)
         return config
@@ -60,7 +60,7 @@ def _forget_images(cache: Any, prompt: Any) -> None:
         cache.invalidate(item)
 
 
-def prepare(config: Any, settings: ServeSettings) -> None:
+def prepare(config: Any, settings: EngineSettings) -> None:
     """Checks a ``VllmConfig``, and puts SCR's worker, scheduler and operator into it.
 
     Args:

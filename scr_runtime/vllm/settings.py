@@ -19,7 +19,7 @@ KEY = "scr"
 
 
 @dataclass(frozen=True)
-class ServeSettings:
+class EngineSettings:
     """Settings of one engine. They travel to its processes in ``VllmConfig.additional_config``.
 
     Attributes:
@@ -40,7 +40,7 @@ class ServeSettings:
     reads_question: bool = True
 
     @classmethod
-    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> ServeSettings | None:
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> EngineSettings | None:
         """Reads SCR_PREDICTOR, SCR_REVISION, SCR_ON_LOW_CONFIDENCE and SCR_THRESHOLD.
 
         Returns:
@@ -64,7 +64,7 @@ class ServeSettings:
             raise ConfigurationError(f"SCR_THRESHOLD={threshold!r}: expected a finite number")
         return cls(place, environ.get("SCR_REVISION") or None, policy, limit)
 
-    def sealed(self, predictor_info: Mapping[str, Any], *, reads_question: bool) -> ServeSettings:
+    def sealed(self, predictor_info: Mapping[str, Any], *, reads_question: bool) -> EngineSettings:
         """These settings with the digest of what a predictor's config.json says."""
         stated = [predictor_info["weights_sha256"], predictor_info["scr"], self.on_low_confidence, self.threshold]
         digest = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:16]

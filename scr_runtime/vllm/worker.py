@@ -1,4 +1,5 @@
 """What a worker of vLLM does more: it attaches the editor to the loaded model, tests it, and counts."""
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed.parallel_state import get_tp_group
 
 from scr_runtime.artifact import load_predictor
 from scr_runtime.config import SCRConfig
@@ -16,12 +18,12 @@ from scr_runtime.families import FAMILIES
 from scr_runtime.grids import ImageGrid
 from scr_runtime.identity import embedding_differences, probe_of
 from scr_runtime.vllm import operator
-from scr_runtime.vllm.editor import Editor, ServeStats
+from scr_runtime.vllm.editor import Editor, EngineStats
 from scr_runtime.vllm.images import GRID_KEYS, Feature, FlatImage, Grids, Part, StepImages, family_grids, images_of
 from scr_runtime.vllm.metrics import publish
-from scr_runtime.vllm.settings import KEY, ServeSettings, request_settings
+from scr_runtime.vllm.settings import KEY, EngineSettings, request_settings
 
-logger = logging.getLogger("scr_runtime")
+logger = logging.getLogger("vllm.scr")  # under vLLM's, so that a server prints it
 
 
 class Edits:
@@ -56,13 +58,14 @@ class Attached:
     """
 
     def __init__(self, runner: Any, vllm_config: Any) -> None:
-        settings = ServeSettings(**vllm_config.additional_config[KEY])
+        settings = EngineSettings(**vllm_config.additional_config[KEY])
         predictor = load_predictor(settings.predictor, runner.device, revision=settings.revision)
         model_config, model = vllm_config.model_config, runner.get_model()
         model_type = model_config.hf_config.model_type
         decoder: Any = model.get_language_model().model
-        table = decoder.embed_tokens.weight[: model_config.hf_text_config.vocab_size]  # vLLM pads it
-        other = embedding_differences(predictor.info["model"].get("embedding_probe"), probe_of(table))
+        text = model_config.hf_text_config
+        probe = probe_of(lambda ids: decoder.embed_tokens(ids.to(runner.device)), (text.vocab_size, text.hidden_size))
+        other = embedding_differences(predictor.info["model"].get("embedding_probe"), probe)
         if other:
             raise PredictorMismatchError(f"the predictor is for another model: {other[0]}")
         config = SCRConfig.from_dict(predictor.info["scr"])
@@ -71,8 +74,9 @@ class Attached:
         self._sample = self._family.fixed_grid(model, {}) if self._family.fixed_grid else ImageGrid((8, 8))
         self._runner = runner
         self._static: dict[str, Any] = vllm_config.compilation_config.static_forward_context
-        self.editor = Editor(predictor, config, settings, self._family)
-        self._unpublished, self._published = 0, ServeStats()
+        self._ranks: Any = get_tp_group()
+        self.editor = Editor(predictor, config, settings, self._family, self._ranks.broadcast)
+        self._unpublished, self._published = 0, EngineStats()
         blocks: nn.ModuleList = decoder.layers
         operator.insert(blocks, self.editor, self._static)
         self._watch(model)
@@ -101,7 +105,7 @@ class Attached:
 
     def _publish(self) -> None:
         """Adds to the Prometheus counters what has happened since, without waiting for the device."""
-        if self._unpublished:
+        if self._unpublished and self._ranks.is_first_rank:
             self._unpublished -= 1
             now = self.editor.stats(wait=False)
             publish(now, self._published)
@@ -147,7 +151,7 @@ class Attached:
         states = runner.inputs_embeds.gpu[:rows]
         noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states)
         settings = replace(self._settings, on_low_confidence="edit")
-        trial = Editor(self._predictor, self.editor.config, settings, self._family)
+        trial = Editor(self._predictor, self.editor.config, settings, self._family, self._ranks.broadcast)
 
         def run() -> Tensor:
             states.copy_(noise)

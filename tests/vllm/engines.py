@@ -8,7 +8,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +94,11 @@ class Answer:
 
 
 class Reference:
-    """The transformers runtime."""
+    """The transformers runtime; ``processor_settings`` are those of its processor."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, **processor_settings: Any) -> None:
         self.model: Any = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        self.processor: Any = AutoProcessor.from_pretrained(checkpoint)
+        self.processor: Any = AutoProcessor.from_pretrained(checkpoint, **processor_settings)
         self.model.generation_config.eos_token_id = self.processor.tokenizer.eos_token_id  # vLLM's, too
 
     def predictor(
@@ -119,9 +119,9 @@ class Reference:
         message = [{"role": "user", "content": question.content()}]
         return self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
 
-    def answer(self, question: Question, predictor: Path | None, *, strength: float = CONFIG.strength) -> Answer:
-        """Edited by a predictor; unedited without one."""
-        count, config = NEW_TOKENS, replace(CONFIG, strength=strength)
+    def answer(self, question: Question, predictor: Path | None, *, config: SCRConfig | None = CONFIG) -> Answer:
+        """Edited by a predictor, under its own settings without a config; unedited without a predictor."""
+        count = NEW_TOKENS
         images = question.images()
         inputs = self.processor(text=self.prompt(question), images=images or None, return_tensors="pt")
         settings: dict[str, Any] = {"mode": "off"} if predictor is None else {"mode": "one-pass", "config": config}
@@ -191,25 +191,38 @@ def answer_of(output: Any) -> Answer:
     return Answer(tuple(made.token_ids), tuple(chosen))
 
 
-def write_qwen(kind: str, folder: Path) -> Path:
-    """A random tiny Qwen-VL with its processor, of sizes that vLLM's attention has kernels for.
+_WIDE: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 8,
+}  # fmt: skip
+"""Sizes of a decoder that vLLM's attention has kernels for."""
 
-    Args:
-        kind: ``"Qwen2VL"`` or ``"Qwen2_5_VL"``.
-        folder: Where to write.
-    """
-    small, processor = models._qwen(kind)
-    config = small.config
-    config.text_config.update(
-        {
-            "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-            "num_hidden_layers": 8, "layer_types": ["full_attention"] * 8,
-        }
-    )  # fmt: skip
-    setattr(config.vision_config, "hidden_size" if kind == "Qwen2VL" else "out_hidden_size", 128)
+
+def _save(model: Any, processor: Any, folder: Path) -> Path:
+    """Writes a model of other sizes, with random weights."""
     torch.manual_seed(0)
-    model = type(small)(config).eval()
-    model.save_pretrained(folder)
+    type(model)(model.config).eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def write_llava(folder: Path) -> Path:
+    """A random tiny LLaVA with its processor."""
+    small, processor = models.PLAIN["llava"]()
+    small.config.text_config.update(_WIDE | {"head_dim": 32})
+    raw = _save(small, processor, folder.parent / f"{folder.name}-as-saved")
+    return write_checkpoint(folder, raw)
+
+
+def write_qwen(kind: str, folder: Path) -> Path:
+    """A random tiny Qwen-VL with its processor.
+
+    Args:
+        kind: ``"qwen2-vl"`` or ``"qwen2.5-vl"``.
+        folder: Where to write.
+    """
+    small, processor = models.WITH_VIDEOS[kind]()
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    small.config.text_config.update(_WIDE | {"rope_parameters": rope, "layer_types": ["full_attention"] * 8})
+    setattr(small.config.vision_config, "hidden_size" if kind == "qwen2-vl" else "out_hidden_size", 128)
+    return _save(small, processor, folder)

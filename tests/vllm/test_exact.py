@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.vllm.engines import ALONE, MIXED, Answer, Question, Reference, answer_of, ask, parameters, prompts
+from tests.vllm.engines import ALONE, CONFIG, MIXED, Answer, Question, Reference, answer_of, ask, parameters, prompts
 
+WEAK = replace(CONFIG, strength=1.1)
 ASKING = {"enable_prefix_caching": False, "enable_chunked_prefill": False}
 
 
@@ -94,7 +96,7 @@ def test_each_request_decides_for_itself(llm: Any, reference: Reference, expecte
 
 
 def test_a_request_may_set_the_strength(llm: Any, reference: Reference, asking: Path) -> None:
-    wanted = [reference.answer(question, asking, strength=1.1) for question in ALONE[:2]]
+    wanted = [reference.answer(question, asking, config=WEAK) for question in ALONE[:2]]
     assert_same(ask(llm, reference, ALONE[:2], extra={"scr_strength": 1.1}), wanted)
 
 
@@ -166,13 +168,14 @@ def test_requests_with_settings_of_their_own_share_no_cache(
     llm = engines(silent, **FREE, max_num_batched_tokens=200)
     long = LONG[:1]
     off, edited = reference.answer(long[0], None), reference.answer(long[0], silent)
-    weak = reference.answer(long[0], silent, strength=1.1)
+    weak = reference.answer(long[0], silent, config=WEAK)
     for _ in range(2):  # the second time from the cache
         assert_same(ask(llm, reference, long), [edited])
         assert_same(ask(llm, reference, long, extra={"scr": "off"}), [off])
         assert_same(ask(llm, reference, long, extra={"scr_strength": 1.1}), [weak])
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_edited(
     engines: Any, reference: Reference, silent: Path, expected: dict[str, list[Answer]]
 ) -> None:
@@ -180,6 +183,16 @@ def test_a_compiled_model_is_edited(
     before = stats(llm)["images"]
     assert_same(ask(llm, reference, MIXED), expected["silent"])
     assert stats(llm)["images"] - before == 10
+
+
+def test_two_workers_with_half_of_the_weights_each(
+    engines: Any, reference: Reference, asking: Path, expected: dict[str, list[Answer]]
+) -> None:
+    llm = engines(asking, **ASKING, tensor_parallel_size=2, distributed_executor_backend="mp")
+    assert_same(ask(llm, reference, MIXED), expected["asking"])
+    assert_same(ask(llm, reference, MIXED, one_by_one=True), expected["asking"])
+    first, second = llm.collective_rpc("scr_stats")
+    assert first == second and first["images"] == 2 * 10
 
 
 # -- without a predictor ---------------------------------------------------------------------------------------------

@@ -128,6 +128,11 @@ def test_chat_completions_are_edited(server: Server, reference: Reference, predi
         )
 
 
+def test_the_log_says_that_answers_are_edited(server: Server) -> None:
+    log = server.log.read_text()
+    assert "one-pass SCR with" in log and "self-test: 6 blocks edited" in log
+
+
 def test_a_request_switches_the_edit_off(server: Server, reference: Reference) -> None:
     wanted = list(reference.answer(ALONE[0], None).logprobs)
     assert server.logprobs(ALONE[0], vllm_xargs={"scr": "off"}) == pytest.approx(wanted, abs=1e-4)
@@ -149,6 +154,7 @@ def test_the_counts_are_on_metrics(server: Server) -> None:
     assert {name: after[name] - before[name] for name in after} == {"images": 2, "edits": 12, "switched_off": 1}
 
 
+@pytest.mark.slow  # test_start.py has it without a server
 def test_a_setting_that_would_drop_the_edit_stops_the_start(
     checkpoint: Path, reference: Reference, tmp_path: Path
 ) -> None:

@@ -35,7 +35,6 @@ def test_every_reason_is_told(checkpoint: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}, "tensor parallelism"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
             "speculative",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from scr_runtime.families import FAMILIES
 from scr_runtime.grids import ImageGrid
 from scr_runtime.vllm.editor import Editor
 from scr_runtime.vllm.images import NO_GRID, NO_QUESTION, PARTIAL, Feature, Part, family_grids, images_of
-from scr_runtime.vllm.settings import RequestSettings, ServeSettings
+from scr_runtime.vllm.settings import EngineSettings, RequestSettings
 from tests.conftest import IMAGE_TOKEN, make_inputs, make_tiny_llava
 
 CONFIG = SCRConfig(num_sources=4, strength=1.5, edit_layers=(1, 3), attention_layers=(2, 4), state_layer=1)
@@ -90,7 +91,7 @@ def block_output(model: Any, block: Any, states: Tensor) -> Tensor:
 
 
 def make_editor(predictor: SourcePredictor, **settings: Any) -> Editor:
-    return Editor(predictor, CONFIG, ServeSettings("here", **settings), FAMILIES["llava"])
+    return Editor(predictor, CONFIG, EngineSettings("here", **settings), FAMILIES["llava"])
 
 
 def begin(editor: Editor, parts: list[Part], predictor: SourcePredictor, model: Any) -> Any:
@@ -129,6 +130,29 @@ def test_rows_without_an_image_are_not_written_to() -> None:
     visual[first : first + TOKENS] = True
     assert torch.equal(hidden[~visual], before[0][~visual]) and torch.equal(residual[~visual], before[1][~visual])
     assert not torch.equal((hidden + residual)[visual], (before[0] + before[1])[visual])
+
+
+@torch.no_grad()
+def test_workers_choose_by_the_states_of_the_first_one() -> None:
+    predictor, flat = make_predictor("none"), Flat([1])
+    seen: list[Tensor] = []
+
+    def edited_rows(share: Callable[[Tensor], Tensor]) -> Tensor:
+        editor = Editor(predictor, CONFIG, EngineSettings("here"), FAMILIES["llava"], share)
+        begin(editor, flat.parts(), predictor, flat.model)()
+        hidden, residual = torch.randn(2, flat.rows[0]["input_ids"].shape[1], 32)
+        before = hidden + residual
+        editor.after_block(1, hidden, residual)
+        return (hidden + residual - before).abs().amax(-1) > 1e-6
+
+    def first(read: Tensor) -> Tensor:
+        seen.append(read)
+        return read
+
+    torch.manual_seed(0)
+    chosen = edited_rows(first)
+    assert torch.equal(chosen, edited_rows(lambda read: seen[0]))
+    assert not torch.equal(chosen, edited_rows(lambda read: read))
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def vllm_config(model: Any, **changes: Any) -> Any:
             "max_num_scheduled_tokens": None,
         },
         "cache_config": {"enable_prefix_caching": False, "kv_sharing_fast_prefill": False},
-        "compilation_config": {"cudagraph_mode": Mode(mixed="PIECEWISE")},
+        "compilation_config": {"cudagraph_mode": Mode(mixed="PIECEWISE"), "pass_config": SimpleNamespace()},
     }  # fmt: skip
     for place, value in changes.items():
         part, _, name = place.partition("__")
@@ -89,7 +89,7 @@ def test_the_defaults_of_these_tests_are_served(model: Any, asking: SourcePredic
         ({"scheduler_config__scheduler_cls": "mine.Scheduler"}, "scheduler_cls is 'mine.Scheduler'"),
         ({"parallel_config__worker_cls": "mine.Worker"}, "worker_cls is 'mine.Worker'"),
         ({"parallel_config__pipeline_parallel_size": 2}, "pipeline_parallel_size=1"),
-        ({"parallel_config__tensor_parallel_size": 2}, "tensor_parallel_size=1"),
+        ({"compilation_config__pass_config": SimpleNamespace(enable_sp=True)}, "enable_sp=false"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size=1"),
         ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size=1"),
         ({"parallel_config__enable_dbo": True}, "dual batch overlap"),

@@ -7,20 +7,20 @@ from typing import Any
 import pytest
 
 from scr_runtime.errors import ConfigurationError
-from scr_runtime.vllm.settings import RequestSettings, ServeSettings, request_settings
+from scr_runtime.vllm.settings import EngineSettings, RequestSettings, request_settings
 
 
 @pytest.mark.parametrize("environ", [{}, {"SCR_PREDICTOR": ""}, {"SCR_ON_LOW_CONFIDENCE": "skip"}])
 def test_without_a_predictor_nothing_is_asked_for(environ: dict[str, str]) -> None:
-    assert ServeSettings.from_environment(environ) is None
+    assert EngineSettings.from_environment(environ) is None
 
 
 def test_the_environment_is_read() -> None:
-    read = ServeSettings.from_environment(
+    read = EngineSettings.from_environment(
         {"SCR_PREDICTOR": "org/p", "SCR_REVISION": "main", "SCR_ON_LOW_CONFIDENCE": "skip", "SCR_THRESHOLD": "0.7"}
     )
-    assert read == ServeSettings("org/p", "main", "skip", 0.7)
-    assert ServeSettings.from_environment({"SCR_PREDICTOR": "p", "SCR_THRESHOLD": ""}) == ServeSettings("p")
+    assert read == EngineSettings("org/p", "main", "skip", 0.7)
+    assert EngineSettings.from_environment({"SCR_PREDICTOR": "p", "SCR_THRESHOLD": ""}) == EngineSettings("p")
 
 
 @pytest.mark.parametrize(
@@ -29,20 +29,20 @@ def test_the_environment_is_read() -> None:
 )
 def test_other_values_are_refused(name: str, value: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{name}='{value}': expected"):
-        ServeSettings.from_environment({"SCR_PREDICTOR": "p", name: value})
+        EngineSettings.from_environment({"SCR_PREDICTOR": "p", name: value})
 
 
 def test_the_digest_is_of_the_weights_and_of_the_settings() -> None:
     info = {"weights_sha256": "0" * 64, "scr": {"strength": 1.1}}
-    plain = ServeSettings("here").sealed(info, reads_question=False)
+    plain = EngineSettings("here").sealed(info, reads_question=False)
     assert not plain.reads_question and len(plain.digest) == 16
-    assert ServeSettings(**plain.to_dict()) == plain
-    assert ServeSettings("elsewhere").sealed(info, reads_question=False).digest == plain.digest
+    assert EngineSettings(**plain.to_dict()) == plain
+    assert EngineSettings("elsewhere").sealed(info, reads_question=False).digest == plain.digest
     others = [
-        ServeSettings("here").sealed(info | {"weights_sha256": "1" * 64}, reads_question=False),
-        ServeSettings("here").sealed(info | {"scr": {"strength": 1.2}}, reads_question=False),
-        ServeSettings("here", on_low_confidence="skip").sealed(info, reads_question=False),
-        ServeSettings("here", threshold=0.7).sealed(info, reads_question=False),
+        EngineSettings("here").sealed(info | {"weights_sha256": "1" * 64}, reads_question=False),
+        EngineSettings("here").sealed(info | {"scr": {"strength": 1.2}}, reads_question=False),
+        EngineSettings("here", on_low_confidence="skip").sealed(info, reads_question=False),
+        EngineSettings("here", threshold=0.7).sealed(info, reads_question=False),
     ]
     assert len({plain.digest, *(other.digest for other in others)}) == 5
 
