@@ -9,7 +9,6 @@ from pathlib import Path
 from configs import load_config
 from configs.cli import HELP
 from evaluation.errors import EvaluationError
-from evaluation.paper import PAPER, row_of, table_rows
 from evaluation.tables import bullets, markdown, table
 from scr_runtime.files import write_file
 
@@ -30,6 +29,8 @@ def compare_runs(arguments: Sequence[str]) -> int:
     unknown = sorted(set(options) - {"output", "tracking.uri", "runs_dir"})
     if unknown or not names:
         raise EvaluationError(f"unknown {', '.join(unknown)}: " * bool(unknown) + _USAGE)
+    from evaluation.paper import PAPER, row_of, table_rows  # takes seconds: the methods need torch
+
     config = load_config([f"{key}={value}" for key, value in options.items() if key != "output"])
     rows = table_rows([*(row_of(*read_run(name, config.tracking_uri)) for name in names), *PAPER])
     print(table(rows))

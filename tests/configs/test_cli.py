@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -91,8 +92,6 @@ def test_help_and_typos_import_nothing_heavy(command: list[str], argument: str):
         "export verify", "evaluation compare --help", "evaluation compare", "pipeline.ui --help",
         "tests.versions --help", "data.inspect --help", "data.inspect verify nowhere", "scenes --help",
         "scr_runtime.serve --help",
-        *(f"benchmarks.{path.stem} --help" for path in sorted((ROOT / "benchmarks").glob("*.py"))
-          if "PARSER" in path.read_text(encoding="utf-8")),
     ],
 )  # fmt: skip
 def test_help_and_slips_of_the_other_commands_import_no_framework(command: str):
@@ -104,6 +103,19 @@ def test_help_and_slips_of_the_other_commands_import_no_framework(command: str):
         assert run.returncode in (1, 2) and "Traceback" not in run.stderr
     names = {line.rpartition("|")[2].strip().partition(".")[0] for line in run.stderr.splitlines()}
     assert not names & {"torch", "transformers", "mlflow", "pytorch_lightning", "matplotlib", "datasets"}
+
+
+@pytest.mark.parametrize(
+    "file", [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "PARSER" in path.read_text("utf-8")],
+    ids=lambda path: path.stem,
+)  # fmt: skip
+def test_benchmarks_read_their_options_before_the_imports_that_take_seconds(file: Path):
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    asked = next(place for place, node in enumerate(body) if isinstance(node, ast.If))
+    assert ast.unparse(body[asked]).startswith("if __name__ == '__main__':\n    PARSER.parse_args()")
+    modules = {alias.name for node in body[:asked] if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {str(node.module) for node in body[:asked] if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in modules} <= sys.stdlib_module_names
 
 
 def test_help_into_a_pipe_that_is_closed():

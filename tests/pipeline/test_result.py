@@ -44,6 +44,6 @@ def test_every_line_fits_and_the_link_is_whole(
 
 def test_the_table_of_the_fit_is_the_same_for_terminal_and_report() -> None:
     table = fit_table(load_config(["model.scr.num_sources=6", "harvest.test=7"]), result(6))
-    assert table.title == "The predictor on 7 test images, K = 6."
+    assert table.title == "The predictor on 7 test images, K = 6 (16.7% of the eligible patches)."
     assert [row[0] for row in table.rows] == ["scores from", "other prompts (reference)", "predictor"]
     assert len(table.notes) == 1 and "20% of the maps under auto's threshold" in table.confidence

@@ -117,6 +117,7 @@ def auto_runs_two_pass(written: Written, *, config: SCRConfig | None = None) -> 
     """``auto`` with the folder as it is: one warning, and two-pass edits."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", "32 sources are asked for")  # the paper's K, on 36 patches
         scr = SCR(written.model, config=config, predictor=written.folder, mode="auto")
         with torch.no_grad(), scr:
             logits = written.model(**written.inputs).logits

@@ -19,6 +19,8 @@ from scr_runtime import (
 )
 from scr_runtime.reading import checksum
 
+pytestmark = pytest.mark.filterwarnings("ignore:32 sources are asked for")  # the paper's K, on 36 patches
+
 CONFIG = SCRConfig(num_sources=4, edit_layers=(0, 2), attention_layers=(2, 4))
 
 

@@ -14,6 +14,8 @@ from scr_runtime import SCR, SCRConfig, describe_model, errors, load_predictor, 
 from scr_runtime.places import FORMS, kind_of, local_folder
 from tests.scr_runtime.reference import make_predictor
 
+pytestmark = pytest.mark.filterwarnings("ignore:32 sources are asked for")  # the paper's K, on 36 patches
+
 CONFIG = SCRConfig(num_sources=4, edit_layers=(0, 2), attention_layers=(2, 4))
 COMMITS = "a" * 40, "b" * 40
 

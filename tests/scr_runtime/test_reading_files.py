@@ -37,6 +37,8 @@ from tests.scr_runtime.folders import (
     values,
 )  # fmt: skip
 
+pytestmark = pytest.mark.filterwarnings("ignore:32 sources are asked for")  # the paper's K, on 36 patches
+
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:

@@ -44,6 +44,7 @@ def test_two_pass_equals_the_naive_reference(tiny_llava: Any, llava_inputs: Any,
         assert moved.abs().max() > 0.05  # the edit is no rounding error, so the comparison above means something
 
 
+@pytest.mark.filterwarnings("ignore:1000 sources are asked for")
 @pytest.mark.parametrize(
     "changes",
     [

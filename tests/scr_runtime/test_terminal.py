@@ -11,11 +11,11 @@ LINK = "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])
-def test_a_long_word_gets_a_line_of_its_own(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_word_stays_whole(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     assert columns() == width
     lines = filled(f"compare runs: {'make ui, ' * 12}then {LINK} ({'parameters, ' * 12}end)", rest="  ").splitlines()
-    assert any(line.strip() == LINK for line in lines)
+    assert sum(LINK in line for line in lines) == 1
     assert all(len(line) <= min(width, 110) or line.strip() == LINK for line in lines)
     assert all(line.startswith("  ") for line in lines[1:])
 
@@ -27,4 +27,4 @@ def test_a_narrow_terminal_has_forty_columns(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_servers_help_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert max(map(len, help_text().splitlines())) <= 80
+    assert max(map(len, help_text().splitlines()[2:])) <= 80  # behind a command that can be copied
