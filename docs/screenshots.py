@@ -29,7 +29,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 _PATIENCE = 300.0  # seconds until a server must answer
-_SETTLING = 15_000  # milliseconds until a page of MLflow has what it shows
+_SETTLING = 20_000  # milliseconds until a page of MLflow has what it shows
 _VIEWS: dict[str, tuple[int, Any]] = {
     "playground": (1280, "light"),
     "playground-dark": (1280, "dark"),

@@ -25,6 +25,8 @@ from scipy import stats
 from evaluation.tables import markdown, table
 from scr_runtime.files import whole_file, write_file
 
+DPI = 96
+"""Of figures that MLflow shows: it shows them at their size, on pages that are some 1,150 pixels wide."""
 SEED = "seed"
 HEADLINES = {
     "test/recall": ("recall@K", 3, True),
@@ -235,7 +237,7 @@ def write(
     if picture is None:
         return paths[:3]
     with whole_file(paths[3]) as stream:
-        picture.savefig(stream, format="png", dpi=130)
+        picture.savefig(stream, format="png", dpi=DPI)
     return paths
 
 

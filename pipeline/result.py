@@ -18,6 +18,7 @@ from data.shards import ShardReader
 from evaluation import fit_report, report
 from evaluation.figures import map_example, reliability_figure, source_maps_figure
 from evaluation.fit_report import FitTable
+from evaluation.sweep_report import DPI
 from evaluation.tables import bullets, markdown, paragraph, table
 from export import registry
 from export.card import write_card
@@ -48,7 +49,7 @@ def log_fit(
         "reliability.png": reliability_figure(packed.exported.calibration, packed.rows),
     }
     for name, figure in figures.items():
-        figure.savefig(folder.reports / name, dpi=130)
+        figure.savefig(folder.reports / name, dpi=DPI)
         client.log_artifact(run, str(folder.reports / name), "figures")
     values = fit_report.metrics(fitted.metrics, fitted.floors, packed.confidence)
     values |= {f"test/{name}": value for name, value in fitted.sources.metrics().items()}
