@@ -292,7 +292,7 @@ def test_the_site_is_built_without_a_warning_and_has_every_public_name(tmp_path:
     assert not [name for name in public if f'id="scr_runtime.{name}"' not in page]  # as users import them
     loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', page + home)
     assert not loaded  # the site asks no other server
-    assert "make train" in home and 'src="_images/how-it-works.svg"' in home  # the README's own text
+    assert 'id="on-your-model"' in home and 'src="_images/how-it-works.svg"' in home  # the README's own text
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
     assert not [name for name in pages if f'href="{Path(name).stem}.html"' not in home]
     shutil.rmtree(tmp_path / "site")
