@@ -37,9 +37,11 @@ def run(sweep: Sweep) -> int:
     """Opens the tracking store, then runs one configuration or all; returns the exit code."""
     # here, because they import torch, Lightning and MLflow: help and a typo cost no time
     from pipeline.checks import check_all
+    from pipeline.exits import quieten_libraries
     from pipeline.sweep import ended, run_once, run_sweep
     from pipeline.tracking import connect
 
+    quieten_libraries()
     configs = [child.config for child in sweep.children]
     check_all(configs)
     experiments = list(dict.fromkeys(config.experiment for config in configs))

@@ -85,7 +85,10 @@ def print_error(error: Exception) -> None:
 
 
 def quieten_libraries() -> None:
-    """Silences advice about workers, and notices of libraries about each other."""
+    """Silences advice about workers, and notices of libraries about each other.
+
+    A command that fits or reads checkpoints calls it again once Lightning is imported, which sets its level anew.
+    """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("pytorch_lightning.loggers.mlflow").setLevel(logging.ERROR)  # "experiment not found"

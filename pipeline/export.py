@@ -14,6 +14,7 @@ from data.datamodule import ShardDataModule
 from evaluation.tables import paragraph
 from export.errors import ExportError
 from export.package import Facts, export_predictor
+from pipeline.exits import quieten_libraries
 from pipeline.folders import RunFolder, latest_run
 from predictor.checkpoints import BEST
 from scr_runtime import SCRConfig
@@ -22,6 +23,7 @@ from scr_runtime.artifact import CONFIG_NAME
 
 def run(config: TrainConfig, run_folder: Path | None = None) -> int:
     """Exports the fit of a run, by default the newest, and prints where to. The former predictor is kept beside it."""
+    quieten_libraries()
     folder = RunFolder(run_folder.resolve()) if run_folder else latest_run(config)
     record = folder.predictor / CONFIG_NAME
     if not record.is_file():

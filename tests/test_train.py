@@ -74,9 +74,10 @@ def test_the_chain_ends_in_a_predictor_tables_and_where_they_are(
     report = json.loads((folder / "runs/reports/scene-llava/evaluation.json").read_text())
     assert " ".join(result.stdout.partition(" minutes\n\n")[2].split()) == report["verdict"]["sentence"]
     assert not re.search(r"warn|Traceback", result.stderr, re.IGNORECASE)
+    assert "weights_only" not in result.stderr  # a notice of Lightning's
     assert result.stdout.count("scenes: ") == 1  # the world is rendered, and not "reused" in the same run
     page = (folder / "runs/reports/scene-llava/evaluation.html").read_text()
-    assert "The predictor on 10 test images, K = 8." in page and "<td>position</td>" in page
+    assert "The predictor on 10 test images, K = 8 (" in page and "<td>position</td>" in page
     reports = {path.name for path in (folder / "runs/reports/scene-llava").iterdir()}
     assert reports == {
         "evaluation.html", "evaluation.md", "evaluation.json", "answers.jsonl", "fit.json", "maps.png",
