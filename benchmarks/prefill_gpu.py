@@ -54,7 +54,7 @@ SETTINGS = {  # the layers of arXiv 2602.22469
     "llava-1.5-7b": SCRConfig(edit_layers=(0, 11), attention_layers=(8, 16)),
     "llava-1.5-13b": SCRConfig(edit_layers=(0, 11), attention_layers=(8, 16)),
     "qwen2-vl-7b": SCRConfig(edit_layers=(0, 15), attention_layers=(8, 16)),
-    "tiny": SCRConfig(edit_layers=(0, 1), attention_layers=(1, 2)),
+    "tiny": SCRConfig(num_sources=8, edit_layers=(0, 1), attention_layers=(1, 2)),
 }
 Attached = AbstractContextManager[Any]
 
