@@ -12,8 +12,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from configs import Sweep, parse_sweep
-from pipeline.commands import start
+try:
+    from configs import Sweep, parse_sweep
+    from pipeline.commands import start
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"error: {missing.name} is not installed in this Python ({sys.executable}).\n"
+        "`make train` installs everything into .venv and runs; afterwards `source .venv/bin/activate`, or type\n"
+        ".venv/bin/python instead of python."
+    )
 
 PROGRAM = "python train.py"
 ABOUT = [
@@ -28,7 +35,7 @@ ABOUT = [
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the chain, or a sweep of chains; returns the exit code."""
     sweep = parse_sweep(argv, PROGRAM, ABOUT)
-    several = f" and others ({len(sweep.children)} runs)" if sweep.keys else ""
+    several = f" (the first of {len(sweep.children)} runs)" if sweep.keys else ""
     resumes = all(child.config.trainer.resume for child in sweep.children)
     return start(PROGRAM, sweep.children[0].config, lambda: run(sweep), several, resumes=resumes)
 

@@ -336,7 +336,7 @@ class TrainConfig(BaseModel):
             del plain[key]
         plain["model"] = plain["model"]["scr"]
         del plain["data"]["root"]
-        for key in ("num_workers", "cache", "stream_from", "accelerator", "devices", "resume"):
+        for key in ("num_workers", "cache", "stream_from", "accelerator", "devices", "resume", "trial"):
             del plain["trainer"][key]
         if not self.evaluation.images:  # no answers are compared
             del plain["data"]

@@ -90,38 +90,35 @@ def forest(rows: Mapping[str, Interval], label: str, *, zero: bool, absolute: Ma
 
 
 def scatter(points: Mapping[str, tuple[float, Interval]], x_label: str, y_label: str) -> str:
-    """One marker per method with its interval of y, named beside it."""
+    """One marker per method with its interval of y, and a legend."""
     finite = {name: (x, y.mean) for name, (x, y) in points.items() if all(map(math.isfinite, (x, *y)))}
     if not finite:
         return ""
-    width, height, left, top = 560, 340, 64, 14
+    width, height, left, top, right = 560, 340, 64, 14, 126
     xs, ys = ([points[name][0] for name in finite], [end for name in finite for end in points[name][1]])
     x_ticks, y_ticks = nice_ticks(min(xs), max(xs)), nice_ticks(min(ys), max(ys))
 
     def across(value: float) -> float:
-        return left + (width - left - 96) * (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        return left + (width - left - right) * (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
 
     def up(value: float) -> float:
         return top + (height - top - 50) * (1 - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
 
-    parts = [_grid_x(x_ticks, across, top, height - 50), _grid_y(y_ticks, up, left, width - 96)]
-    taken: list[tuple[float, float]] = []
-    for name, (x, y) in sorted(finite.items(), key=lambda entry: entry[1][1]):
-        place, mark_y = across(x), up(y)
-        label_y = mark_y + 4
-        while any(abs(label_y - other) < 14 and abs(place - beside) < 110 for beside, other in taken):
-            label_y -= 14
-        taken.append((place, label_y))
+    parts = [_grid_x(x_ticks, across, top, height - 50), _grid_y(y_ticks, up, left, width - right)]
+    for place, (name, (x, y)) in enumerate(finite.items()):
         low, high = (up(end) for end in points[name][1][1:])
-        parts.append(f'<path class="{mark(name)[0]} line thin" d="M{place:.1f} {low:.1f}V{high:.1f}"/>')
-        parts.append(symbol(name, place, mark_y, 6))
-        covers = any(
-            0 < across(other) - place < 90 and abs(up(beside) - label_y) < 14 for other, beside in finite.values()
-        )
-        side = f'x="{place - 11:.1f}" text-anchor="end"' if covers else f'x="{place + 11:.1f}"'
-        parts.append(f'<text class="note" {side} y="{label_y:.1f}">{html.escape(name)}</text>')
+        parts.append(f'<path class="{mark(name)[0]} line thin" d="M{across(x):.1f} {low:.1f}V{high:.1f}"/>')
+        parts += [symbol(name, across(x), up(y), 6), _legend(name, width - right, top, place)]
     return _svg(
-        width, height, [*parts, *_axes(x_label, y_label, left, width - 96, height)], f"{y_label} against {x_label}"
+        width, height, [*parts, *_axes(x_label, y_label, left, width - right, height)], f"{y_label} against {x_label}"
+    )
+
+
+def _legend(name: str, left: float, top: float, place: int) -> str:
+    """A line of a legend beside a chart that ends at `left`."""
+    y = top + 12 + 20 * place
+    return (
+        symbol(name, left + 18, y - 4, 4.5) + f'<text class="note" x="{left + 30}" y="{y}">{html.escape(name)}</text>'
     )
 
 
@@ -165,9 +162,7 @@ def curves(lines: Mapping[str, Points], x_label: str, y_label: str, *, unit: boo
         parts.append(f'<path class="{mark(name)[0]} line thin butt"{dashes} d="M{path}"/>')
         step = max(len(kept) // 5, len(alike), 1)
         parts += [symbol(name, x, y, 3.5) for x, y in kept[number * step // max(len(alike), 1) :: step]]
-        y = top + 12 + 20 * place
-        parts.append(symbol(name, width - right + 18, y - 4, 4.5))
-        parts.append(f'<text class="note" x="{width - right + 30}" y="{y}">{html.escape(name)}</text>')
+        parts.append(_legend(name, width - right, top, place))
     if any("stroke-dasharray" in part for part in parts):
         y = top + 12 + 20 * len(drawn)
         parts.append(f'<text class="note" x="{width - right + 12}" y="{y}">dashed: lines coincide</text>')

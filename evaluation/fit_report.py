@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -21,12 +22,14 @@ class FitTable:
         notes: What the columns mean.
         rows: Header, floors, reference and predictor.
         confidence: How far the predictor's confidence can be trusted.
+        figures: PNG files that the page holds, too.
     """
 
     title: str
     notes: Sequence[str]
     rows: Sequence[Sequence[str]]
     confidence: str
+    figures: Sequence[Path] = ()
 
 
 def source_rows(

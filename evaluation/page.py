@@ -14,6 +14,7 @@ from evaluation.edits import owned_patches
 from evaluation.fit_report import FitTable
 from evaluation.methods import ONE_PASS, TWO_PASS, VANILLA
 from evaluation.report import (
+    LEGEND,
     analysis_rows,
     answer_rows,
     caption_rows,
@@ -79,6 +80,7 @@ def _questions(comparison: Comparison, prompt: Prompted) -> str:
         _table(answer_rows(comparison, prompt), comparison),
     ]
     if first:
+        parts.append(f"<p class='soft'>{LEGEND}</p>")
         changes: dict[str, Interval] = {
             name: one.hr_change for name, one in scores.items() if one.hr_change is not None
         }
@@ -140,8 +142,13 @@ def _fit(fitted: FitTable, comparison: Comparison) -> str:
     words = html.escape(" ".join([fitted.title, *fitted.notes]))
     return (
         f"<h2>The fit</h2><p class='soft'>{words}</p>{_table(fitted.rows, comparison)}"
-        f"<p class='soft'>{html.escape(fitted.confidence)}</p>"
+        f"<p class='soft'>{html.escape(fitted.confidence)}</p>" + "".join(map(_embedded, fitted.figures))
     )
+
+
+def _embedded(figure: Path) -> str:
+    coded = base64.b64encode(figure.read_bytes()).decode()
+    return f"<div class='scroll'><img class='figure' alt='{figure.stem}' src='data:image/png;base64,{coded}'></div>"
 
 
 def _analysis(comparison: Comparison) -> str:

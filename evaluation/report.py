@@ -22,6 +22,12 @@ from evaluation.verdict import deployed, points, reading, share, verdict
 from predictor.metrics import Interval
 from scr_runtime.files import write_file
 
+LEGEND = (
+    "HR: hallucination rate, the share of questions about absent objects that get a yes. TPR: the share of questions "
+    "about present objects that do. yes: the share of all. Fixed/broken: answers that a method corrects and spoils. "
+    "Edit kept: share of two-pass's change of the states. Prefill: its time, as a ratio to vanilla's."
+)
+"""Of ``answer_rows``."""
 _SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)  # of the questions, handed to the diagnostic run
 
 
@@ -266,6 +272,7 @@ def markdown_text(comparison: Comparison, *, embedded: bool, command: str = "", 
     parts = [f"# {title(comparison)}", "", f"**{found.sentence}** {found.reason}", ""]
     for prompt in comparison.prompts:
         parts += [f"## Yes/no questions, prompt {prompt.name}", "", markdown(answer_rows(comparison, prompt)), ""]
+    parts += [LEGEND, ""] if comparison.prompts else []
     for name, rows in (
         ("Captions", caption_rows(comparison)),
         ("Fidelity to two-pass", fidelity_rows(comparison)),

@@ -14,6 +14,13 @@ Kind = Literal["gain", "none", "harm", "unclear", "insensitive", "open"]
 _ENOUGH = 10  # changed answers under which a share of them is no figure
 _TELLING = 200  # questions from which on unchanged answers say something about the model
 
+_EMBEDDED = (
+    "This small world shows that the chain works: harvest, fit, export, the edit, and how closely one-pass follows "
+    "two-pass. It does not show that SCR lowers hallucination in real models; for that, run it on COCO and POPE. "
+    "Prefill ratios here are dominated by Python overhead on so small a model; benchmarks/prefill.py measures them at "
+    "a size that means something."
+)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -106,6 +113,15 @@ def _cost(comparison: Comparison, method: str) -> str:
     return f", at {added:+.1f} ms per prefill ({comparison.costs[method].ratio:.2f}x)"
 
 
+def essentials(comparison: Comparison, *, embedded: bool) -> list[str]:
+    """What a terminal has room for: why the verdict is what it is, and the most telling sentences of ``reading``."""
+    headline, quiz = comparison.headline, comparison.quiz
+    lines = [verdict(comparison).reason]
+    if headline is not None and quiz is not None:
+        lines += _if_few(len(quiz.splits[quiz.headline].ids)) + _about_effect(comparison, headline, quiz.headline)
+    return lines + _about_fidelity(comparison)[:1] + [_EMBEDDED] * embedded
+
+
 def reading(comparison: Comparison, *, embedded: bool) -> list[str]:
     """What the numbers show and what they do not, sentence by sentence."""
     headline, quiz = comparison.headline, comparison.quiz
@@ -119,13 +135,8 @@ def reading(comparison: Comparison, *, embedded: bool) -> list[str]:
             "points against vanilla with 95 % intervals over images."
         )
         lines += quiz.notes
-        if questions < 300:
-            lines.append(
-                f"{questions} questions are few: a rate of 10 % has an interval of about ±"
-                f"{196 * math.sqrt(0.09 / max(questions / 2, 1)):.0f} points. Take these figures as a trial of the "
-                "chain."
-            )
-        lines += _about_effect(comparison, headline, quiz.headline) + _about_answers(comparison, headline)
+        lines += _if_few(questions) + _about_effect(comparison, headline, quiz.headline)
+        lines += _about_answers(comparison, headline)
     elif quiz is not None:
         lines.append(
             f"{len(quiz.images):,} pictures that the predictor was not fitted to, each with one of the harvest's "
@@ -138,14 +149,16 @@ def reading(comparison: Comparison, *, embedded: bool) -> list[str]:
             f"Credit entropy {one.entropy:.2f} nats ({one.entropy_normalised:.3f} of ln N); against vanilla's "
             f"hallucination rate, over images: r = {one.by_image:.2f} (the paper finds about -.6 to -.7)."
         )
-    if embedded:
-        lines.append(
-            "This small world shows that the chain works: harvest, fit, export, the edit, and how closely one-pass "
-            "follows two-pass. It does not show that SCR lowers hallucination in real models; for that, run it on "
-            "COCO and POPE. Prefill ratios here are dominated by Python overhead on so small a model; "
-            "benchmarks/prefill.py measures them at a size that means something."
-        )
-    return lines
+    return lines + [_EMBEDDED] * embedded
+
+
+def _if_few(questions: int) -> list[str]:
+    if questions >= 300:
+        return []
+    return [
+        f"{questions} questions are few: a rate of 10 % has an interval of about ±"
+        f"{196 * math.sqrt(0.09 / max(questions / 2, 1)):.0f} points. Take these figures as a trial of the chain."
+    ]
 
 
 def _about_effect(comparison: Comparison, headline: Prompted, split: str) -> list[str]:
@@ -237,11 +250,9 @@ def _about_auto(comparison: Comparison) -> list[str]:
         half = next(point for point in curve if point.share == 0.3)
         if not math.isfinite(half.error):
             continue
-        better = half.error < half.error_random
         lines.append(
             f"auto behind {name}: handing over the 30 % least confident questions leaves {100 * half.error:.0f} % of "
-            f"vanilla's distance to two-pass, {100 * half.error_random:.0f} % if drawn at random: the confidence "
-            + ("shows which to hand over." if better else "does not show which to hand over.")
+            f"vanilla's distance to two-pass, {100 * half.error_random:.0f} % if drawn at random."
         )
     shares = [f"{name} {100 * value:.0f} %" for name, value in comparison.fallback.items()]
     return lines + ([f"Handed to the diagnostic run: {', '.join(shares)} of the questions."] if shares else [])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -12,15 +14,18 @@ from configs import TrainConfig
 from data.errors import DataError
 from data.questions import CATEGORY_KINDS
 from data.vlm import model_config
+from evaluation.tables import paragraph
 from pipeline.errors import RunError
 from pipeline.folders import named_folders
 from scr_runtime import load_predictor
 from scr_runtime.artifact import CONFIG_NAME
-from scr_runtime.errors import SCRError
+from scr_runtime.checks import fewer_sources
+from scr_runtime.errors import PrefillError, SCRError
+from scr_runtime.families import FAMILIES
 
 
 def check_all(
-    configs: Iterable[TrainConfig], sections: Collection[str] = ("harvest", "trainer", "evaluation")
+    configs: Sequence[TrainConfig], sections: Collection[str] = ("harvest", "trainer", "evaluation")
 ) -> None:
     """Checks what the stages will need, for every configuration of a command.
 
@@ -35,6 +40,8 @@ def check_all(
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise RunError("\n  ".join([f"{count} before the start", *problems]))
+    for note in dict.fromkeys(note for config in configs for note in _fewer_sources(config)):
+        print(paragraph(note))
 
 
 def _problems(config: TrainConfig, sections: Collection[str]) -> Iterator[str]:
@@ -125,6 +132,17 @@ def _model(config: TrainConfig) -> Iterator[str]:
     rank = config.predictor.rank
     if rank is not None and rank > text.hidden_size:
         yield f"predictor.rank={rank}: at most the model's hidden size, {text.hidden_size}"
+
+
+def _fewer_sources(config: TrainConfig) -> Iterator[str]:
+    """Says that K is more than the images of a family with one grid have room for."""
+    model = model_config(config.model)
+    family = FAMILIES.get(model.model_type)
+    if family is not None and family.fixed_grid is not None:
+        with contextlib.suppress(PrefillError):  # a vision tower that is not known: the harvest says
+            grid = family.fixed_grid(SimpleNamespace(config=model), {}).grid
+            if (words := fewer_sources(grid, config.scr)) is not None:
+                yield f"note: model.scr: {words}"
 
 
 def _predictors(config: TrainConfig) -> Iterator[str]:

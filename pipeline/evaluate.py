@@ -112,6 +112,8 @@ def print_comparison(comparison: Comparison, *, embedded: bool) -> None:
     print(f"\n{paragraph(found.sentence)}\n{bullets([found.reason])}\n")
     for prompt in comparison.prompts:
         print(f"prompt {prompt.name}\n\n{table(report.answer_rows(comparison, prompt))}\n")
+    if comparison.prompts:
+        print(paragraph(report.LEGEND) + "\n")
     for rows in (report.caption_rows(comparison), report.fidelity_rows(comparison)):
         if rows:
             print(table(rows) + "\n")

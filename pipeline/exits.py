@@ -71,7 +71,7 @@ def exit_code(command: Callable[[], int], resumes: bool = True) -> int:
         print(f"\n{paragraph(str(stop))}\n{paragraph(_sentence(way_on(resumes)))}", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
-        words = f"Stopped. Finished shards and epochs are kept; {way_on(resumes)}."
+        words = f"Stopped. Finished shards, epochs and answers are kept; {way_on(resumes)}."
         print(f"\n{paragraph(words)}", file=sys.stderr)
         return 130
 

@@ -1,7 +1,7 @@
 """Run folders: every run of the chain has one, and none is ever replaced.
 
     runs/fits/<model>/20261121-140531/    config.yaml run.json checkpoints/ predictor/ reports/
-    runs/fits/<model>/latest              link to the newest complete run
+    runs/fits/<model>/latest              link to the newest complete run, or to the newest that was no trial
     runs/predictors/<model>               link to its predictor: what a deployment names
     runs/reports/<model>                  link to its reports
 
@@ -106,19 +106,24 @@ def finish_run(folder: RunFolder, config: TrainConfig) -> list[str]:
     """Marks a run as complete and moves the links of its model to it; a variant has none.
 
     Returns:
-        What a user should know: whose predictor the link named before, and links that could not be moved, because
-        something else lies there.
+        What a user should know: whose predictor the link named before, that a trial left the links alone, and links
+        that could not be moved, because something else lies there.
     """
-    folder.note(complete=True)
+    folder.note(complete=True, trial=config.trainer.trial)
     if config.variant:
         return []
     paths = config.paths
     runs = paths.fits.parents[1]
     former = paths.latest.resolve() if paths.latest.exists() else None
+    if former is not None and config.trainer.trial and not RunFolder(former).record.get("trial"):
+        return [f"a trial: {paths.predictor} stays at {former / 'predictor'}; this run's is {folder.predictor}"]
     _link(paths.latest, Path(folder.path.name))
     notes = []
     if former not in (None, folder.path.resolve()):
-        notes.append(f"{paths.predictor} is this run's now; that of the run before stays at {former / 'predictor'}")
+        back = f"ln -sfn {former.name} {paths.latest} gives it the link again"
+        notes.append(
+            f"{paths.predictor} is this run's now; that of the run before stays at {former / 'predictor'} ({back})"
+        )
     for link, part in ((paths.predictor, "predictor"), (runs / "reports" / config.model.name, "reports")):
         if link.exists() and not link.is_symlink():
             notes.append(f"{link} was made by an earlier version and stays; this run's is {folder.path / part}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def open_place(config: TrainConfig) -> Place:
         name=config.model.name,
         model=config.model.location,
         dtype=str(model.dtype).removeprefix("torch."),
-        predictor=str(folder) if found else None,
+        predictor=os.path.relpath(folder.resolve()) if found else None,  # of which run, which a link does not say
         without="" if found else without,
         images=images,
         entries=read_gallery(folder.resolve().parent / "reports" / "answers.jsonl") if images is not None else [],

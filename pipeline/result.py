@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from data.shards import ShardReader
 from evaluation import fit_report, report
 from evaluation.figures import map_example, reliability_figure, source_maps_figure
 from evaluation.fit_report import FitTable
+from evaluation.methods import ONE_PASS
 from evaluation.sweep_report import DPI
 from evaluation.tables import bullets, markdown, paragraph, table
+from evaluation.verdict import essentials
 from export import registry
 from export.card import write_card
 from pipeline import pages, runs
@@ -31,6 +34,8 @@ from scr_runtime.files import write_file
 from scr_runtime.rule import source_rule
 
 _FIGURE_IMAGES = 4
+FIGURES = ("maps.png", "reliability.png")
+"""Of the fit, in a run's reports/."""
 
 
 def log_fit(
@@ -44,11 +49,11 @@ def log_fit(
     shown = {"loss": config.predictor.loss, "seed": config.seed, "data": work.harvested.fingerprint}
     name = f"{config.model.name} {client.get_run(run).info.run_name}"
     model_id = registry.log_predictor(client, run, packed.exported.folder, shown, name)
-    figures = {
-        "maps.png": maps_figure(config, work.processor, fitted.module),
-        "reliability.png": reliability_figure(packed.exported.calibration, packed.rows),
-    }
-    for name, figure in figures.items():
+    figures = (
+        maps_figure(config, work.processor, fitted.module),
+        reliability_figure(packed.exported.calibration, packed.rows),
+    )
+    for name, figure in zip(FIGURES, figures, strict=True):
         figure.savefig(folder.reports / name, dpi=DPI)
         client.log_artifact(run, str(folder.reports / name), "figures")
     values = fit_report.metrics(fitted.metrics, fitted.floors, packed.confidence)
@@ -71,7 +76,8 @@ def log_comparison(
         return
     client, run = tracker.experiment, str(tracker.run_id)
     command = shlex.join(["python", *sys.argv])
-    embedded, fitted = config.data.world is not None, fit_table(config, result)
+    figures = [folder.reports / name for name in FIGURES]
+    embedded, fitted = config.data.world is not None, replace(fit_table(config, result), figures=figures)
     files = report.write(folder.reports, comparison, embedded=embedded, command=command, fitted=fitted)
     runs.log_metrics(client, run, report.headlines(comparison), model_id)
     runs.log_curve(client, run, "auto_error", report.fallback_curve(comparison))
@@ -104,10 +110,15 @@ def verdict_line(result: Result) -> str:
         return report.verdict(result.comparison).sentence
     mass, prior = result.fit.metrics["mass"], result.fit.floors["position"]["mass"]
     beaten = "beats" if mass.low > prior.high else "does not clearly beat"
-    return (
+    sentence = (
         f"No answers were compared; the predictor {beaten} a map of positions ({mass.mean:.3f} of the attention "
         f"recovered, against {prior.mean:.3f})."
     )
+    found = result.comparison.fidelity if result.comparison is not None else {}
+    kept, control = (one.edit_kept if (one := found.get(name)) else None for name in (ONE_PASS, "position"))
+    if kept is None or control is None:
+        return sentence
+    return f"{sentence} It keeps {kept.mean:.0%} of two-pass's edit, a map of positions {control.mean:.0%}."
 
 
 def print_result(config: TrainConfig, folder: RunFolder, result: Result, experiment_id: str) -> None:
@@ -120,17 +131,21 @@ def print_result(config: TrainConfig, folder: RunFolder, result: Result, experim
         print(f"\n{'Answers' if comparison.prompts else 'Edits and cost'} on {comparison.images} held-out images")
         for rows in report.headline_tables(comparison):
             print("\n" + table(rows, marked=(report.deployed(comparison),)))
-        found, embedded = report.verdict(comparison), config.data.world is not None
-        print("\n" + bullets([found.reason, *report.reading(comparison, embedded=embedded)]))
+        if comparison.prompts:
+            print("\n" + paragraph(report.LEGEND))
+        print("\n" + bullets(essentials(comparison, embedded=config.data.world is not None)))
     count = result.packed.exported.predictor.count_parameters()
+    link = config.paths.predictor
+    predictor = link if link.resolve() == folder.predictor.resolve() else folder.predictor
     places = {
         "this run": folder.path,
-        "report and figures": folder.reports,
-        "predictor": f"{config.paths.predictor} ({count:,} parameters)",
+        "report": folder.reports / ("evaluation.html" if comparison is not None else "fit.json"),
+        "figures": folder.reports,
+        "predictor": f"{predictor} ({count:,} parameters)",
         "compare runs": pages.where_runs_are(config, experiment_id),
     }
     print("\n" + "\n".join(paragraph(f"{name}: {place}") for name, place in places.items()))
-    print(f'use it:\n  with SCR(model, predictor="{config.paths.predictor}", mode="auto"):')
+    print(f'to try it:\n  predictor = "{predictor}"\n  with SCR(model, predictor=predictor, mode="auto"):')
     print("      model.generate(**inputs)")
 
 

@@ -257,6 +257,8 @@ function connect() {
 async function start() {
   const facts = (state.facts = await get("facts"));
   $("model").textContent = `· ${facts.name}`;
+  $("fitted").textContent = `predictor: ${facts.predictor}`;
+  $("fitted").hidden = !facts.predictor;
   $("without").textContent = facts.without;
   $("without").hidden = !facts.without;
   if (facts.without) { $("marks").value = "two-pass"; $("marks").disabled = true; $("threshold").disabled = true; }

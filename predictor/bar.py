@@ -8,6 +8,8 @@ import pytorch_lightning as pl
 from tqdm.auto import tqdm
 
 _SHOWN = ("train/loss", "val/mass")
+FORMAT = "{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]"
+"""Without counts of steps, so that a bar is left at 80 columns."""
 
 
 class FitBar(pl.Callback):
@@ -20,7 +22,7 @@ class FitBar(pl.Callback):
         if trainer.is_global_zero:
             total = trainer.estimated_stepping_batches
             steps = int(total) if total != float("inf") else None
-            self._bar = tqdm(total=steps, initial=trainer.global_step, desc="fit", unit="step", disable=None)
+            self._bar = tqdm(total=steps, initial=trainer.global_step, desc="fit", disable=None, bar_format=FORMAT)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._show(trainer, trainer.current_epoch + 1)
@@ -45,9 +47,9 @@ class FitBar(pl.Callback):
 
     def _show(self, trainer: pl.Trainer, epoch: int) -> None:
         if self._bar is not None:
-            self._bar.set_description(f"fit: epoch {epoch}/{trainer.max_epochs}", refresh=False)
+            self._bar.set_description(f"epoch {epoch}/{trainer.max_epochs}", refresh=False)
             known = trainer.callback_metrics
-            self._bar.set_postfix({name: f"{float(known[name]):.4f}" for name in _SHOWN if name in known})
+            self._bar.set_postfix({name: f"{float(known[name]):.3f}" for name in _SHOWN if name in known})
 
     def _close(self) -> None:
         if self._bar is not None:

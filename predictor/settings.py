@@ -98,6 +98,8 @@ class FitSettings(BaseModel):
     precision: Precision = "auto"
     """Number format of the fit: 32-true, float32; bf16-mixed, bfloat16 where torch's autocast allows it; auto takes
     bf16-mixed where the processor multiplies bfloat16 by itself, and logs which."""
+    trial: bool = False
+    """The run is a trial: runs/predictors/<model> and its like stay at a run that was none."""
     resume: bool = True
     """Resume an interrupted run of the same settings; false starts a new one. After a finished run, the same command
     starts a new one."""

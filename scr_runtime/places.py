@@ -90,7 +90,7 @@ def _from_hub(repository: str, revision: str | None, local_files_only: bool) -> 
         at = "" if revision is None else f" at revision {revision!r}"
         raise PredictorNotFoundError(
             f"no folder {repository!r} on this machine, and the Hub gave no repository of that name{at}: "
-            f"{type(error).__name__}: {str(error).strip():.300}. {FORMS}"
+            f"{_in_short(error)}. {FORMS}"
         ) from error
 
 
@@ -107,6 +107,10 @@ def _from_registry(uri: str, folder: str) -> Path:
         return Path(download_artifacts(artifact_uri=uri, dst_path=folder))
     except Exception as error:  # MLflow's own errors, those of its store, and those of the disk
         raise PredictorNotFoundError(
-            f"{uri!r} can't be fetched from MLflow, at its tracking URI: {type(error).__name__}: "
-            f"{str(error).strip():.300}. {FORMS}"
+            f"{uri!r} can't be fetched from MLflow, at its tracking URI: {_in_short(error)}. {FORMS}"
         ) from error
+
+
+def _in_short(error: Exception) -> str:
+    """An error of another library in one line, without the full stop."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}".rstrip(".")

@@ -78,6 +78,7 @@ def test_the_chain_ends_in_a_predictor_tables_and_where_they_are(
     assert result.stdout.count("scenes: ") == 1  # the world is rendered, and not "reused" in the same run
     page = (folder / "runs/reports/scene-llava/evaluation.html").read_text()
     assert "The predictor on 10 test images, K = 8 (" in page and "<td>position</td>" in page
+    assert page.count("data:image/png;base64,") == 2  # maps and reliability
     reports = {path.name for path in (folder / "runs/reports/scene-llava").iterdir()}
     assert reports == {
         "evaluation.html", "evaluation.md", "evaluation.json", "answers.jsonl", "fit.json", "maps.png",
@@ -429,6 +430,13 @@ def test_the_readmes_file_tree_is_current() -> None:
     for name in tracked:
         if name.startswith("scr_runtime/") and name.endswith(".py") and "__init__" not in name:
             assert Path(name).name in readme, f"{name} is not in the README's file tree"
+
+
+def test_a_python_without_the_packages_is_told_the_way_in(tmp_path: Path) -> None:
+    command = [sys.executable, "-S", str(ROOT / "train.py"), "--help"]  # -S: as outside of the environment
+    done = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and not done.stdout and "Traceback" not in done.stderr
+    assert "is not installed in this Python" in done.stderr and "make train" in done.stderr
 
 
 def test_a_wrong_setting_and_a_wrong_tracking_uri_fail_before_any_work(tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from scr_runtime.serve import settings as given
 
         if {"--help", "-h"} & set(arguments):
-            print(given.help_text())
+            try:
+                print(given.help_text(), flush=True)
+            except BrokenPipeError:  # `--help | head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         try:
             settings = given.parse(arguments)

@@ -45,3 +45,6 @@ def test_a_point_has_its_interval() -> None:
     spans = re.findall(r'line thin" d="M[\d.]+ ([\d.]+)V([\d.]+)"', svg)
     assert len(spans) == 2 and all(float(low) - float(high) > 150 for low, high in spans)  # y grows downwards
     assert ">10<" in svg and ">20<" in svg  # the axis spans the intervals
+    end = max(float(x) for x in re.findall(r"M([\d.]+) 14V290", svg))
+    names = re.findall(r'class="note" x="([\d.]+)" y="([\d.]+)">(vanilla|two-pass)<', svg)
+    assert len({y for _, y, _ in names}) == 2 and all(float(x) > end for x, _, _ in names)  # a legend beside the grid

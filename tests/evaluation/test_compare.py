@@ -23,7 +23,7 @@ from evaluation.questions import Item
 from evaluation.reference import prepare_reference, unlabelled_reference
 from evaluation.settings import DEFAULT_METHODS, EvaluationSettings
 from evaluation.tables import table
-from evaluation.verdict import verdict
+from evaluation.verdict import essentials, verdict
 from predictor.metrics import Interval
 from scr_runtime import SCRConfig
 from tests.evaluation.conftest import make_predictor
@@ -226,6 +226,20 @@ def test_the_reading_says_what_is_not_shown(comparison: Comparison) -> None:
     assert "questions are few" in text and "does not show that SCR lowers hallucination in real models" in text
     assert "real models" not in " ".join(report.reading(comparison, embedded=False))
     assert not re.search(r"100 ?% (kept|of its)", text)
+
+
+def test_a_terminal_gets_the_most_telling_sentences(comparison: Comparison) -> None:
+    reason, *short = essentials(comparison, embedded=True)
+    whole = report.reading(comparison, embedded=True)
+    assert reason == report.verdict(comparison).reason
+    assert set(short) < set(whole) and 2 * len(short) < len(whole)
+    text = " ".join(short)
+    assert "Two-pass changes the adversarial HR" in text and "of two-pass's edit" in text and "real models" in text
+
+
+def test_the_columns_are_explained(comparison: Comparison) -> None:
+    for text in (report.markdown_text(comparison, embedded=True), page(comparison, embedded=True)):
+        assert text.count("HR: hallucination rate, the share of questions about absent objects") == 1
 
 
 def judged(comparison: Comparison, change: Interval, difference: Interval, accuracy: Interval) -> Any:

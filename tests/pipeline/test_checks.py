@@ -53,6 +53,15 @@ def test_predictors_to_compare_that_are_for_another_model(tmp_path: Path) -> Non
     assert f"{folder} is for a model of hidden_size 64, not 128: leave it out" in message
 
 
+def test_more_sources_than_an_image_has_room_for_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configs = [load_config([f"runs_dir={tmp_path}", "model.scr.num_sources=500", f"seed={seed}"]) for seed in (0, 1)]
+    check_all(configs)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("500 sources are asked for, and 50 are used for an image of 12 x 12 = 144 patches") == 1
+    check_all([load_config([f"runs_dir={tmp_path}"])])
+    assert not capsys.readouterr().out
+
+
 def test_online_without_a_block_behind_the_map(tmp_path: Path) -> None:
     layers = f"runs_dir={tmp_path}", "model.scr.attention_layers=[5,7]"
     check_all([load_config(layers)])

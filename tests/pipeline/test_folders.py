@@ -43,9 +43,24 @@ def test_a_run_that_takes_the_link_over_says_whose_it_was(tmp_path: Path, monkey
     with open_run(config) as second:
         assert finish_run(second, config) == [
             f"{config.paths.predictor} is this run's now; that of the run before stays at "
-            f"{first.path.resolve() / 'predictor'}"
+            f"{first.path.resolve() / 'predictor'} (ln -sfn {first.path.name} {config.paths.latest} gives it the link "
+            "again)"
         ]
         assert finish_run(second, config) == []  # resumed behind its end
+
+
+def test_a_trial_takes_the_links_from_trials_alone(tmp_path: Path) -> None:
+    trial, serious = config_in(tmp_path, "trainer=quick"), config_in(tmp_path)
+    complete(trial, "first trial")
+    assert (serious.paths.predictor / "mark").read_text() == "first trial"
+    complete(trial, "second trial")
+    assert (serious.paths.predictor / "mark").read_text() == "second trial"
+    kept = complete(serious, "serious")
+    with open_run(trial) as folder:
+        (note,) = finish_run(folder, trial)
+    assert "stays at" in note and str(folder.predictor) in note and str(kept.predictor) in note
+    assert (serious.paths.predictor / "mark").read_text() == "serious"
+    assert latest_run(trial).path == kept.path.resolve()
 
 
 def test_the_link_moves_only_when_a_run_is_complete(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_a_question_gives_four_answers_a_map_and_timings(chromium: Browser, addr
     expect(rows.nth(1)).to_contain_text(re.compile(r"ms \([\d.]+ x\)"))
     expect(page.locator("#overlay rect[fill^=rgb]")).to_have_count(144)
     expect(page.locator("#facts")).to_contain_text("overlap")
+    expect(page.locator("#fitted")).to_contain_text("predictor: ")
     assert all(url.startswith((address, "data:")) for url in asked) and len(asked) > 5
     page.close()
 

@@ -73,6 +73,18 @@ def test_what_the_hub_does_not_have(cache: Path, tiny_llava: Any) -> None:
             SCR(tiny_llava(0), predictor=place, revision=revision, mode="auto")
 
 
+def test_what_the_hub_says_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*args: Any, **kwargs: Any) -> str:
+        raise OSError("Got: ConnectError\n\nCheck your connection and try again.")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    with pytest.raises(errors.PredictorNotFoundError) as caught:
+        load_predictor("org/other")
+    message = str(caught.value)
+    assert "OSError: Got: ConnectError Check your connection and try again. A predictor" in message
+    assert "\n" not in message
+
+
 def test_every_mistake_shows_the_forms(folder: Path, tiny_llava: Any) -> None:
     for place in ("nowhere", "./org/x", "", "https://huggingface.co/org/x", folder.parent):
         with pytest.raises(errors.PredictorNotFoundError) as caught:
