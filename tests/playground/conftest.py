@@ -71,16 +71,24 @@ def place(loaded: tuple[Any, Any], predictor_folder: Path, tmp_path_factory: pyt
     )
 
 
+@pytest.fixture
+def address(served: tuple[uvicorn.Server, str]) -> Iterator[str]:
+    """Where the page is served. Requests that a closed page left are waited for: they set filters of warnings."""
+    server, url = served
+    yield url
+    while server.server_state.tasks:
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="session")
-def address(place: Place) -> Iterator[str]:
-    """Where the page is served."""
+def served(place: Place) -> Iterator[tuple[uvicorn.Server, str]]:
     listening = bind(0)
     server = uvicorn.Server(uvicorn.Config(application(place), log_level="warning", access_log=False))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    yield server, f"http://127.0.0.1:{listening.getsockname()[1]}"
     server.should_exit = True
     thread.join()
     listening.close()
