@@ -19,8 +19,8 @@ from pipeline.errors import RunError
 from pipeline.folders import named_folders
 from scr_runtime import load_predictor
 from scr_runtime.artifact import CONFIG_NAME
-from scr_runtime.checks import fewer_sources
-from scr_runtime.errors import PrefillError, SCRError
+from scr_runtime.checks import check_grid, fewer_sources
+from scr_runtime.errors import ConfigurationError, SCRError
 from scr_runtime.families import FAMILIES
 
 
@@ -138,11 +138,12 @@ def _fewer_sources(config: TrainConfig) -> Iterator[str]:
     """Says that K is more than the images of a family with one grid have room for."""
     model = model_config(config.model)
     family = FAMILIES.get(model.model_type)
-    if family is not None and family.fixed_grid is not None:
-        with contextlib.suppress(PrefillError):  # a vision tower that is not known: the harvest says
-            grid = family.fixed_grid(SimpleNamespace(config=model), {}).grid
-            if (words := fewer_sources(grid, config.scr)) is not None:
-                yield f"note: model.scr: {words}"
+    if family is None:
+        return
+    with contextlib.suppress(ConfigurationError):  # no patch can be a source: the harvest says
+        grid = check_grid(SimpleNamespace(config=model), family, config.scr)
+        if grid is not None and (words := fewer_sources(grid, config.scr)) is not None:
+            yield f"note: model.scr: {words}"
 
 
 def _predictors(config: TrainConfig) -> Iterator[str]:
