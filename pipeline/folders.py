@@ -1,7 +1,7 @@
 """Run folders: every run of the chain has one, and none is ever replaced.
 
     runs/fits/<model>/20261121-140531/    config.yaml run.json checkpoints/ predictor/ reports/
-    runs/fits/<model>/latest              link to the newest complete run, or to the newest that was no trial
+    runs/fits/<model>/latest              link to the newest complete run (a trial's, or other data's, moves no link)
     runs/predictors/<model>               link to its predictor: what a deployment names
     runs/reports/<model>                  link to its reports
 
@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,17 +106,19 @@ def finish_run(folder: RunFolder, config: TrainConfig) -> list[str]:
     """Marks a run as complete and moves the links of its model to it; a variant has none.
 
     Returns:
-        What a user should know: whose predictor the link named before, that a trial left the links alone, and links
-        that could not be moved, because something else lies there.
+        What a user should know: whose predictor the link named before, that a trial or a run on other data left the
+        links alone, and links that could not be moved, because something else lies there.
     """
-    folder.note(complete=True, trial=config.trainer.trial)
+    folder.note(complete=True, trial=config.trainer.trial, data=config.data.name)
     if config.variant:
         return []
     paths = config.paths
     runs = paths.fits.parents[1]
     former = paths.latest.resolve() if paths.latest.exists() else None
-    if former is not None and config.trainer.trial and not RunFolder(former).record.get("trial"):
-        return [f"a trial: {paths.predictor} stays at {former / 'predictor'}; this run's is {folder.predictor}"]
+    kept = None if former is None else _keeps_links(RunFolder(former).record, config)
+    if kept is not None:
+        take = f"ln -sfn {folder.path.name} {paths.latest} gives it the link"
+        return [f"{kept}: {paths.predictor} stays at {former}/predictor; this run's is {folder.predictor} ({take})"]
     _link(paths.latest, Path(folder.path.name))
     notes = []
     if former not in (None, folder.path.resolve()):
@@ -167,6 +169,16 @@ def named_folders(places: Sequence[str], taken: Sequence[str]) -> dict[str, Path
             name += "+"
         found[name] = folder
     return found
+
+
+def _keeps_links(former: Mapping[str, Any], config: TrainConfig) -> str | None:
+    """Why the run that a model's links name keeps them; ``None`` if it doesn't."""
+    if former.get("trial"):
+        return None
+    if config.trainer.trial:
+        return "a trial"
+    data = former.get("data", config.data.name)
+    return None if data == config.data.name else f"data={config.data.name}, and the run before data={data}"
 
 
 def _variant(config: TrainConfig, identity: str, stack: contextlib.ExitStack) -> RunFolder:

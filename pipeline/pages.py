@@ -16,21 +16,25 @@ VIEW = "scr"
 NOTE = "mlflow.note.content"
 WRITTEN = "note.sha256"
 """Tag with the checksum of the description that was last put there: another description is a user's, and stays."""
+_METRICS = ("recall", "mass", "hr_vanilla", "hr_two_pass", "hr_one_pass", "edit_kept", "prefill_x")
 _COLUMNS = (
-    *(f"metrics.`{name}`" for name in (
-        "recall", "mass", "hr_vanilla", "hr_two_pass", "hr_one_pass", "edit_kept", "prefill_x",
-    )),
+    *(f"metrics.`{name}`" for name in _METRICS),
     "params.`predictor.loss`", "params.`seed`", "attributes.`Duration`",
 )  # fmt: skip
 _WIDTH = 98  # pixels of a column
 _OWN = "sqlite:///runs/mlflow.db"
 _LONGEST_NOTE = 5000  # letters; MLflow takes no longer tag of an experiment
 _LEGEND = """
-Columns: **recall**, **mass** of the test split at K; **hr_...** hallucination
-rate in percent, on adversarial questions or the last split; **edit_kept** share of two-pass's edit that one-pass
-keeps; **prefill_x** cost of a prefill against vanilla. Compare runs of the same data and questions. Every other number
-is in the artifacts of each run: `reports/fit.json` and `reports/evaluation.json`.
+Columns: **recall**, **mass** of the test split at K; **hr_...** hallucination rate in percent, on adversarial questions
+or the last split; **edit_kept** share of two-pass's edit that one-pass keeps; **prefill_x** cost of a prefill against
+vanilla. A sweep's own row has the values of its best child. Compare runs of the same data and questions. Every other
+number is in the artifacts of each run: `reports/fit.json` and `reports/evaluation.json`.
 """
+
+
+def columns(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those metrics of a run that have a column in the table of runs."""
+    return {name: metrics[name] for name in _METRICS if name in metrics}
 
 
 def add_view(client: MlflowClient, experiment_id: str) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from scr_runtime.errors import UnsupportedModelError
-from scr_runtime.here import Turns, frames_of_threads, here
+from scr_runtime.here import Turns, here
 from scr_runtime.redistribute import wide
 
 _PREFIX = "scr_"
@@ -255,7 +254,6 @@ class _Held:
 
 _TURNS = Turns()
 _HELD: dict[int, _Held] = {}
-_NAMES: set[str] = set()
 
 
 @_TURNS
@@ -263,7 +261,7 @@ def hold(config: Any, owner: object) -> None:
     """Selects the wrapper of a decoder's attention implementation, until ``release``.
 
     Both the attention function and its mask function are registered: a name without a mask function would
-    silently get no mask.
+    silently get no mask. They stay registered: a model in another thread may be about to look its name up.
 
     Args:
         config: The decoder's config, read by its attention at every call.
@@ -296,20 +294,6 @@ def release(owner: object) -> None:
         _HELD.pop(key, None)
 
 
-@_TURNS
-def unregister_unused() -> None:
-    """Takes the names that no config holds out of transformers' tables, unless another thread may just look one up."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    if _NAMES and _models_run_elsewhere():
-        return
-    used = {str(held.selected) for held in _HELD.values()}
-    for name in _NAMES - used:
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
-        _NAMES.discard(name)
-
-
 def takes_mask_tensor(config: Any) -> bool:
     """Whether a decoder's attention implementation, wrapped or not, takes any mask [B, 1, Q, K]."""
     return _unwrapped(config) in _MASKED_BY_TENSOR
@@ -338,16 +322,6 @@ def check_selectable(config: Any) -> None:
         )
 
 
-def _models_run_elsewhere() -> bool:
-    """Whether a transformers model runs in another thread."""
-    for thread, frame in frames_of_threads().items():
-        while frame is not None and thread != threading.get_ident():
-            if frame.f_code.co_name == "forward" and str(frame.f_globals.get("__name__")).startswith("transformers"):
-                return True
-            frame = frame.f_back
-    return False
-
-
 def _place(config: Any) -> str:
     """Where a config keeps the name: transformers has a property in front of it."""
     internal = "_attn_implementation_internal"
@@ -370,6 +344,5 @@ def _register(selected: Selected) -> None:
     functions, masks = AttentionInterface(), AttentionMaskInterface()
     base = str(selected).removeprefix(_PREFIX)
     name = str(selected)
-    _NAMES.add(name)
     AttentionMaskInterface.register(name, masks[base])
     AttentionInterface.register(name, wrapper(None if base == "eager" else functions[base]))

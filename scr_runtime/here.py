@@ -10,8 +10,6 @@ itself.
 from __future__ import annotations
 
 import _thread
-import gc
-import sys
 import threading
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field
@@ -56,35 +54,35 @@ class Running:
     """Something that runs as long as a frame is on its thread's stack, however it ends.
 
     Attributes:
-        frame: ``None`` before it has begun and after it has ended.
-        thread: The thread's identifier.
+        frame: Of a function, not of a generator. ``None`` before it has begun and after it has ended.
     """
 
     frame: FrameType | None = field(default=None, repr=False)
-    thread: int = 0
 
     def begin(self, frame: FrameType) -> None:
-        """Binds it to a frame of this thread."""
-        self.thread = threading.get_ident()
+        """Binds it to a running frame."""
         self.frame = frame
 
     @classmethod
     def of(cls, frame: FrameType) -> Running:
-        """What runs in a frame of this thread."""
+        """What runs in a frame."""
         running = cls()
         running.begin(frame)
         return running
 
     @property
     def alive(self) -> bool:
-        """Whether the frame is still on its thread's stack."""
+        """Whether the frame is still on its thread's stack. One that has ended loses its local variables.
+
+        No other thread's frames are walked: before Python 3.12 a garbage collection within ``f_back`` may let that
+        thread go on, and what ``f_back`` then gives is freed memory.
+        """
         if self.frame is None:
             return False
-        frame = sys._getframe() if self.thread == threading.get_ident() else frames_of_threads().get(self.thread)
-        while frame is not None:
-            if frame is self.frame:
-                return True
-            frame = frame.f_back
+        try:
+            self.frame.clear()
+        except RuntimeError:  # it is executing
+            return True
         return False
 
 
@@ -94,19 +92,3 @@ class Turns(ContextDecorator, _thread.RLock):  # pyright: ignore[reportGeneralTy
     Signals and tracers may raise at any line of ours; none of these lines is between the lock's acquisition and its
     release, but for the function's own, whose exceptions release it.
     """
-
-
-@Turns()
-def frames_of_threads() -> dict[int, FrameType]:
-    """The innermost frame of each thread, by thread identifier.
-
-    The garbage collector waits meanwhile: CPython holds a lock in `sys._current_frames` that a collection may need,
-    and the process stopped for good (seen with 3.11.7; github.com/python/cpython/issues/106883).
-    """
-    enabled = gc.isenabled()
-    try:
-        gc.disable()
-        return sys._current_frames()
-    finally:
-        if enabled:
-            gc.enable()

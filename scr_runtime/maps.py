@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scr_runtime.attention import hold, release, takes_mask_tensor, unregister_unused
+from scr_runtime.attention import hold, release, takes_mask_tensor
 from scr_runtime.checks import attention_configs, check_decoder
 from scr_runtime.config import SCRConfig
 from scr_runtime.diagnostic import Decoder, StateLayerOutput, block_arguments, residual_stream
@@ -120,7 +120,6 @@ def capture(model: nn.Module, config: SCRConfig, inputs: Mapping[str, Any], rows
 def _show_attention(model: nn.Module, family: Family, stack: ExitStack) -> None:
     """Makes the decoder's attention readable until the stack is closed."""
     owner, shadows = object(), Shadows()
-    stack.callback(unregister_unused)
     stack.callback(release, owner)
     stack.callback(shadows.remove)
     if family.tap is None:

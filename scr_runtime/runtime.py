@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from scr_runtime import sources as providers
-from scr_runtime.attention import hold, release, unregister_unused
+from scr_runtime.attention import hold, release
 from scr_runtime.checks import attention_configs, check_arguments, check_decoder, check_grid, fewer_sources
 from scr_runtime.config import Mode, SCRConfig
 from scr_runtime.errors import AttachError, ConfigurationError
@@ -251,7 +251,6 @@ class SCR:
             return False
         self._shadows.remove()
         release(self._owner)
-        unregister_unused()
         if self._is_attached():
             _ATTACHED.pop(self._passes.base, None)
         return True

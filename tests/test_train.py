@@ -234,6 +234,7 @@ def test_a_sweep_is_nested_runs_under_a_parent_that_sums_them_up(
     assert {path: path.read_bytes() for path in kept["before"]} == kept["before"]
     best = max(children, key=lambda child: child.data.metrics["best_mass"])
     assert client.get_model_version_by_alias("tiny", registry.ALIAS).run_id == best.info.run_id
+    assert parent.data.metrics == {name: best.data.metrics[name] for name in ("recall", "mass")}
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,20 @@ def test_a_trial_takes_the_links_from_trials_alone(tmp_path: Path) -> None:
     assert latest_run(trial).path == kept.path.resolve()
 
 
+def test_a_run_on_other_data_leaves_the_links(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    scenes = config_in(tmp_path)
+    pictures = config_in(tmp_path, "data=pictures", f"data.root={tmp_path / 'photos'}")
+    kept = complete(scenes, "scenes")
+    with open_run(pictures) as folder:
+        (note,) = finish_run(folder, pictures)
+    assert note.startswith("data=pictures, and the run before data=scenes: ") and str(kept.predictor) in note
+    assert (scenes.paths.predictor / "mark").read_text() == "scenes"
+    assert f"ln -sfn {folder.path.name} {scenes.paths.latest}" in note
+    complete(scenes, "scenes again")
+    assert (scenes.paths.predictor / "mark").read_text() == "scenes again"
+
+
 def test_the_link_moves_only_when_a_run_is_complete(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     complete(config, "one")

@@ -21,7 +21,10 @@ ENDS: list[type[BaseException]] = [
 
 
 def snapshot(model: nn.Module) -> list[Any]:
-    """Hooks, instance attributes, attention implementations with their types, and transformers' tables."""
+    """Hooks, instance attributes, attention implementations with their types, and transformers' tables.
+
+    In those, the names of SCR's wrappers stay: a model in another thread may be about to look one up.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     found: list[Any] = []
@@ -39,7 +42,9 @@ def snapshot(model: nn.Module) -> list[Any]:
         found.append((hooks, sorted(vars(module)), plain))
         raw = getattr(getattr(module, "config", None), "_attn_implementation", None)
         found.append((type(raw), raw))
-    return [*found, sorted(AttentionInterface._global_mapping), sorted(AttentionMaskInterface._global_mapping)]
+    for table in (AttentionInterface, AttentionMaskInterface):
+        found.append(sorted(name for name in table._global_mapping if not name.startswith("scr_")))
+    return found
 
 
 class Bomb:

@@ -382,7 +382,6 @@ def test_another_attention_set_while_attached_is_kept(name: str) -> None:
             model(**inputs)
     config = model.model.language_model.config
     assert (config._attn_implementation, type(config._attn_implementation)) == (name, str)
-    assert not [key for key in snapshot(model)[-1] if key.startswith("scr_")]
     with torch.no_grad():
         model(**inputs)
         with SCR(model, config=CONFIG, mode="two-pass"):

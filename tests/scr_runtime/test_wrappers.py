@@ -445,13 +445,11 @@ def test_copies_of_an_attached_model_are_plain(tiny: Tiny, mode: Any, tmp_path: 
             torch.save(unused, tmp_path / "whole.pt")
             copies.append(torch.load(tmp_path / "whole.pt", weights_only=False))
             copies.append(type(model).from_pretrained(tmp_path / "saved").eval())
-            names = [name for name in snapshot(model)[-2] if name.startswith("scr_")]
             for other in copies:
                 raw = snapshot(other)
                 assert [item for item in raw[:-2] if isinstance(item[0], type) and item[1] and "scr" in item[1]] == []
                 assert torch.equal(other(**prompt.inputs).logits, vanilla)
             assert scr.stats.prefills == 1
-            assert names == (["scr_sdpa"] if mode == "two-pass" else [])
             assert all("forward" not in vars(module) for other in copies for module in other.modules())
             if mode == "two-pass":
                 with SCR(copies[0], config=CONFIG, mode=mode) as second:
