@@ -107,9 +107,15 @@ def _evaluation_files(config: TrainConfig) -> Iterator[str]:
         for text in [given] if isinstance(given, str) else given or []:
             place = Path(text).expanduser()
             if not place.exists():
-                yield f"evaluation.{key}: {place} does not exist"
+                yield f"evaluation.{key}: {place} does not exist{_beside(place)}"
             elif key == "predictors" and not (place / CONFIG_NAME).is_file():
                 yield f"evaluation.predictors: {place} has no {CONFIG_NAME}; name folders that train.py exported"
+
+
+def _beside(place: Path) -> str:
+    """What lies beside a path that does not exist."""
+    names = sorted(other.name for other in place.parent.iterdir()) if place.parent.is_dir() else []
+    return f"; beside it are {', '.join(names[:8])}{' ...' * (len(names) > 8)}" if names else ""
 
 
 def _accelerator(config: TrainConfig) -> Iterator[str]:

@@ -27,8 +27,8 @@ _LONGEST_NOTE = 5000  # letters; MLflow takes no longer tag of an experiment
 _LEGEND = """
 Columns: **recall**, **mass** of the test split at K; **hr_...** hallucination rate in percent, on adversarial
 questions or the last split; **edit_kept** share of two-pass's edit that one-pass keeps; **prefill_x** cost of a
-prefill against vanilla. A sweep's own row has the values of its best child. Compare runs of the same data and questions.
-Every other number is in the artifacts of each run: `reports/fit.json` and `reports/evaluation.json`.
+prefill against vanilla. A sweep's own row has the values of its best child. Compare runs of the same data and
+questions. Every other number is in the artifacts of each run: `reports/fit.json` and `reports/evaluation.json`.
 """
 
 

@@ -45,6 +45,14 @@ def test_the_hub_is_not_asked_where_a_path_is_wrong(tmp_path: Path, monkeypatch:
     assert "data.train_images: " in message
 
 
+def test_a_predictor_that_does_not_exist_is_named_with_those_beside_it(tmp_path: Path) -> None:
+    for name in ("scene-llava", "scene-next"):
+        (tmp_path / "predictors" / name).mkdir(parents=True)
+    message = problems(f"evaluation.predictors=[{tmp_path}/predictors/scene-lava]")
+    assert message.endswith("scene-lava does not exist; beside it are scene-llava, scene-next")
+    assert problems("evaluation.predictors=[/nowhere/at/all]").endswith("/nowhere/at/all does not exist")
+
+
 def test_predictors_to_compare_that_are_for_another_model(tmp_path: Path) -> None:
     predictor = SourcePredictor(PredictorConfig(64, rank=4)).eval()
     about = {"family": "llava", "hidden_size": 64, "num_blocks": 8, "embedding_probe": [0.0] * 32}
