@@ -338,7 +338,7 @@ class TrainConfig(BaseModel):
         del plain["data"]["root"]
         for key in ("num_workers", "cache", "stream_from", "accelerator", "devices", "resume", "trial"):
             del plain["trainer"][key]
-        if not self.evaluation.images:  # no answers are compared
+        if not self.evaluation.asks:
             del plain["data"]
             plain["evaluation"] = {key: plain["evaluation"][key] for key in ("images", "bootstrap", "seed")}
         return plain

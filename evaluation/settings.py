@@ -48,9 +48,9 @@ class EvaluationSettings(BaseModel):
     """Confidences under which further rows of auto fall back, beside the predictor's own threshold."""
 
     images: int = Field(default=300, ge=0)
-    """Images asked about where questions are made from annotations; 0 compares no answers: train.py then ends with
-    the fit's own metrics and, on pictures without annotations, fidelity and latency. The files of pope_files are asked
-    whole."""
+    """Images asked about where questions are made from annotations; 0, without pope_files, compares no answers:
+    train.py then ends with the fit's own metrics and, on pictures without annotations, fidelity and latency. The
+    files of pope_files are asked whole."""
     questions_per_image: int = Field(default=6, ge=2)
     """Questions per image and strategy, half about present, half about absent objects, as POPE asks."""
     pope_files: list[str] = []
@@ -176,6 +176,11 @@ class EvaluationSettings(BaseModel):
     def for_command(self) -> EvaluationSettings:
         """As `python -m evaluation` takes them: both prompts and greedy generation, unless others are set."""
         return self._filled(["plain", "one-word"], "greedy")
+
+    @property
+    def asks(self) -> bool:
+        """Whether answers are compared: there are questions from annotations, or from files."""
+        return bool(self.images or self.pope_files)
 
     @property
     def for_training(self) -> EvaluationSettings:

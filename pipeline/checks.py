@@ -87,7 +87,7 @@ def _training_data(config: TrainConfig) -> Iterator[str]:
 
 def _held_out_data(config: TrainConfig) -> Iterator[str]:
     settings = config.evaluation
-    if config.data.world is not None or not (settings.images or settings.pope_files):
+    if config.data.world is not None or not settings.asks:
         return
     if settings.images_dir is None:
         yield from _missing("data.eval_images", config.paths.eval_images)
@@ -133,7 +133,7 @@ def _device(config: TrainConfig) -> Iterator[str]:
 def _model(config: TrainConfig) -> Iterator[str]:
     text = model_config(config.model).get_text_config()
     config.scr.check_depth(int(text.num_hidden_layers))
-    if "online" in config.evaluation.methods and config.evaluation.images:
+    if "online" in config.evaluation.methods and config.evaluation.asks:
         config.scr.behind_map(int(text.num_hidden_layers))
     rank = config.predictor.rank
     if rank is not None and rank > text.hidden_size:

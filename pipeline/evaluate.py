@@ -20,7 +20,6 @@ from mlflow.exceptions import MlflowException
 
 from configs import TrainConfig, digest
 from data.errors import LockTimeoutError
-from data.images import CocoImages
 from data.locks import exclusively
 from data.ranks import rank_of_this_process
 from data.vlm import load_vlm
@@ -32,7 +31,7 @@ from evaluation.settings import EvaluationSettings
 from evaluation.tables import bullets, paragraph, table
 from pipeline.checks import check_all
 from pipeline.folders import RunFolder, latest_run, named_folders, new_folder
-from pipeline.harvest import held_out_images
+from pipeline.harvest import evaluation_images
 from pipeline.runs import log_metrics
 from pipeline.tracking import impatient
 from scr_runtime import SCR, SourcePredictor, load_predictor
@@ -44,8 +43,8 @@ def run(config: TrainConfig, command: str = "") -> int:
     """Compares, prints the tables, writes the report, and logs it on the predictor's run."""
     settings = config.evaluation.for_command
     check_all([config], ["evaluation"])
-    if {"pope", "fidelity"} & set(settings.benchmarks) and not settings.images and not settings.pope_files:
-        raise EvaluationError("evaluation.images=0 compares no answers: give it a number of images")
+    if {"pope", "fidelity"} & set(settings.benchmarks) and not settings.asks:
+        raise EvaluationError("evaluation.images=0 compares no answers: give it a number of images, or evaluation.pope_files")
     folders = predictor_folders(config, settings)
     predictors = {
         name: load_predictor(folder) for name, folder in folders.items()
@@ -141,37 +140,6 @@ def predictor_folders(config: TrainConfig, settings: EvaluationSettings) -> dict
     if not settings.predictors:
         return {"": latest_run(config).predictor}
     return named_folders(settings.predictors, [])
-
-
-def evaluation_images(config: TrainConfig, settings: EvaluationSettings) -> CocoImages | None:
-    """Held-out images with annotations; None where question files and a folder of images are all that is needed.
-
-    Raises:
-        EvaluationError: Images to evaluate on are the training images.
-    """
-    paths = config.paths
-    places = [("evaluation.images_dir", settings.images_dir, paths.train_images),
-              ("evaluation.annotations", settings.annotations, paths.train_annotations)]  # fmt: skip
-    for key, given, training in places:
-        if given and training and Path(given).expanduser().resolve() == training.resolve():
-            raise EvaluationError(f"{key}={given} is what the predictor was fitted to: give held-out images")
-    if (
-        settings.annotations is None
-        and settings.pope_files
-        and settings.images_dir
-        and "chair" not in settings.benchmarks
-    ):
-        return None
-    if settings.annotations is None and settings.images_dir is None:
-        return held_out_images(config)
-    folder = Path(settings.images_dir).expanduser() if settings.images_dir else paths.eval_images
-    annotations = Path(settings.annotations).expanduser() if settings.annotations else paths.eval_annotations
-    if folder is None or annotations is None:
-        raise EvaluationError(
-            f"data={config.data.name} has no annotated images to evaluate on: set evaluation.images_dir with "
-            "evaluation.pope_files or evaluation.annotations"
-        )
-    return CocoImages(folder, annotations, paths.cache)
 
 
 def log_on_run(config: TrainConfig, predictor: SourcePredictor, comparison: Comparison, files: list[Path]) -> None:

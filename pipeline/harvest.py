@@ -23,6 +23,7 @@ from data.plan import Job
 from data.ranks import Rank, rank_of_this_process
 from data.vlm import load_processor, load_vlm, model_config
 from evaluation.errors import EvaluationError
+from evaluation.settings import EvaluationSettings
 from evaluation.tables import paragraph
 from pipeline.checks import check_all
 
@@ -98,6 +99,37 @@ def training_images(config: TrainConfig) -> CocoImages:
     """Index of the images to harvest; renders the embedded world first if the configuration has one."""
     render_world(config)
     return CocoImages(config.paths.train_images, config.paths.train_annotations, config.paths.cache)
+
+
+def evaluation_images(config: TrainConfig, settings: EvaluationSettings) -> CocoImages | None:
+    """Held-out images with annotations; None where question files and a folder of images are all that is needed.
+
+    Raises:
+        EvaluationError: Images to evaluate on are the training images.
+    """
+    paths = config.paths
+    places = [("evaluation.images_dir", settings.images_dir, paths.train_images),
+              ("evaluation.annotations", settings.annotations, paths.train_annotations)]  # fmt: skip
+    for key, given, training in places:
+        if given and training and Path(given).expanduser().resolve() == training.resolve():
+            raise EvaluationError(f"{key}={given} is what the predictor was fitted to: give held-out images")
+    if (
+        settings.annotations is None
+        and settings.pope_files
+        and settings.images_dir
+        and "chair" not in settings.benchmarks
+    ):
+        return None
+    if settings.annotations is None and settings.images_dir is None:
+        return held_out_images(config)
+    folder = Path(settings.images_dir).expanduser() if settings.images_dir else paths.eval_images
+    annotations = Path(settings.annotations).expanduser() if settings.annotations else paths.eval_annotations
+    if folder is None or annotations is None:
+        raise EvaluationError(
+            f"data={config.data.name} has no annotated images to evaluate on: set evaluation.images_dir with "
+            "evaluation.pope_files or evaluation.annotations"
+        )
+    return CocoImages(folder, annotations, paths.cache)
 
 
 def held_out_images(config: TrainConfig) -> CocoImages:

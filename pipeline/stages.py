@@ -21,7 +21,7 @@ from evaluation.reference import Reference, unlabelled_reference
 from evaluation.tables import paragraph
 from export.package import Exported, Facts, export_predictor
 from pipeline.folders import RunFolder, named_folders
-from pipeline.harvest import check_space, harvest_from_config, held_out_images
+from pipeline.harvest import check_space, evaluation_images, harvest_from_config
 from predictor import baselines
 from predictor.batch import SourceCount
 from predictor.calibration import ConfidenceRows, confidence_rows
@@ -69,8 +69,8 @@ class Work:
         settings = config.evaluation.for_training
         key = digest(config.scr.to_dict(), settings)
         if key not in self._references:
-            if settings.images:
-                images, cache = held_out_images(config), config.paths.cache
+            if settings.asks:
+                images, cache = evaluation_images(config, settings), config.paths.cache
                 reference = measure_reference(self.model, self.processor, config.scr, images, settings, cache)
             else:
                 folder, items = config.paths.train_images, held_out_prompts(config)
@@ -214,7 +214,7 @@ def export(config: TrainConfig, fitted: Fit, work: Work, folder: RunFolder, run:
 
 def compare_answers(config: TrainConfig, work: Work, exported: Exported) -> Comparison | None:
     """Asks the model under every method; without annotations, compares edits and costs; None if nothing is wanted."""
-    if config.evaluation.images:
+    if config.evaluation.asks:
         print_step(5, "compare: two-pass, one-pass, auto and the controls on held-out images")
     elif has_unlabelled(config):
         print_step(5, "compare: edits and cost on held-out pictures; no answers, for want of annotations")

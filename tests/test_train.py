@@ -528,10 +528,23 @@ def test_a_folder_of_pictures_without_annotations_gives_a_predictor(tmp_path: Pa
     assert "these pictures have no annotations, so there is no hallucination rate" in page
     assert "<td>one-pass</td>" in page and "Describe the image." in page and "data=pictures" in page
     assert "No answers were compared" in result.stdout  # the last line says what is known
+    asked, questions = tmp_path / "asked", tmp_path / "questions.json"
+    asked.mkdir()
+    lines = []
+    for number in range(24, 28):
+        Image.fromarray(render_scene(0, "val", number).image).save(asked / f"{number}.png")
+        for label in ("yes", "no"):
+            text = f"Is there a {'cup' if label == 'yes' else 'kite'} in the image?"
+            lines.append({"question_id": len(lines), "image": f"{number}.png", "text": text, "label": label})
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    given = [f"evaluation.pope_files=[{questions}]", f"evaluation.images_dir={asked}"]
+    answered = run(*folder, *sizes, *given, cwd=tmp_path)
+    assert answered.returncode == 0, answered.stderr[-3000:]
+    assert "Answers on 4 held-out images" in answered.stdout and "No answers were compared" not in answered.stdout
     predictor = load_predictor(tmp_path / "runs/predictors/scene-llava")
     assert 0 < predictor.info["metrics"]["test/recall"] <= 1
     refused = run(*folder, *sizes, "harvest.prompts=[present]", cwd=tmp_path)
     assert refused.returncode == 1 and "[1/5]" not in refused.stdout
     assert "present ask about annotated objects, and data=pictures has no annotations" in refused.stderr
-    asked = run(*folder, *sizes, "evaluation.images=4", cwd=tmp_path)
-    assert asked.returncode == 2 and "has no annotated images to make questions from" in asked.stderr
+    without = run(*folder, *sizes, "evaluation.images=4", cwd=tmp_path)
+    assert without.returncode == 2 and "has no annotated images to make questions from" in without.stderr
