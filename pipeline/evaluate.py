@@ -44,7 +44,7 @@ def run(config: TrainConfig, command: str = "") -> int:
     settings = config.evaluation.for_command
     check_all([config], ["evaluation"])
     if {"pope", "fidelity"} & set(settings.benchmarks) and not settings.asks:
-        raise EvaluationError("evaluation.images=0 compares no answers: give it a number of images, or evaluation.pope_files")
+        raise EvaluationError("evaluation.images=0 compares no answers: give a number of images, or pope_files")
     folders = predictor_folders(config, settings)
     predictors = {
         name: load_predictor(folder) for name, folder in folders.items()
