@@ -35,9 +35,9 @@ ABOUT = [
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the chain, or a sweep of chains; returns the exit code."""
     sweep = parse_sweep(argv, PROGRAM, ABOUT)
-    several = f" (the first of {len(sweep.children)} runs)" if sweep.keys else ""
-    resumes = all(child.config.trainer.resume for child in sweep.children)
-    return start(PROGRAM, sweep.children[0].config, lambda: run(sweep), several, resumes=resumes)
+    configs = [child.config for child in sweep.children]
+    resumes = all(config.trainer.resume for config in configs)
+    return start(PROGRAM, configs, lambda: run(sweep), ["harvest", "evaluation"], resumes=resumes)
 
 
 def run(sweep: Sweep) -> int:

@@ -31,7 +31,8 @@ def parse_cli(
     """Load from the command line.
 
     ``--help`` prints an overview, ``--help SECTION`` the keys of a section, ``--help all`` every key; all end the
-    process with status 0. If anything is wrong, every problem is printed on stderr, and the status is 2.
+    process with status 0, or 2 if there is no such section. If anything is wrong, every problem is printed on stderr,
+    and the status is 2.
 
     Args:
         argv: Arguments after the program's name; those of the process if None.
@@ -45,8 +46,12 @@ def parse_cli(
     asked = next((text for text in argv if text.partition("=")[0] in HELP), None)
     if asked is not None:
         topics = [text for text in argv if "=" not in text and text not in HELP]
+        topic = asked.partition("=")[2] or next(iter(topics), "")
+        if topic not in ("", "all") and not section_text(topic):
+            print(_no_topic(topic), file=sys.stderr)
+            raise SystemExit(2)
         try:
-            print(_help(asked.partition("=")[2] or next(iter(topics), ""), prog, about, more), flush=True)
+            print(_help(topic, prog, about, more), flush=True)
         except BrokenPipeError:  # `--help all | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
@@ -70,9 +75,10 @@ def _help(topic: str, prog: str, about: Sequence[str], more: str) -> str:
         return overview(prog, about)
     if topic == "all":
         return "\n\n".join([wrap(about[0], 0), *([wrap(more, 0)] if more else []), help_text()])
-    found = section_text(topic)
-    if found:
-        return found
+    return section_text(topic)
+
+
+def _no_topic(topic: str) -> str:
     sections = " | ".join(["general", *(path for path, key in KEYS.items() if key.section), "all"])
     hint = suggestion(topic, KEYS)
     return wrap(f"There is no section or key {topic}. {hint} --help takes: {sections}", 0)

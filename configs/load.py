@@ -217,6 +217,7 @@ class _Build:
     def _no_option(self, group: str, option: Any, options: Sequence[str], where: str) -> None:
         close = _close_options(str(option).lower(), options)
         hint = f"Did you mean {' or '.join(f'{group}={name}' for name in close)}?" if close else ""
+        hint += " Another model: copy the nearest file of configs/model." * (group == "model")
         self.fail(group, option, f"no file configs/{group}/{option}.yaml", " | ".join(options), hint, where)
 
     def override(self, overrides: Sequence[str]) -> None:

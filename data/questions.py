@@ -19,13 +19,11 @@ from typing import get_args
 
 from data.errors import SettingsError
 from data.images import CocoImages, seeded_order
-from data.settings import DEFAULT_MIX, PromptKind, is_prompt_text
+from data.settings import CATEGORY_KINDS, DEFAULT_MIX, PromptKind, is_prompt_text
 from data.wording import CAPTION_PROMPT, question_text
 
 STRATEGIES = ("random", "popular", "adversarial")
 PROMPT_KINDS: tuple[str, ...] = get_args(PromptKind)
-CATEGORY_KINDS = frozenset(PROMPT_KINDS) - {"caption"}
-"""Kinds that ask about a category of the annotations."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -17,6 +17,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 StatesDtype = Literal["float16", "bfloat16", "float32", "int8"]
 AttentionImplementation = Literal["sdpa", "eager"]
 PromptKind = Literal["present", "random", "popular", "adversarial", "caption"]
+CATEGORY_KINDS: frozenset[str] = frozenset(get_args(PromptKind)) - {"caption"}
+"""Kinds of prompts that ask about a category of the annotations."""
 Engine = Literal["local", "ray"]
 Cache = Literal["auto", "device", "memory", "none", "stream"]
 

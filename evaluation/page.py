@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def page(comparison: Comparison, *, embedded: bool, command: str = "", fitted: F
         note = "CHAIR falls when a caption says less: read it beside recall and length."
         parts.append(f"<h2>Captions</h2><p class='soft'>{note}</p>{_table(rows, comparison)}")
     parts += [_fidelity(comparison), _costs(comparison)]
-    parts += [_fit(fitted, comparison)] if fitted else []
+    parts += [_fit(fitted)] if fitted else []
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in reading(comparison, embedded=embedded))
     parts.append(f"<h2>What the numbers say, and what they do not</h2><ul>{lines}</ul>")
     parts += [_gallery(comparison), _analysis(comparison)]
@@ -58,11 +59,17 @@ def page(comparison: Comparison, *, embedded: bool, command: str = "", fitted: F
     parts.append("<h2>How to reproduce</h2>")
     parts.append(f"<pre><code>{html.escape(command)}</code></pre>" if command else "")
     parts.append(_table(fact_rows(comparison), comparison, words=True))
+    body = "".join(parts)
+    links = []
+    for number, heading in enumerate(re.findall("<h2>(.*?)</h2>", body)):
+        body = body.replace(f"<h2>{heading}</h2>", f'<h2 id="part-{number}">{heading}</h2>', 1)
+        links.append(f'<a href="#part-{number}">{heading}</a>')
+    body = body.replace("</p></div>", f"</p></div><nav>{' · '.join(links)}</nav>", 1)  # behind the verdict
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{html.escape(title(comparison))}</title><style>{_STYLE}{_COLOURS}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
+        f"<body><main>{body}</main></body></html>\n"
     )
 
 
@@ -134,14 +141,15 @@ def _fidelity(comparison: Comparison) -> str:
 
 def _costs(comparison: Comparison) -> str:
     rows = cost_rows(comparison)
-    note = "One prefill of one image with one prompt, interleaved; CPU time of one thread, on CUDA the device's time."
+    note = "One prefill of one image with one prompt, interleaved; CPU time of one thread, on CUDA the device's time. "
+    note += "Ratios are medians over pairs, times are medians over rounds: one does not follow from the other."
     return f"<h2>Cost of a prefill</h2><p class='soft'>{note}</p>{_table(rows, comparison)}" if rows else ""
 
 
-def _fit(fitted: FitTable, comparison: Comparison) -> str:
+def _fit(fitted: FitTable) -> str:
     words = html.escape(" ".join([fitted.title, *fitted.notes]))
     return (
-        f"<h2>The fit</h2><p class='soft'>{words}</p>{_table(fitted.rows, comparison)}"
+        f"<h2>The fit</h2><p class='soft'>{words}</p>{_table(fitted.rows)}"
         f"<p class='soft'>{html.escape(fitted.confidence)}</p>" + "".join(map(_embedded, fitted.figures))
     )
 
@@ -248,10 +256,11 @@ def _square(patch: int, columns: int, width: float, height: float, kind: str) ->
     return f'<rect class="{kind}" x="{column * width:.1f}" y="{row * height:.1f}" {size}/>'
 
 
-def _table(rows: Sequence[Sequence[str]], comparison: Comparison, *, words: bool = False) -> str:
+def _table(rows: Sequence[Sequence[str]], comparison: Comparison | None = None, *, words: bool = False) -> str:
+    """A table; names of a comparison's controls are grey."""
     if not rows:
         return ""
-    controls = {method.name for method in comparison.methods if method.entry.control}
+    controls = {method.name for method in comparison.methods if method.entry.control} if comparison else set[str]()
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
     body = "".join(
         f"<tr{' class=control' if row[0] in controls else ''}>"

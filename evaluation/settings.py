@@ -6,6 +6,7 @@ string under a field is its help text. Nothing here imports torch.
 
 from __future__ import annotations
 
+import difflib
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -202,6 +203,8 @@ def _known(names: list[str], known: tuple[str, ...]) -> list[str]:
     unknown = [name for name in names if name not in known]
     if unknown or not names or len(set(names)) < len(names):
         reason = f"has {unknown[0]!r}, which there is not" if unknown else "is empty, or names one twice"
-        details = {"reason": reason, "legal": "a list of " + " | ".join(known)}
+        near = difflib.get_close_matches(unknown[0], known, n=1) if unknown else []
+        hint = f"Did you mean {near[0]}?" if near else ""
+        details = {"reason": reason, "legal": "a list of " + " | ".join(known), "hint": hint}
         raise PydanticCustomError("contradiction", "{reason}", details)
     return names

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
 from pathlib import Path
 
 from configs import TrainConfig, parse_cli
 from configs.keys import closest
 from configs.load import CONFIGS, KEYS, saved_config, split_values
+from pipeline.errors import RunError
+from pipeline.places import check_places
 from scr_runtime.terminal import filled
 
 _SHORT = ("benchmarks", "methods")
@@ -28,7 +30,9 @@ def harvest(argv: Sequence[str] | None = None) -> int:
         "python -m data.harvest model=scene-llava harvest.samples=1000",
     ]
     config = parse_cli(argv, "python -m data.harvest", about, uses=("model", "data", "harvest"))
-    return start("python -m data.harvest", config, lambda: import_module("pipeline.harvest").run(config))
+    return start(
+        "python -m data.harvest", [config], lambda: import_module("pipeline.harvest").run(config), ["harvest"]
+    )
 
 
 def export(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +53,7 @@ def export(argv: Sequence[str] | None = None) -> int:
         return exit_code(lambda: import_module("pipeline.predictors").run_command(arguments[0], arguments[1:]))
     config = parse_cli(arguments, "python -m export", about, uses=("predictor", "trainer"))
     run = _run_of(arguments)
-    return start("python -m export", config, lambda: import_module("pipeline.export").run(config, run))
+    return start("python -m export", [config], lambda: import_module("pipeline.export").run(config, run))
 
 
 def evaluation(argv: Sequence[str] | None = None) -> int:
@@ -68,13 +72,13 @@ def evaluation(argv: Sequence[str] | None = None) -> int:
     uses = ("model", "data", "evaluation", *(["harvest"] if command == "tune" else []))
     config = parse_cli(long_forms(arguments[bool(command) :]), program, about, uses=uses)
     if command == "tune":
-        return start(f"{program} tune", config, lambda: import_module("pipeline.tune").tune(config))
+        return start(f"{program} tune", [config], lambda: import_module("pipeline.tune").tune(config))
     run = _run_of(arguments)
     if run is not None and not config.evaluation.predictors:
         chosen = config.evaluation.model_copy(update={"predictors": [str(run / "predictor")]})
         config = config.model_copy(update={"evaluation": chosen})
     typed = shlex.join([*program.split(), *arguments])
-    return start(program, config, lambda: import_module("pipeline.evaluate").run(config, typed))
+    return start(program, [config], lambda: import_module("pipeline.evaluate").run(config, typed), ["evaluation"])
 
 
 def playground(argv: Sequence[str] | None = None) -> int:
@@ -88,15 +92,34 @@ def playground(argv: Sequence[str] | None = None) -> int:
     settings = long_forms([text for text in arguments if text not in ports])
     config = parse_cli(settings, program, about, uses=("model", "data"))
     port = ports[-1] if ports else "port=7860"
-    return start(program, config, lambda: import_module("pipeline.playground").serve(config, port))
+    return start(program, [config], lambda: import_module("pipeline.playground").serve(config, port), ["evaluation"])
 
 
 def start(
-    program: str, config: TrainConfig, command: Callable[[], int], more: str = "", *, resumes: bool = True
-) -> int:
-    """Says what begins, and runs a command of the pipeline, which takes seconds to import; returns its exit code."""
-    words = f"{program}: {config.model.name} on {config.data.name}{more}, files in {config.runs_dir}"
-    print(filled(words), flush=True)
+    program: str, configs: Sequence[TrainConfig], command: Callable[[], int], sections: Collection[str] = (),
+    *, resumes: bool = True,
+) -> int:  # fmt: skip
+    """Says what begins, checks its places, and runs a command of the pipeline, which takes seconds to import.
+
+    Args:
+        program: What was typed.
+        configs: One, or those of a sweep.
+        command: Runs it.
+        sections: What it does, beside loading the model: harvest, evaluation.
+        resumes: Whether the same command resumes what is stopped.
+
+    Returns:
+        The command's exit code.
+    """
+    config, more = configs[0], f" (the first of {len(configs)} runs)" if len(configs) > 1 else ""
+    print(
+        filled(f"{program}: {config.model.name} on {config.data.name}{more}, files in {config.runs_dir}"), flush=True
+    )
+    try:
+        check_places(configs, sections)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return exit_code(command, resumes)
 
 

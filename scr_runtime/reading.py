@@ -86,7 +86,9 @@ def parse_record(content: bytes, path: Path) -> dict[str, Any]:
         raise PredictorCorruptError(f"{path}: nested deeper than {_DEEPEST} levels")
     version: Any = record.get("format_version") if isinstance(record, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     if not _is_integer(version):
-        raise PredictorCorruptError(f"{path}: format_version={version!r:.40}, expected an integer")
+        of_a_model = isinstance(record, dict) and "format_version" not in record and "model_type" in record
+        hint = "; this is a model's folder: name one that train.py exported" if of_a_model else ""
+        raise PredictorCorruptError(f"{path}: format_version={version!r:.40}, expected an integer{hint}")
     if version > FORMAT_VERSION:
         raise PredictorVersionError(
             f"{path}: format_version={version!r:.40}, and this scr_runtime reads up to {FORMAT_VERSION}. "

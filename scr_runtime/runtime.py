@@ -293,6 +293,10 @@ class SCR:
         """
         self._passes.checks.raise_failed(wait=True)
         last = self._last
+        if last is None and self.mode != "off" and not self._is_attached():
+            warnings.warn(
+                "this SCR is not attached: write `with SCR(...)`, or .attach()", RuntimeWarning, stacklevel=2
+            )
         if last is None or last.failed:
             return []
         return report_prefill(last.layout, last.counted(), tuple(last.fired), self._family.several_grids)

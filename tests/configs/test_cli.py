@@ -51,7 +51,9 @@ def test_help_of_a_section_of_a_key_and_of_all(capsys: pytest.CaptureFixture[str
         out = printed(capsys, *arguments)
         assert out.startswith("trainer: ") and "trainer.max_epochs=" in out and "harvest." not in out.split("\n  ")[1]
     assert printed(capsys, "--help", "seed").startswith("  seed=0")
-    assert "Did you mean trainer.learning_rate?" in printed(capsys, "--help", "lr")
+    with pytest.raises(SystemExit) as caught:
+        parse_cli(["--help", "lr"], "python x.py", [])
+    assert caught.value.code == 2 and "Did you mean trainer.learning_rate?" in capsys.readouterr().err
     said = " ".join(printed(capsys, "--help", "all").split())
     assert "are a sweep over all their combinations" in said and "trainer.max_epochs=" in said
 

@@ -145,7 +145,9 @@ class Strict(html.parser.HTMLParser):
         self.external: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.external += [value for key, value in attrs if key in ("src", "href") and not value.startswith("data:")]
+        self.external += [
+            value for key, value in attrs if key in ("src", "href") and value[:5] != "data:" and value[0] != "#"
+        ]
         if tag not in ("meta", "br", "circle", "path", "rect", "image", "polygon"):
             self.open.append(tag)
 
@@ -170,7 +172,9 @@ def test_the_report_of_a_run_has_the_table_of_its_fit(comparison: Comparison) ->
     rows = [["scores from", "recall@8"], ["position", "0.401 [0.390, 0.410]"], ["predictor", "0.842 [0.830, 0.850]"]]
     fitted = FitTable("The predictor on 400 <test> images, K = 8.", ["95 % intervals."], rows, "Confidence: good.")
     text = page(comparison, embedded=True, fitted=fitted)
-    assert "<h2>The fit</h2>" in text and "400 &lt;test&gt; images, K = 8. 95 % intervals." in text
+    links = re.findall('<a href="#(part-[0-9]+)">', text)
+    assert len(links) > 3 and all(f'<h2 id="{link}">' in text for link in links)
+    assert ">The fit</h2>" in text and "400 &lt;test&gt; images, K = 8. 95 % intervals." in text
     assert "<td>predictor</td><td>0.842 [0.830, 0.850]</td>" in text and "Confidence: good." in text
     strict = Strict()
     strict.feed(text)
@@ -293,7 +297,7 @@ def test_without_a_predictor_or_questions(scene: Any) -> None:
     )
     found = compare(prepare_reference(scene[0], scene[1], CONFIG, scene[2], settings), {}, settings)
     assert found.names == ["vanilla", "two-pass"] and found.prompts == [] and verdict(found).kind == "open"
-    assert "<h2>Captions" in page(found, embedded=False) and report.answer_rows(found) == []
+    assert ">Captions" in page(found, embedded=False) and report.answer_rows(found) == []
 
 
 def test_pictures_without_annotations_get_the_same_report_without_a_rate(scene: Any, tmp_path: Path) -> None:
@@ -319,9 +323,9 @@ def test_pictures_without_annotations_get_the_same_report_without_a_rate(scene: 
     text = paths["html"].read_text()
     strict = Strict()
     strict.feed(text)
-    assert strict.open == [] and "<h2>Fidelity to two-pass" in text and "<h2>Cost of a prefill" in text
+    assert strict.open == [] and ">Fidelity to two-pass" in text and ">Cost of a prefill" in text
     assert "3 pictures that the predictor was not fitted to" in text and "Describe the image." in text
-    assert "<h2>Yes/no questions" not in text and "<th>parser" not in text and "nan" not in text
+    assert ">Yes/no questions" not in text and "<th>parser" not in text and "nan" not in text
     values = report.read_metrics(paths["json"])
     assert {"eval/one-pass/edit_kept", "eval/one-pass/prefill_ratio"} <= set(values)
     assert report.headlines(found).keys() == {"edit_kept", "prefill_x"}

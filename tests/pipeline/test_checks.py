@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from configs import load_config
-from pipeline import checks
 from pipeline.checks import check_all
 from pipeline.errors import RunError
 from scr_runtime import PredictorConfig, SCRConfig, SourcePredictor, save_predictor
@@ -15,7 +14,7 @@ from scr_runtime import PredictorConfig, SCRConfig, SourcePredictor, save_predic
 def problems(*overrides: str) -> str:
     with pytest.raises(RunError) as caught:
         check_all([load_config(overrides)])
-    return str(caught.value)
+    return " ".join(str(caught.value).split())
 
 
 def test_the_defaults_have_no_problem(tmp_path: Path) -> None:
@@ -24,33 +23,14 @@ def test_the_defaults_have_no_problem(tmp_path: Path) -> None:
 
 
 def test_all_problems_are_reported_together_and_each_once(tmp_path: Path) -> None:
-    overrides = [
-        f"runs_dir={tmp_path / 'runs'}", "data=coco2014", f"data.root={tmp_path / 'nowhere'}",
-        "model.scr.edit_layers=[0,11]", "predictor.rank=100000",
-    ]  # fmt: skip
+    overrides = [f"runs_dir={tmp_path}", "predictor.rank=100000", f"evaluation.predictors=[{tmp_path}]"]
     configs = [load_config([*overrides, f"seed={seed}"]) for seed in (0, 1)]
     with pytest.raises(RunError) as caught:
         check_all(configs)
-    message = str(caught.value)
-    assert message.startswith("5 problems before the start")
-    assert message.count("data.train_annotations: ") == message.count("data.eval_images: ") == 1
-    assert "ends at block 11, but the model has 8 decoder blocks" in message
-
-
-def test_the_hub_is_not_asked_where_a_path_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "model_config", lambda settings: pytest.fail("the Hub was asked"))
-    message = problems(
-        f"runs_dir={tmp_path}", "model=llava-1.5-7b", "data=coco2014", f"data.root={tmp_path / 'nowhere'}"
-    )
-    assert "data.train_images: " in message
-
-
-def test_a_predictor_that_does_not_exist_is_named_with_those_beside_it(tmp_path: Path) -> None:
-    for name in ("scene-llava", "scene-next"):
-        (tmp_path / "predictors" / name).mkdir(parents=True)
-    message = problems(f"evaluation.predictors=[{tmp_path}/predictors/scene-lava]")
-    assert message.endswith("scene-lava does not exist; beside it are scene-llava, scene-next")
-    assert problems("evaluation.predictors=[/nowhere/at/all]").endswith("/nowhere/at/all does not exist")
+    message = " ".join(str(caught.value).split())
+    assert message.startswith("2 problems before the start") and message.count("predictor.rank=100000") == 1
+    assert f"{tmp_path} has no config.json; name folders that train.py exported" in message
+    assert "ends at block 11, but the model has 8 decoder blocks" in problems("model.scr.edit_layers=[0,11]")
 
 
 def test_predictors_to_compare_that_are_for_another_model(tmp_path: Path) -> None:
@@ -74,11 +54,6 @@ def test_online_without_a_block_behind_the_map(tmp_path: Path) -> None:
     layers = f"runs_dir={tmp_path}", "model.scr.attention_layers=[5,7]"
     check_all([load_config(layers)])
     assert "none is left behind them" in problems(*layers, "evaluation.methods=[vanilla,online]")
-
-
-@pytest.mark.parametrize("place", ["/proc/nope", "/dev/null/runs"])
-def test_a_place_that_takes_no_files(place: str) -> None:
-    assert f"runs_dir={place}: /" in problems(f"runs_dir={place}")
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:

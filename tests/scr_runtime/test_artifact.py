@@ -92,6 +92,11 @@ DAMAGES: list[tuple[Any, type[Exception], str]] = [
     (lambda f: (f / "config.json").write_text("{"), errors.PredictorCorruptError, "not readable as JSON"),
     (lambda f: (f / "config.json").write_text("[1]"), errors.PredictorCorruptError, "format_version=None"),
     (
+        lambda f: (f / "config.json").write_text('{"model_type": "llava"}'),
+        errors.PredictorCorruptError,
+        "this is a model's folder: name one that train.py exported",
+    ),
+    (
         lambda f: change_config(f, format_version=4),
         errors.PredictorVersionError,
         "=4, .* reads up to 3. Upgrade scr-r",

@@ -1,0 +1,62 @@
+"""Folders and files that a command names are looked for before anything else, and reported all at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import load_config
+from pipeline.errors import RunError
+from pipeline.places import check_places
+
+
+def problems(*overrides: str) -> str:
+    with pytest.raises(RunError) as caught:
+        check_places([load_config([*overrides, f"seed={seed}"]) for seed in (0, 1)], ["harvest", "evaluation"])
+    return " ".join(str(caught.value).split())
+
+
+def test_the_defaults_have_no_problem(tmp_path: Path) -> None:
+    check_places([load_config([f"runs_dir={tmp_path / 'new' / 'runs'}"])], ["harvest", "evaluation"])
+    assert list(tmp_path.iterdir()) == []  # looked at, not made
+
+
+def test_all_problems_are_reported_together_and_each_once(tmp_path: Path) -> None:
+    message = problems(f"runs_dir={tmp_path / 'runs'}", "data=coco2014", f"data.root={tmp_path / 'nowhere'}")
+    assert message.startswith("4 problems before the start")
+    assert message.count("data.train_annotations: ") == message.count("data.eval_images: ") == 1
+
+
+def test_a_command_looks_at_what_it_uses(tmp_path: Path) -> None:
+    config = load_config([f"runs_dir={tmp_path}", "data=coco2014", f"data.root={tmp_path / 'nowhere'}"])
+    check_places([config], [])
+    with pytest.raises(RunError, match="2 problems") as caught:
+        check_places([config], ["evaluation"])
+    assert "data.train_images" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["/proc/nope", "/dev/null/runs"])
+def test_a_place_that_takes_no_files(place: str) -> None:
+    assert f"runs_dir={place}: /" in problems(f"runs_dir={place}")
+
+
+def test_a_predictor_that_does_not_exist_is_named_with_those_beside_it(tmp_path: Path) -> None:
+    for name in ("scene-llava", "scene-next"):
+        (tmp_path / "predictors" / name).mkdir(parents=True)
+    message = problems(f"evaluation.predictors=[{tmp_path}/predictors/scene-lava]")
+    assert message.endswith("scene-lava does not exist; beside it are scene-llava, scene-next")
+    assert problems("evaluation.predictors=[/nowhere/at/all]").endswith("/nowhere/at/all does not exist")
+
+
+def test_a_wrong_place_costs_no_import_of_torch_and_asks_no_hub(tmp_path: Path) -> None:
+    code = """
+import sys
+from train import main
+assert main(sys.argv[1:]) == 1
+assert not {"torch", "transformers", "mlflow", "pytorch_lightning"} & set(sys.modules)
+"""
+    given = ["model=llava-1.5-7b", "data=coco2014", f"data.root={tmp_path}/nowhere", f"runs_dir={tmp_path}"]
+    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("error: 4 problems before the start")
