@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from mlflow import MlflowClient
+from mlflow.entities import RunInfo
 from mlflow.exceptions import MlflowException
 
 from configs import TrainConfig, digest
@@ -28,11 +29,11 @@ from evaluation.compare import Comparison, compare
 from evaluation.errors import EvaluationError, UnfinishedError
 from evaluation.reference import prepare_reference
 from evaluation.settings import EvaluationSettings
-from evaluation.tables import bullets, paragraph, table
+from evaluation.tables import bullets, markdown, paragraph, table
+from pipeline import pages, runs
 from pipeline.checks import check_all
 from pipeline.folders import RunFolder, latest_run, named_folders, new_folder
 from pipeline.harvest import evaluation_images
-from pipeline.runs import log_metrics
 from pipeline.tracking import impatient
 from scr_runtime import SCR, SourcePredictor, load_predictor
 from scr_runtime.errors import PredictorMismatchError
@@ -40,7 +41,7 @@ from scr_runtime.files import write_file
 
 
 def run(config: TrainConfig, command: str = "") -> int:
-    """Compares, prints the tables, writes the report, and logs it on the predictor's run."""
+    """Compares, prints the tables, writes the report, and logs it below the predictor's run."""
     settings = config.evaluation.for_command
     check_all([config], ["evaluation"])
     if {"pope", "fidelity"} & set(settings.benchmarks) and not settings.asks:
@@ -49,6 +50,10 @@ def run(config: TrainConfig, command: str = "") -> int:
     predictors = {
         name: load_predictor(folder) for name, folder in folders.items()
     }  # first: the questions take minutes
+    for name, folder in folders.items():
+        fitted = _provenance(predictors[name]).get("data_name")
+        words = f", fitted on data={fitted}" if fitted else ""
+        print(paragraph(f"predictor {name}: {os.path.relpath(folder.resolve())}{words}".replace(" :", ":")))
     images = evaluation_images(config, settings)
     rank = rank_of_this_process()
     device = rank.device(config.model.device, torch.cuda.device_count())
@@ -85,7 +90,7 @@ def write_report(config: TrainConfig, comparison: Comparison, command: str, pred
     print("\n" + paragraph(f"report: {files['html']}"))
     print(paragraph(f"answers, one line each: {files['answers']}"))
     if predictor is not None:
-        log_on_run(config, predictor, comparison, list(files.values()))
+        log_below_run(config, predictor, comparison, folder)
     return folder
 
 
@@ -142,20 +147,43 @@ def predictor_folders(config: TrainConfig, settings: EvaluationSettings) -> dict
     return named_folders(settings.predictors, [])
 
 
-def log_on_run(config: TrainConfig, predictor: SourcePredictor, comparison: Comparison, files: list[Path]) -> None:
-    """Adds metrics and files to the run that made the predictor, if the tracking store has it."""
-    run_id = ((getattr(predictor, "info", None) or {}).get("provenance") or {}).get("mlflow_run_id")
-    if not run_id or (config.tracking.uri is None and not config.paths.mlflow_db.exists()):
+def log_below_run(config: TrainConfig, predictor: SourcePredictor, comparison: Comparison, folder: Path) -> None:
+    """Logs a comparison as a run below the one that made the predictor, if the tracking store has that.
+
+    The predictor's run keeps its own numbers: they may be of other questions.
+    """
+    made = _provenance(predictor).get("mlflow_run_id")
+    if not made or (config.tracking.uri is None and not config.paths.mlflow_db.exists()):
         return
     try:
         with impatient():
             client = MlflowClient(config.tracking_uri)
-            client.get_run(run_id)
-        log_metrics(client, run_id, report.headlines(comparison))
-        for file in files:
-            client.log_artifact(run_id, str(file), f"evaluations/{file.parent.name}")
+            experiment = client.get_experiment(client.get_run(made).info.experiment_id).name
+        name = runs.unused_name(client, experiment, f"evaluation: {config.data.name}, {comparison.images} images")
+        run = runs.create_run(client, experiment, name, {"run.kind": "evaluation"}, made)
+        try:
+            _log_files(client, run.info, config, comparison, folder)
+        except BaseException:
+            client.set_terminated(run.info.run_id, "FAILED")
+            raise
+        client.set_terminated(run.info.run_id)
     except (MlflowException, OSError) as error:  # the report is written, and stays
-        words = f"not logged on run {run_id} of {config.tracking_uri}, which made the predictor"
+        words = f"not logged below run {made} of {config.tracking_uri}, which made the predictor"
         print(paragraph(f"{words}: {error}"))
         return
-    print(f"logged on the predictor's run {run_id}")
+    print(paragraph(f"logged as run {run.info.run_id}, below the predictor's run {made}"))
+
+
+def _log_files(client: MlflowClient, info: RunInfo, config: TrainConfig, comparison: Comparison, folder: Path) -> None:
+    client.log_param(info.run_id, "model.name", config.model.name)
+    runs.log_metrics(client, info.run_id, report.headlines(comparison))
+    client.log_artifacts(info.run_id, str(folder), "reports")
+    files = {"reports/evaluation.html": "report", "reports/answers.jsonl": "answers"}
+    found = report.verdict(comparison)
+    links = " · ".join(pages.artifact_link(info, file, name) for file, name in files.items())
+    tables = map(markdown, report.headline_tables(comparison))
+    pages.describe_run(client, info.run_id, "\n\n".join([f"**{found.sentence}**", links, found.reason, *tables]))
+
+
+def _provenance(predictor: SourcePredictor) -> dict[str, Any]:
+    return (getattr(predictor, "info", None) or {}).get("provenance") or {}

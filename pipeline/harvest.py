@@ -112,7 +112,7 @@ def evaluation_images(config: TrainConfig, settings: EvaluationSettings) -> Coco
               ("evaluation.annotations", settings.annotations, paths.train_annotations)]  # fmt: skip
     for key, given, training in places:
         if given and training and Path(given).expanduser().resolve() == training.resolve():
-            raise EvaluationError(f"{key}={given} is what the predictor was fitted to: give held-out images")
+            raise EvaluationError(f"{key}={given} holds the training images of data={config.data.name}: give others")
     if (
         settings.annotations is None
         and settings.pope_files

@@ -55,6 +55,11 @@ class Work:
         self.model, self.processor = load_vlm(config.model)
         print_step(2, "harvest: attention maps and block-0 states of the training images")
         self.harvested = harvest_from_config(config, self.model, self.processor, overwrite=config.overwrite)
+        if skipped := self.harvested.skipped:
+            words = (
+                "1 image could not be read and was" if skipped == 1 else f"{skipped} images could not be read and were"
+            )
+            print(paragraph(f"{words} skipped: python -m data.inspect show {self.harvested.directory} names them"))
         reading = config.trainer.model_copy(update={"train_images": None})  # that choice is each fit's own
         self._data = ShardDataModule(config.paths.harvest, reading)
         self._references: dict[str, Reference] = {}

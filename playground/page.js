@@ -85,7 +85,7 @@ function show() {
   const facts = { "credit entropy": `${grid.entropy.toFixed(3)} nats, ${percent(grid.entropy_share)} of ln N` };
   const count = grid.sources["two-pass"].length;
   if (grid.confidence !== undefined) {
-    facts[grids.length > 1 ? "confidence here" : "confidence"] = `${grid.confidence.toFixed(3)}; under ${Number($("threshold").value).toFixed(3)} auto falls back`;
+    facts[grids.length > 1 ? "confidence here" : "confidence"] = `${grid.confidence.toFixed(3)}; auto falls back below ${Number($("threshold").value).toFixed(3)}`;
     facts.overlap = `${grid.overlap} of ${count} sources are two-pass's`;
   }
   $("facts").replaceChildren(...Object.entries(facts).flatMap(([k, v]) => [make("dt", {}, k), make("dd", {}, v)]));

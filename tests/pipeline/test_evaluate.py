@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
 
 import mlflow
 import pytest
@@ -90,7 +89,7 @@ def test_training_images_are_refused(tmp_path: Path) -> None:
         {"images_dir": str(config.paths.train_images)},
         {"annotations": str(config.paths.train_annotations)},
     ):
-        with pytest.raises(EvaluationError, match="is what the predictor was fitted to"):
+        with pytest.raises(EvaluationError, match="holds the training images of data=scenes"):
             evaluation_images(config, config.evaluation.model_copy(update=changes))
 
 
@@ -169,7 +168,7 @@ def saved_predictor(folder: Path, run_id: str, **model: Any) -> Path:
     settings = VLMSettings(hub_id=str(CHECKPOINT))
     about = describe_model(*load_vlm(settings)) | model
     predictor = SourcePredictor(PredictorConfig(about["hidden_size"], rank=4)).eval()
-    scr, provenance = load_config(SMALL).scr, {"mlflow_run_id": run_id}
+    scr, provenance = load_config(SMALL).scr, {"mlflow_run_id": run_id, "data_name": "pictures"}
     return save_predictor(folder, predictor, scr=scr, model=about, provenance=provenance)
 
 
@@ -180,21 +179,29 @@ def one_pass(evaluated: Path, predictor: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def test_it_is_logged_on_the_run_that_made_the_predictor(
+def test_it_is_logged_below_the_run_that_made_the_predictor(
     evaluated: Path, store: MlflowClient, tmp_path: Path, capsys: Any
 ) -> None:
     made, other = (runs.create_run(store, "fits", name, {}).info.run_id for name in ("made", "other"))
+    store.log_metric(made, "hr_one_pass", 12.5)
     store.set_terminated(made)
-    arguments = one_pass(evaluated, saved_predictor(tmp_path / "mine", made))
-    assert run(load_config(arguments)) == 0
-    assert f"logged on the predictor's run {made}" in capsys.readouterr().out
-    found = store.get_run(made)
-    (folder,) = store.list_artifacts(made, "evaluations")
-    files = {Path(one.path).name for one in store.list_artifacts(made, folder.path)}
+    predictor = saved_predictor(tmp_path / "mine", made)
+    assert run(load_config(one_pass(evaluated, predictor))) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"predictor: {os.path.relpath(predictor)}, fitted on data=pictures" in printed
+    assert f"below the predictor's run {made}" in printed
+    (found,) = store.search_runs([store.get_run(made).info.experiment_id], f"tags.mlflow.parentRunId = '{made}'")
+    files = {Path(one.path).name for one in store.list_artifacts(found.info.run_id, "reports")}
     assert files == {"evaluation.html", "evaluation.md", "evaluation.json", "answers.jsonl"}
-    report = json.loads((evaluated / "fits/scene-llava" / folder.path / "evaluation.json").read_text())
-    assert found.data.metrics["hr_one_pass"] == pytest.approx(100 * report["metrics"]["eval/one-pass/adversarial/hr"])
-    assert found.info.status == "FINISHED" and not store.get_run(other).data.metrics
+    numbers = tracking.every_number(store, found)
+    assert found.data.metrics["hr_one_pass"] == pytest.approx(100 * numbers["eval/one-pass/adversarial/hr"])
+    assert (
+        found.info.status == "FINISHED"
+        and "artifacts/reports/evaluation.html" in found.data.tags["mlflow.note.content"]
+    )
+    assert re.fullmatch(r"evaluation: scenes, \d+ images( #2)?", str(found.info.run_name))
+    assert store.get_run(made).data.metrics == {"hr_one_pass": 12.5} and not store.get_run(other).data.metrics
+    assert read_run(found.info.run_id, load_config([f"runs_dir={evaluated}"]).tracking_uri)[0] == "scene-llava"
 
 
 def test_the_report_goes_to_the_run_of_the_predictor(tmp_path: Path) -> None:
@@ -215,14 +222,14 @@ def test_the_report_goes_to_the_run_of_the_predictor(tmp_path: Path) -> None:
 def test_a_run_that_can_not_be_logged_on_costs_no_report(
     evaluated: Path, store: MlflowClient, tmp_path: Path, capsys: Any
 ) -> None:
-    made = runs.create_run(store, "fits", "made", {}).info
-    place = Path(unquote(urlparse(made.artifact_uri or "").path))
-    place.parent.mkdir(parents=True)
-    place.write_text("no folder")  # as a disk that can't be written to
+    place = tmp_path / "no folder"
+    place.write_text("as a disk that can't be written to")
+    store.create_experiment("elsewhere", place.as_uri())
+    made = runs.create_run(store, "elsewhere", "made", {}).info
     for run_id, words in ((made.run_id, "exists|directory"), ("0" * 32, "not found")):
         assert run(load_config(one_pass(evaluated, saved_predictor(tmp_path / run_id, run_id)))) == 0
         printed = " ".join(capsys.readouterr().out.split())  # a long path has a line of its own
-        assert re.search(rf"not logged on run {run_id} of .*({words})", printed)
+        assert re.search(rf"not logged below run {run_id} of .*({words})", printed)
         assert Path(printed.split("report: ")[1].split()[0]).is_file()
 
 
