@@ -53,7 +53,8 @@ def export(argv: Sequence[str] | None = None) -> int:
         return exit_code(lambda: import_module("pipeline.predictors").run_command(arguments[0], arguments[1:]))
     config = parse_cli(arguments, "python -m export", about, uses=("predictor", "trainer"))
     run = _run_of(arguments)
-    return start("python -m export", [config], lambda: import_module("pipeline.export").run(config, run))
+    sections = ["run"] * (run is None)
+    return start("python -m export", [config], lambda: import_module("pipeline.export").run(config, run), sections)
 
 
 def evaluation(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +79,9 @@ def evaluation(argv: Sequence[str] | None = None) -> int:
         chosen = config.evaluation.model_copy(update={"predictors": [str(run / "predictor")]})
         config = config.model_copy(update={"evaluation": chosen})
     typed = shlex.join([*program.split(), *arguments])
-    return start(program, [config], lambda: import_module("pipeline.evaluate").run(config, typed), ["evaluation"])
+    needs = bool({"one-pass", "auto"} & set(config.evaluation.methods)) and not config.evaluation.predictors
+    sections = ["evaluation", *["run"] * needs]
+    return start(program, [config], lambda: import_module("pipeline.evaluate").run(config, typed), sections)
 
 
 def playground(argv: Sequence[str] | None = None) -> int:

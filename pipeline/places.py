@@ -17,14 +17,14 @@ def check_places(configs: Sequence[TrainConfig], sections: Collection[str]) -> N
 
     Args:
         configs: The configurations.
-        sections: What the command does: harvest, evaluation.
+        sections: What the command does: harvest, evaluation; and run, where it takes what the newest run made.
 
     Raises:
         RunError: With every problem, each once.
     """
     checks: list[Callable[[TrainConfig], Iterator[str]]] = [_runs_dir]
     checks += [_training_data] * ("harvest" in sections)
-    checks += [_held_out_data, _evaluation_files] * ("evaluation" in sections)
+    checks += [_held_out_data, _evaluation_files] * ("evaluation" in sections) + [_newest_run] * ("run" in sections)
     if problems := [problem for config in configs for check in checks for problem in check(config)]:
         raise RunError(listed(problems))
 
@@ -44,6 +44,11 @@ def _runs_dir(config: TrainConfig) -> Iterator[str]:
             pass
     except OSError as error:
         yield f"runs_dir={config.runs_dir}: {existing} can't be written ({error.strerror}); choose another folder"
+
+
+def _newest_run(config: TrainConfig) -> Iterator[str]:
+    if not config.paths.latest.exists():
+        yield f"no complete run at {config.paths.latest}: run train.py first"
 
 
 def _training_data(config: TrainConfig) -> Iterator[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs import load_config
+from pipeline import commands
 from pipeline.errors import RunError
 from pipeline.places import check_places
 
@@ -47,6 +48,13 @@ def test_a_predictor_that_does_not_exist_is_named_with_those_beside_it(tmp_path:
     message = problems(f"evaluation.predictors=[{tmp_path}/predictors/scene-lava]")
     assert message.endswith("scene-lava does not exist; beside it are scene-llava, scene-next")
     assert problems("evaluation.predictors=[/nowhere/at/all]").endswith("/nowhere/at/all does not exist")
+
+
+def test_a_command_that_takes_a_run_when_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (commands.export, commands.evaluation):
+        assert command([f"runs_dir={tmp_path}"]) == 1
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.endswith(f"no complete run at {tmp_path}/fits/scene-llava/latest: run train.py first")
 
 
 def test_a_wrong_place_costs_no_import_of_torch_and_asks_no_hub(tmp_path: Path) -> None:

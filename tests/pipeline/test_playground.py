@@ -23,12 +23,13 @@ def test_a_predictor_of_another_model_is_refused_first(tmp_path: Path) -> None:
     scr = SCRConfig(num_sources=8, edit_layers=(0, 2), attention_layers=(2, 4))
     folder = save_predictor(tmp_path / "p", SourcePredictor(PredictorConfig(64, rank=4)).eval(), scr=scr, model=about)
     config = load_config([f"runs_dir={tmp_path / 'runs'}", f"evaluation.predictors=[{folder}]"])
-    with pytest.raises(RunError, match="is for a model of hidden_size 64, not 128"):
+    with pytest.raises(RunError) as caught:
         playground.open_place(config)
+    assert "is for a model of hidden_size 64, not 128" in " ".join(str(caught.value).split())
 
 
-def test_a_folder_that_is_not_there_is_named_first(tmp_path: Path) -> None:
-    config = load_config([f"runs_dir={tmp_path / 'runs'}", f"evaluation.predictors=[{tmp_path / 'nowhere'}]"])
-    with pytest.raises(RunError, match="nowhere does not exist"):
+def test_a_folder_that_holds_no_predictor_is_named_first(tmp_path: Path) -> None:
+    config = load_config([f"runs_dir={tmp_path / 'runs'}", f"evaluation.predictors=[{tmp_path}]"])
+    with pytest.raises(RunError, match=r"config\.json"):
         playground.open_place(config)
     assert list(tmp_path.iterdir()) == []
