@@ -95,9 +95,13 @@ def compose(
 
 
 def saved_config(overrides: Sequence[str]) -> Path | None:
-    """The file of ``--config=FILE``; of a run's folder, the configuration in it."""
+    """The file of ``--config=FILE``; of a run's folder, the configuration in it; of a model's, its newest run's."""
     given = [Path(text.partition("=")[2]).expanduser() for text in overrides if text.startswith(f"{SAVED}=")]
-    return given[-1] / "config.yaml" if given and given[-1].is_dir() else given[-1] if given else None
+    if not given or not given[-1].is_dir():
+        return given[-1] if given else None
+    newest = given[-1] / "latest" / "config.yaml"
+    own = given[-1] / "config.yaml"
+    return newest if newest.exists() and not own.exists() else own
 
 
 def split_values(text: str) -> list[str]:

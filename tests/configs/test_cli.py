@@ -72,6 +72,11 @@ def test_a_saved_configuration_is_named_in_two_words_or_one(tmp_path: Path):
     save_config(load_config(["seed=3"]), tmp_path / "config.yaml")
     for arguments in (["--config", str(tmp_path)], [f"--config={tmp_path}"]):
         assert parse_cli([*arguments, "trainer.max_epochs=2"], "python x.py", []).seed == 3
+    model = tmp_path / "fits" / "scene-llava"
+    (model / "2").mkdir(parents=True)
+    save_config(load_config(["seed=4"]), model / "2" / "config.yaml")
+    (model / "latest").symlink_to("2")
+    assert parse_cli(["--config", str(model)], "python x.py", []).seed == 4  # the newest run's
 
 
 @pytest.mark.parametrize(
