@@ -9,7 +9,7 @@ from pathlib import Path
 from configs import load_config
 from configs.cli import HELP
 from evaluation.errors import EvaluationError
-from evaluation.tables import bullets, markdown, table
+from evaluation.tables import bullets, markdown, paragraph, table
 from scr_runtime.files import write_file
 
 _FILE = "evaluation.json"
@@ -32,8 +32,13 @@ def compare_runs(arguments: Sequence[str]) -> int:
     from evaluation.paper import PAPER, row_of, table_rows  # takes seconds: the methods need torch
 
     config = load_config([f"{key}={value}" for key, value in options.items() if key != "output"])
-    rows = table_rows([*(row_of(*read_run(name, config.tracking_uri)) for name in names), *PAPER])
-    print(table(rows))
+    found = [read_run(name, config.tracking_uri) for name in names]
+    models = [model for model, _, _ in found]
+    several = len(set(models)) < len(models)
+    told = [f"{model} ({number})" if several else model for number, model in enumerate(models, 1)]
+    rows = table_rows([*(row_of(name, metrics) for name, (_, metrics, _) in zip(told, found, strict=True)), *PAPER])
+    print("\n".join(paragraph(f"{name}: {place}") for name, (_, _, place) in zip(told, found, strict=True)))
+    print("\n" + table(rows))
     notes = [
         "The paper's rows are arXiv 2602.22469's own (POPE adversarial, A100, fp16); its prompt and decoding are not "
         "known.",
@@ -45,11 +50,12 @@ def compare_runs(arguments: Sequence[str]) -> int:
     return 0
 
 
-def read_run(name: str, uri: str) -> tuple[str, Mapping[str, float]]:
-    """Name and metrics of an evaluation.
+def read_run(name: str, uri: str) -> tuple[str, Mapping[str, float], str]:
+    """Model and metrics of an evaluation, and where they were read.
 
     Args:
-        name: A folder, whose newest evaluation.json is taken, that file, or the id of an MLflow run.
+        name: A file evaluation.json; a folder, whose own reports/evaluation.json is taken, else the newest below it;
+            or the id of an MLflow run.
         uri: The tracking store.
 
     Raises:
@@ -57,15 +63,14 @@ def read_run(name: str, uri: str) -> tuple[str, Mapping[str, float]]:
     """
     place = Path(name).expanduser()
     if place.exists():
-        files = [place] if place.is_file() else sorted(place.rglob(_FILE), key=lambda file: file.stat().st_mtime)
-        if not files:
-            raise EvaluationError(f"{place}: no {_FILE} below it; run python -m evaluation first")
+        file, others = _report(place)
         try:
-            content = json.loads(files[-1].read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
             facts = content["facts"]
-            return str(facts.get("model_name") or facts["model"]["hub_id"]), dict(content["metrics"])
+            words = f"{file} ({others} more below {place}: name a file to take another)" if others else str(file)
+            return str(facts.get("model_name") or facts["model"]["hub_id"]), dict(content["metrics"]), words
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise EvaluationError(f"{files[-1]} cannot be read: it is not what python -m evaluation writes") from error
+            raise EvaluationError(f"{file} cannot be read: it is not what python -m evaluation writes") from error
     from mlflow import MlflowClient  # which takes seconds to import, and folders need none
     from mlflow.exceptions import MlflowException
 
@@ -79,4 +84,15 @@ def read_run(name: str, uri: str) -> tuple[str, Mapping[str, float]]:
     numbers = every_number(client, run)
     if not any(key.startswith("eval/") for key in numbers):
         raise EvaluationError(f"the run {name} has no evaluation: run python -m evaluation first")
-    return str(run.data.params.get("model.name") or run.info.run_name), numbers
+    return str(run.data.params.get("model.name") or run.info.run_name), numbers, f"{run.info.run_name}, {name}"
+
+
+def _report(place: Path) -> tuple[Path, int]:
+    """The report that a path stands for, and how many others lie below it."""
+    if place.is_file():
+        return place, 0
+    files = sorted(place.rglob(_FILE), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise EvaluationError(f"{place}: no {_FILE} below it; run python -m evaluation first")
+    own = place / "reports" / _FILE
+    return own if own in files else files[-1], len(files) - 1

@@ -251,7 +251,8 @@ def test_a_predictor_of_another_model(evaluated: Path, tmp_path: Path, model: An
 def test_evaluations_are_put_beside_the_papers(evaluated: Path, capsys: Any, tmp_path: Path) -> None:
     assert compare_runs([str(evaluated), f"output={tmp_path / 'table.md'}"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert re.match(r"scene-llava +measured, (pope_)?adversarial", lines[2])
+    assert lines[0].startswith("scene-llava:")
+    assert any(re.match(r"scene-llava +measured, (pope_)?adversarial", line) for line in lines)
     assert any("LLaVA-1.5-7B" in line and "paper" in line and "13.1 / 86.5 / +44" in line for line in lines)
     assert "| LLaVA-1.5-7B | paper |" in (tmp_path / "table.md").read_text()
     with pytest.raises(EvaluationError, match=r"no evaluation\.json below it"):
@@ -260,6 +261,20 @@ def test_evaluations_are_put_beside_the_papers(evaluated: Path, capsys: Any, tmp
         compare_runs([])
     with pytest.raises(EvaluationError, match=r"is no folder, and .* has no run of that id"):
         compare_runs(["deadbeef", f"runs_dir={tmp_path}"])
+
+
+def test_a_runs_own_report_is_compared_and_named(evaluated: Path, capsys: Any, tmp_path: Path) -> None:
+    (report, *_) = evaluated.rglob("evaluation.json")
+    own, later = tmp_path / "run/reports/evaluation.json", tmp_path / "run/evaluations/1/evaluation.json"
+    for place in (own, later):
+        place.parent.mkdir(parents=True)
+        place.write_bytes(report.read_bytes())
+    assert read_run(str(tmp_path / "run"), "")[2].startswith(f"{own} (1 more below ")
+    assert read_run(str(later), "")[2] == str(later)
+    assert read_run(str(tmp_path / "run/evaluations"), "")[2] == str(later)
+    assert compare_runs([str(tmp_path / "run"), str(later)]) == 0
+    printed = capsys.readouterr().out
+    assert "scene-llava (1): " in printed and re.search(r"scene-llava \(2\) +measured", printed)
 
 
 def _empty(folder: Path) -> Path:
