@@ -272,6 +272,8 @@ def _unfinished(directory: Path) -> UnfinishedHarvestError:
     state = ""  # no harvest was begun here
     if missing:
         state = f"{len(missing):,} of {len(names):,} shards are missing: {abbreviated(missing)}. "
+    elif not directory.exists():
+        state = "There is no such folder. "
     elif names:
         state = f"All {len(names):,} shards are there, but the index is not written yet. "
     return UnfinishedHarvestError(

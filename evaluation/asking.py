@@ -91,7 +91,7 @@ class Asker:
         run = Run(self, task, list(methods), predictors)
         blocks = self.rank.share(make_blocks(task.items, task.template))
         count = sum(len(block) for block in blocks)
-        words = f"ask {task.name}" + (", with the predictor" if predictors else "")
+        words = f"ask {task.name}" + (", predictor" if predictors else "")
         with tqdm(total=count, desc=words, unit="prompt", disable=None) as progress:
             for block in blocks:
                 run.ask_block(block)

@@ -12,6 +12,7 @@ from predictor.metrics import Interval
 
 Kind = Literal["gain", "none", "harm", "unclear", "insensitive", "open"]
 _ENOUGH = 10  # changed answers under which a share of them is no figure
+_VISIBLE = 1.0  # points; a comparison that can't see so large a change says nothing
 _TELLING = 200  # questions from which on unchanged answers say something about the model
 
 _EMBEDDED = (
@@ -83,10 +84,14 @@ def verdict(comparison: Comparison) -> Verdict:
             "This model does not feel the edit, so no choice of sources can show an effect: don't deploy.",
             f"{base}; {felt[-1].in_words}.",
         )  # fmt: skip
-    half = 50 * (change.high - change.low)
+    asked = len(quiz.splits[quiz.headline].ids)
+    # where nothing changed, 3/n (Hanley and Lippman-Hand, JAMA 1983): the upper end of 95 % for 0 of n
+    seen = max(50 * (change.high - change.low), 300 / asked)
+    unclear = seen > _VISIBLE
     return Verdict(
-        "unclear" if half > 1 else "none", "No effect shown: don't deploy.",
-        f"{base}: not distinguishable from none. Changes under about {half:.1f} points can't be seen with so many "
+        "unclear" if unclear else "none",
+        "Too few questions to say: don't deploy on this alone." if unclear else "No effect shown: don't deploy.",
+        f"{base}: not distinguishable from none. Changes under about {seen:.1f} points can't be seen with so many "
         "questions" + (f"; {felt[0].in_words}." if felt else "."),
     )  # fmt: skip
 

@@ -98,7 +98,9 @@ def _predictors(config: TrainConfig) -> Iterator[str]:
         if (Path(text).expanduser() / CONFIG_NAME).is_file():
             given.append(text)
         else:
-            yield f"evaluation.predictors: {text} has no {CONFIG_NAME}; name folders that train.py exported"
+            inside = f"{text.rstrip('/')}/predictor"
+            hint = f"did you mean {inside}?" if Path(inside).expanduser().is_dir() else "name folders of train.py"
+            yield f"evaluation.predictors: {text} has no {CONFIG_NAME}; {hint}"
     if not given:
         return
     model = model_config(config.model)

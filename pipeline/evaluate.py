@@ -180,9 +180,9 @@ def _log_files(client: MlflowClient, info: RunInfo, config: TrainConfig, compari
     client.log_artifacts(info.run_id, str(folder), "reports")
     files = {"reports/evaluation.html": "report", "reports/answers.jsonl": "answers"}
     found = report.verdict(comparison)
-    links = " · ".join(pages.artifact_link(info, file, name) for file, name in files.items())
-    tables = map(markdown, report.headline_tables(comparison))
-    pages.describe_run(client, info.run_id, "\n\n".join([f"**{found.sentence}**", links, found.reason, *tables]))
+    parts = [f"**{found.sentence}**", pages.artifact_links(info, files), found.reason]
+    parts += map(markdown, report.headline_tables(comparison))
+    pages.describe_run(client, info.run_id, "\n\n".join(parts))
 
 
 def _provenance(predictor: SourcePredictor) -> dict[str, Any]:

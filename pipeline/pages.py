@@ -96,6 +96,11 @@ def artifact_link(info: RunInfo, file: str, name: str) -> str:
     return f"[{name}](#/experiments/{info.experiment_id}/runs/{info.run_id}/artifacts/{file})"
 
 
+def artifact_links(info: RunInfo, files: Mapping[str, str]) -> str:
+    """Links to files of a run, by their names. MLflow folds a description, and then nothing in it can be clicked."""
+    return " · ".join(artifact_link(info, file, name) for file, name in files.items()) + " (open *Show more* first)"
+
+
 def picture(info: RunInfo, file: str, width: int = 880) -> str:
     """A picture that is a file of a run, in a description."""
     return f'<img src="get-artifact?path={file}&run_uuid={info.run_id}" width="{width}">'
@@ -105,8 +110,9 @@ def describe_sweep(client: MlflowClient, parent: Run, text: str) -> None:
     """Puts a sweep's table and figure on the page of its parent run, and names it as the newest."""
     info = parent.info
     files = {"sweep/summary.md": "table", "sweep/children.csv": "every number of every child"}
-    links = " · ".join(artifact_link(info, file, name) for file, name in files.items())
-    describe_run(client, info.run_id, f"{links}\n\n{text}\n{picture(info, 'sweep/summary.png')}")
+    own = "This run's metrics are those of its best child."
+    parts = [artifact_links(info, files), text, own, picture(info, "sweep/summary.png")]
+    describe_run(client, info.run_id, "\n\n".join(parts))
     describe_experiment(client, info.experiment_id, f"Newest sweep: {run_link(info)}.")
 
 

@@ -91,4 +91,4 @@ def _evaluation_files(config: TrainConfig) -> Iterator[str]:
 def _beside(place: Path) -> str:
     """What lies beside a path that does not exist."""
     names = sorted(other.name for other in place.parent.iterdir()) if place.parent.is_dir() else []
-    return f"; beside it are {', '.join(names[:8])}{' ...' * (len(names) > 8)}" if names else ""
+    return f"; beside it: {', '.join(names[:8])}{' ...' * (len(names) > 8)}" if names else ""

@@ -6,7 +6,9 @@ python -m pipeline.ui --backend-store-uri sqlite:///runs/mlflow.db --port 5001
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -28,8 +30,9 @@ def main() -> None:
     parser.add_argument("--help", action="help", help="print this text", default=argparse.SUPPRESS)
     parser.add_argument("--backend-store-uri", default="sqlite:///runs/mlflow.db", metavar="URI", help="the runs")
     parser.add_argument("--host", "-h", default="127.0.0.1", help="address to listen at")
-    parser.add_argument("--port", "-p", default="5000", help="port to listen at")
-    options, _ = parser.parse_known_args()
+    parser.add_argument("--port", "-p", type=int, help="port to listen at (default: 5000, or the next that is free)")
+    options, others = parser.parse_known_args()
+    port = options.port or free_port(options.host)
     uri = options.backend_store_uri
     if uri.startswith(_SQLITE):
         database = Path(uri.removeprefix(_SQLITE))
@@ -38,11 +41,29 @@ def main() -> None:
         for former in follow_moved_artifacts(database, database.with_name("mlflow")):
             print(filled(f"artifacts were at {former}: they are taken from {database.with_name('mlflow')} now"))
     print("Open in a few seconds:")
-    for link in links(uri, f"http://{options.host}:{options.port}"):
+    for link in links(uri, f"http://{options.host}:{port}"):
         print(filled(link, "  ", "    "))
     sys.stdout.flush()
     os.environ.setdefault("PYTHONWARNINGS", "ignore::DeprecationWarning")  # Starlette's, about itself
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *sys.argv[1:]])
+    given = ["--backend-store-uri", uri, "--host", options.host, "--port", str(port)]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *given, *others])
+
+
+def free_port(host: str) -> int:
+    """Port 5000, where the links of train.py lead, or the next that nobody listens at."""
+    for port in range(5000, 5100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise SystemExit(f"error: --host {host}: {error.strerror}") from None
+                continue
+        if port != 5000:
+            print(f"port 5000 is taken: this is {port}")
+        return port
+    raise SystemExit("error: ports 5000 to 5099 are taken: name one with --port")
 
 
 def links(uri: str, server: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import sys
@@ -27,7 +28,9 @@ def check_arguments(config: Any, predictor: Any, mode: Any, threshold: Any, seed
         ConfigurationError: If one is of another type, or out of range.
     """
     if mode not in get_args(Mode):
-        raise ConfigurationError(f"mode={mode!r}: expected one of {list(get_args(Mode))}")
+        near = difflib.get_close_matches(str(mode).lower().replace("_", "-"), get_args(Mode), 1)
+        hint = f". Did you mean {near[0]!r}?" if near else ""
+        raise ConfigurationError(f"mode={mode!r}: expected one of {list(get_args(Mode))}{hint}")
     if not (config is None or isinstance(config, SCRConfig)):
         raise ConfigurationError(f"config={config!r}: expected an SCRConfig; SCRConfig.from_dict makes one of a dict")
     if not (predictor is None or isinstance(predictor, str | os.PathLike | SourcePredictor)):

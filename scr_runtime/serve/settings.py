@@ -88,8 +88,9 @@ def parse(arguments: Sequence[str]) -> ServeSettings:
         key, equals, value = argument.removeprefix("--").partition("=")
         key = key.replace("-", "_")
         if not equals or key not in ServeSettings.model_fields:
-            near = difflib.get_close_matches(key, ServeSettings.model_fields, 1)
-            problems.append(f"{argument}: expected key=value" + (f"; did you mean {near[0]}=...?" if near else ""))
+            near = " or ".join(f"{name}=..." for name in difflib.get_close_matches(key, ServeSettings.model_fields, 2))
+            what = "no such key" if equals else "expected key=value"
+            problems.append(f"{argument}: {what}" + (f"; did you mean {near}?" if near else ""))
         given[key] = tuple(value.split(",")) if key == "image_hosts" else value
     if problems:
         raise SettingsError("\n".join([*problems, f"{PROGRAM} --help lists the keys"]))

@@ -246,7 +246,9 @@ def test_the_columns_are_explained(comparison: Comparison) -> None:
         assert text.count("HR: hallucination rate, the share of questions about absent objects") == 1
 
 
-def judged(comparison: Comparison, change: Interval, difference: Interval, accuracy: Interval) -> Any:
+def judged(
+    comparison: Comparison, change: Interval, difference: Interval, accuracy: Interval, asked: int = 2000
+) -> Any:
     """The verdict if one-pass had these figures."""
     headline = comparison.prompts[0]
     score = headline.scores["one-pass", "adversarial"]
@@ -257,7 +259,11 @@ def judged(comparison: Comparison, change: Interval, difference: Interval, accur
     differences = {key: difference if key[0] == "one-pass" else value for key, value in headline.differences.items()}
     changed = replace(headline, scores=scores, differences=differences)
     felt = [replace(one, changed=one.questions) for one in comparison.sensitivity]
-    return verdict(replace(comparison, prompts=[changed], sensitivity=felt))
+    quiz = comparison.quiz
+    assert quiz is not None
+    split = quiz.splits[quiz.headline]
+    many = replace(quiz, splits={**quiz.splits, quiz.headline: replace(split, ids=(list(split.ids) * asked)[:asked])})
+    return verdict(replace(comparison, prompts=[changed], sensitivity=felt, quiz=many))
 
 
 LOWER, SAME, HIGHER = Interval(-0.05, -0.08, -0.02), Interval(0.0, -0.002, 0.002), Interval(0.05, 0.02, 0.08)
@@ -271,7 +277,8 @@ LOWER, SAME, HIGHER = Interval(-0.05, -0.08, -0.02), Interval(0.0, -0.002, 0.002
         (LOWER, LOWER, LOWER, "harm", "makes answers worse"),
         (HIGHER, HIGHER, SAME, "harm", "makes answers worse"),
         (SAME, SAME, SAME, "none", "No effect shown: don't deploy."),
-        (Interval(0.0, -0.1, 0.1), SAME, SAME, "unclear", "No effect shown"),
+        (Interval(0.0, 0.0, 0.0), SAME, SAME, "none", "No effect shown: don't deploy."),
+        (Interval(0.0, -0.1, 0.1), SAME, SAME, "unclear", "Too few questions to say"),
     ],
 )
 def test_the_verdict_follows_from_intervals(
@@ -279,6 +286,12 @@ def test_the_verdict_follows_from_intervals(
 ) -> None:
     found = judged(comparison, change, difference, accuracy)
     assert found.kind == kind and re.search(words, found.sentence)
+
+
+def test_few_questions_say_nothing_where_no_answer_changed(comparison: Comparison) -> None:
+    none = Interval(0.0, 0.0, 0.0)
+    found = judged(comparison, none, SAME, SAME, asked=50)
+    assert found.kind == "unclear" and "Changes under about 6.0 points can't be seen" in found.reason
 
 
 def test_a_model_that_does_not_feel_the_edit_is_said_to(comparison: Comparison) -> None:

@@ -29,7 +29,9 @@ def test_all_problems_are_reported_together_and_each_once(tmp_path: Path) -> Non
         check_all(configs)
     message = " ".join(str(caught.value).split())
     assert message.startswith("2 problems before the start") and message.count("predictor.rank=100000") == 1
-    assert f"{tmp_path} has no config.json; name folders that train.py exported" in message
+    assert f"{tmp_path} has no config.json; name folders of train.py" in message
+    (tmp_path / "predictor").mkdir()
+    assert f"did you mean {tmp_path}/predictor?" in problems(f"evaluation.predictors=[{tmp_path}]")
     assert "ends at block 11, but the model has 8 decoder blocks" in problems("model.scr.edit_layers=[0,11]")
 
 

@@ -274,7 +274,7 @@ def test_a_runs_own_report_is_compared_and_named(evaluated: Path, capsys: Any, t
     assert read_run(str(tmp_path / "run/evaluations"), "")[2] == str(later)
     assert compare_runs([str(tmp_path / "run"), str(later)]) == 0
     printed = capsys.readouterr().out
-    assert "scene-llava (1): " in printed and re.search(r"scene-llava \(2\) +measured", printed)
+    assert "scene-llava (1):" in printed and re.search(r"scene-llava \(2\) +measured", printed)
 
 
 def _empty(folder: Path) -> Path:

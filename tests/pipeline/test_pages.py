@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import url2pathname
@@ -15,7 +17,7 @@ from mlflow import MlflowClient
 from configs import load_config, load_sweep
 from pipeline import pages, runs, tracking
 from pipeline.store import follow_moved_artifacts
-from pipeline.ui import links
+from pipeline.ui import free_port, links
 
 # MLflow's own: its use of SQLAlchemy, and connections that its pool leaves to the garbage collector.
 pytestmark = [
@@ -130,3 +132,15 @@ def test_artifacts_that_lie_elsewhere_on_purpose_stay_there(folder: Path, tmp_pa
     assert follow_moved_artifacts(tmp_path / "mlflow.db", tmp_path / "mlflow") == []  # no artifacts beside it
     (tmp_path / "mlflow").mkdir()
     assert follow_moved_artifacts(tmp_path / "mlflow.db", tmp_path / "mlflow") == []  # and none of these runs
+
+
+def test_the_server_takes_the_next_port_where_5000_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # another process has it
+            other.bind(("127.0.0.1", 5000))
+            other.listen()
+        assert 5000 < (port := free_port("127.0.0.1")) < 5100
+    assert f"port 5000 is taken: this is {port}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"error: --host 192\.0\.2\.1: "):
+        free_port("192.0.2.1")  # no address of this machine

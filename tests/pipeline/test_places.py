@@ -46,7 +46,7 @@ def test_a_predictor_that_does_not_exist_is_named_with_those_beside_it(tmp_path:
     for name in ("scene-llava", "scene-next"):
         (tmp_path / "predictors" / name).mkdir(parents=True)
     message = problems(f"evaluation.predictors=[{tmp_path}/predictors/scene-lava]")
-    assert message.endswith("scene-lava does not exist; beside it are scene-llava, scene-next")
+    assert message.endswith("scene-lava does not exist; beside it: scene-llava, scene-next")
     assert problems("evaluation.predictors=[/nowhere/at/all]").endswith("/nowhere/at/all does not exist")
 
 

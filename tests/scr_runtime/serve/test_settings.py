@@ -35,7 +35,8 @@ def test_the_key_comes_from_the_environment_too(monkeypatch: pytest.MonkeyPatch)
     ("arguments", "words"),
     [
         ([], "model: Field required"),
-        (["model=m", "prot=1"], r"prot=1: expected key=value; did you mean port=\.\.\.\?"),
+        (["model=m", "prot=1"], r"prot=1: no such key; did you mean port=\.\.\."),
+        (["modle=m"], r"modle=m: no such key; did you mean mode=\.\.\. or model=\.\.\.\?"),
         (["model=m", "serve"], "serve: expected key=value"),
         (["model=m", "port=70000"], "port: Input should be less than or equal to 65535"),
         (["model=m", "mode=both", "queue=0"], "(?s)mode: Input should be 'one-pass'.*queue: Input should be greater"),
