@@ -82,6 +82,16 @@ def test_every_block_runs_or_says_what_it_needs() -> None:
     assert named and not [test for test in named if not (ROOT / test).exists()]
 
 
+def test_the_file_of_a_model_of_ones_own_loads(tmp_path: Path) -> None:
+    (block,) = [block for block in BLOCKS if block.language == "yaml"]
+    folder = shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (folder / "model" / "my-llava.yaml").write_text(block.text)
+    config = load_config(["model=my-llava"], folder=folder)
+    assert config.scr == SCRConfig.for_depth(32) and config.model.hub_id == "ORG/NAME"
+    other = load_config(["model=llava-1.5-7b", "model.name=my-llava", "model.hub_id=ORG/NAME"])
+    assert (other.model.name, other.model.hub_id) == ("my-llava", "ORG/NAME")
+
+
 def typed(page: Path) -> Iterator[tuple[str, list[str]]]:
     """Every command of a page with its place: lines of shell blocks, and code in a sentence that begins like one."""
     content = page.read_text(encoding="utf-8")
