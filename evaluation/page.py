@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,8 +111,9 @@ def _questions(comparison: Comparison, prompt: Prompted) -> str:
             chart = scatter(latency, "prefill of one question (ms)", "hallucination rate (%)")
             heading = "Latency against hallucination, with 95 % intervals"
             cells.append(f"<div><h3>{heading}</h3><div class='chart'>{chart}</div></div>")
-        chart = curves(rocs, "yes to absent objects", "yes to present objects", unit=True)
-        cells.append(f"<div><h3>ROC of the yes margin</h3><div class='chart'>{chart}</div></div>")
+        if not any(math.isnan(place) for points in rocs.values() for point in points for place in point):
+            chart = curves(rocs, "yes to absent objects", "yes to present objects", unit=True)
+            cells.append(f"<div><h3>ROC of the yes margin</h3><div class='chart'>{chart}</div></div>")
         parts.append(f'<div class="two">{"".join(cells)}</div>')
     return "".join(parts)
 

@@ -223,7 +223,9 @@ def hr_difference(answered: Answered, method: str, other: str, split: Split, res
 
 
 def roc(answered: Answered, method: str, split: Split) -> tuple[Floats, Floats]:
-    """False and true positive rates of the yes margin, by falling threshold."""
+    """False and true positive rates of the yes margin, by falling threshold; NaN where all answers are the same."""
+    if split.truth.all() or not split.truth.any():
+        return np.full(2, np.nan), np.full(2, np.nan)
     false_rate, true_rate, _ = roc_curve(split.truth, answered.margins[method][split.rows], drop_intermediate=False)
     return false_rate, true_rate
 
@@ -241,6 +243,8 @@ def auc_above(answered: Answered, method: str, split: Split, tpr: float) -> floa
 def _least_false(answered: Answered, method: str, split: Split, wanted: Floats) -> Floats:
     """The lowest false positive rates at which true positive rates are reached."""
     false_rate, true_rate = roc(answered, method, split)
+    if np.isnan(true_rate).any():
+        return np.full(len(wanted), np.nan)
     return false_rate[np.searchsorted(true_rate, wanted - 1e-9)]
 
 

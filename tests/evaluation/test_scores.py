@@ -18,6 +18,7 @@ from evaluation.scores import (
     hr_at_tpr,
     hr_difference,
     mcnemar,
+    roc,
     score,
 )
 
@@ -135,3 +136,10 @@ def test_methods_are_compared_at_equal_recall() -> None:
 def test_without_absent_objects_there_is_no_rate() -> None:
     found: Score = score(answered({"vanilla": ["yes"]}), "vanilla", split([True]), resampling(1))
     assert math.isnan(found.hr.mean) and math.isnan(found.auc)
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_questions_that_all_have_one_answer_have_no_roc(answer: bool) -> None:
+    found = from_margins({"vanilla": np.array([1.0, -1.0, 2.0])})
+    assert all(np.isnan(rates).all() for rates in roc(found, "vanilla", split([answer] * 3)))
+    assert math.isnan(hr_at_tpr(found, "vanilla", split([answer] * 3), 0.9))
