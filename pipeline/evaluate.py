@@ -175,7 +175,8 @@ def log_below_run(config: TrainConfig, predictor: SourcePredictor, comparison: C
 
 
 def _log_files(client: MlflowClient, info: RunInfo, config: TrainConfig, comparison: Comparison, folder: Path) -> None:
-    client.log_param(info.run_id, "model.name", config.model.name)
+    for key, value in {"model.name": config.model.name, "data": config.data.name}.items():
+        client.log_param(info.run_id, key, value)
     runs.log_metrics(client, info.run_id, report.headlines(comparison))
     client.log_artifacts(info.run_id, str(folder), "reports")
     files = {"reports/evaluation.html": "report", "reports/answers.jsonl": "answers"}

@@ -19,7 +19,7 @@ WRITTEN = "note.sha256"
 _METRICS = ("recall", "mass", "hr_vanilla", "hr_two_pass", "hr_one_pass", "edit_kept", "prefill_x")
 _COLUMNS = (
     *(f"metrics.`{name}`" for name in _METRICS),
-    "params.`predictor.loss`", "params.`seed`", "attributes.`Duration`",
+    "params.`data`", "params.`predictor.loss`", "params.`seed`", "attributes.`Duration`",
 )  # fmt: skip
 _WIDTH = 98  # pixels of a column
 _OWN = "sqlite:///runs/mlflow.db"

@@ -194,6 +194,7 @@ def test_it_is_logged_below_the_run_that_made_the_predictor(
     files = {Path(one.path).name for one in store.list_artifacts(found.info.run_id, "reports")}
     assert files == {"evaluation.html", "evaluation.md", "evaluation.json", "answers.jsonl"}
     numbers = tracking.every_number(store, found)
+    assert found.data.params == {"model.name": "scene-llava", "data": "scenes"}
     assert found.data.metrics["hr_one_pass"] == pytest.approx(100 * numbers["eval/one-pass/adversarial/hr"])
     assert (
         found.info.status == "FINISHED"

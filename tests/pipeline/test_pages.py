@@ -50,7 +50,9 @@ def test_an_experiment_has_the_view_that_the_link_opens(folder: Path) -> None:
     experiment = client.get_experiment_by_name("fits")
     assert experiment is not None
     view = json.loads(experiment.tags["mlflow.sharedViewState.scr"])
-    assert {"metrics.`recall`", "metrics.`hr_one_pass`", "params.`seed`"} <= set(view["selectedColumns"])
+    assert {"metrics.`recall`", "metrics.`hr_one_pass`", "params.`data`", "params.`seed`"} <= set(
+        view["selectedColumns"]
+    )
     assert view["columnOrder"] == view["selectedColumns"]
     (link,) = links(f"sqlite:///{folder / 'mlflow.db'}", "http://127.0.0.1:5000")
     place = f"/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey=scr"
