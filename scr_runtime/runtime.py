@@ -112,6 +112,7 @@ class SCR:
         self._counter = StatsCounter()
         self._last_here = threading.local()
         self._last_anywhere: Prefill | None = None
+        self._never_attached = True
 
     def __repr__(self) -> str:
         """Names model, mode and state."""
@@ -179,6 +180,7 @@ class SCR:
         attached = self._is_attached()
         try:
             self._install()
+            self._never_attached = False
             logger.info("attached to %s", self._described())
             return self
         except BaseException:
@@ -293,10 +295,9 @@ class SCR:
         """
         self._passes.checks.raise_failed(wait=True)
         last = self._last
-        if last is None and self.mode != "off" and not self._is_attached():
-            warnings.warn(
-                "this SCR is not attached: write `with SCR(...)`, or .attach()", RuntimeWarning, stacklevel=2
-            )
+        if self._never_attached:
+            words = "this SCR was never attached: write `with SCR(...)`, or .attach()"
+            warnings.warn(words, RuntimeWarning, stacklevel=2)
         if last is None or last.failed:
             return []
         return report_prefill(last.layout, last.counted(), tuple(last.fired), self._family.several_grids)

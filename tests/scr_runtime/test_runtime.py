@@ -186,10 +186,12 @@ def test_off_changes_nothing(tiny_llava: Any, llava_inputs: Any) -> None:
 def test_reports_of_an_scr_that_is_not_attached(tiny_llava: Any, llava_inputs: Any) -> None:
     model = tiny_llava(15)
     scr = SCR(model, config=CONFIG, mode="two-pass")
-    with pytest.warns(RuntimeWarning, match=r"not attached: write `with SCR\(\.\.\.\)`"):
+    with pytest.warns(RuntimeWarning, match=r"never attached: write `with SCR\(\.\.\.\)`"):
         assert scr.reports == []
+    with scr:
+        pass
+    assert scr.reports == []  # nothing was asked
     with torch.no_grad(), scr:
-        assert scr.reports == []  # nothing was asked yet
         model(**llava_inputs(model, [1], seed=15))
     assert len(scr.reports) == 1
 
