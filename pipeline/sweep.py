@@ -163,9 +163,9 @@ def close_parent(children: Sequence[Child], trials: Sequence[Trial], parent: Run
             state = trial.status + (f", run {trial.run_id}" if trial.run_id else "")
             print(paragraph(f"without a result: {label} ({state})"))
     if not missing:
-        best = max(trials, key=_selected_by).run_id
-        register(client, config, best)
-        runs.log_metrics(client, run, pages.columns(client.get_run(best).data.metrics))
+        best = max(trials, key=_selected_by)
+        register(client, config, best.run_id)
+        runs.log_metrics(client, run, pages.columns(best.metrics))
     print(f"\n{paragraph(f'summary: {folder}')}\n{paragraph(f'children: {config.paths.sweeps}')}")
     print(paragraph(f"compare runs: {pages.where_runs_are(config, parent.info.experiment_id)}"))
     client.set_terminated(run, "FAILED" if missing else "FINISHED")
