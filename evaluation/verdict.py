@@ -54,6 +54,13 @@ def verdict(comparison: Comparison) -> Verdict:
     method = deployed(comparison)
     if method is None:
         return Verdict("open", "No verdict: no method with an edit was asked.", "Add two-pass to evaluation.methods.")
+    absent = int((~quiz.splits[quiz.headline].truth).sum())
+    if not absent:
+        return Verdict(
+            "open", "No verdict: no question is about an absent object, so there is no hallucination rate.",
+            f"All {len(quiz.splits[quiz.headline].ids):,} {quiz.headline} questions have the answer yes; add some whose "
+            "answer is no.",
+        )  # fmt: skip
     score = headline.scores[method, quiz.headline]
     change, accuracy = score.hr_change, score.accuracy_change
     assert change is not None and accuracy is not None
@@ -84,15 +91,14 @@ def verdict(comparison: Comparison) -> Verdict:
             "This model does not feel the edit, so no choice of sources can show an effect: don't deploy.",
             f"{base}; {felt[-1].in_words}.",
         )  # fmt: skip
-    asked = len(quiz.splits[quiz.headline].ids)
     # where nothing changed, 3/n (Hanley and Lippman-Hand, JAMA 1983): the upper end of 95 % for 0 of n
-    seen = max(50 * (change.high - change.low), 300 / asked)
+    seen = max(50 * (change.high - change.low), 300 / absent)
     unclear = seen > _VISIBLE
     return Verdict(
         "unclear" if unclear else "none",
         "Too few questions to say: don't deploy on this alone." if unclear else "No effect shown: don't deploy.",
-        f"{base}: not distinguishable from none. Changes under about {seen:.1f} points can't be seen with so many "
-        "questions" + (f"; {felt[0].in_words}." if felt else "."),
+        f"{base}: not distinguishable from none. Changes under about {seen:.1f} points can't be seen with {absent:,} "
+        "questions about absent objects" + (f"; {felt[0].in_words}." if felt else "."),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -247,9 +248,14 @@ def test_the_columns_are_explained(comparison: Comparison) -> None:
 
 
 def judged(
-    comparison: Comparison, change: Interval, difference: Interval, accuracy: Interval, asked: int = 2000
+    comparison: Comparison,
+    change: Interval,
+    difference: Interval,
+    accuracy: Interval,
+    asked: int = 2000,
+    absent: int | None = None,
 ) -> Any:
-    """The verdict if one-pass had these figures."""
+    """The verdict if one-pass had these figures; half of the questions are about absent objects, or so many."""
     headline = comparison.prompts[0]
     score = headline.scores["one-pass", "adversarial"]
     scores = {
@@ -262,7 +268,12 @@ def judged(
     quiz = comparison.quiz
     assert quiz is not None
     split = quiz.splits[quiz.headline]
-    many = replace(quiz, splits={**quiz.splits, quiz.headline: replace(split, ids=(list(split.ids) * asked)[:asked])})
+    split = replace(
+        split,
+        ids=(list(split.ids) * asked)[:asked],
+        truth=np.arange(asked) >= (asked // 2 if absent is None else absent),
+    )
+    many = replace(quiz, splits={**quiz.splits, quiz.headline: split})
     return verdict(replace(comparison, prompts=[changed], sensitivity=felt, quiz=many))
 
 
@@ -291,7 +302,16 @@ def test_the_verdict_follows_from_intervals(
 def test_few_questions_say_nothing_where_no_answer_changed(comparison: Comparison) -> None:
     none = Interval(0.0, 0.0, 0.0)
     found = judged(comparison, none, SAME, SAME, asked=50)
-    assert found.kind == "unclear" and "Changes under about 6.0 points can't be seen" in found.reason
+    assert found.kind == "unclear"
+    assert "under about 12.0 points can't be seen with 25 questions about absent objects" in found.reason
+    assert judged(comparison, none, SAME, SAME, asked=598).kind == "unclear"
+    assert judged(comparison, none, SAME, SAME, asked=600).kind == "none"
+
+
+def test_without_a_question_about_an_absent_object_there_is_no_verdict(comparison: Comparison) -> None:
+    nothing = Interval(math.nan, math.nan, math.nan)
+    found = judged(comparison, nothing, nothing, SAME, absent=0)
+    assert found.kind == "open" and "no question is about an absent object" in found.sentence
 
 
 def test_a_model_that_does_not_feel_the_edit_is_said_to(comparison: Comparison) -> None:
