@@ -102,6 +102,8 @@ def load_sweep(
         problems |= {(problem.key, str(problem.value), problem.reason): problem for problem in wrong}
         if not any(problem.legal for problem in wrong):  # else no value of it can be used
             swept[key] = [value for value in dict.fromkeys(values) if value]
+        elif key in KEYS and KEYS[key].is_list:
+            fixed.append(f"{key}=[{value}]")  # what is wrong inside the missing brackets is reported, too
     children = []
     for point in itertools.product(*swept.values()):
         choices = dict(zip(swept, point, strict=True))

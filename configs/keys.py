@@ -24,6 +24,8 @@ ABBREVIATIONS = {
     "n": "harvest.samples",
 }
 """What these keys are called elsewhere."""
+_COMMANDS = {"port": "port is a setting of `python -m playground`."}
+"""Settings that are no keys of a configuration."""
 _BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
 _KINDS = {bool: "true or false", int: "integer", float: "number", str: "text"}
 
@@ -82,7 +84,9 @@ def siblings(path: str, keys: dict[str, Key]) -> str:
 
 
 def suggestion(path: str, keys: dict[str, Key]) -> str:
-    """Name the key that `path` probably stands for, or nothing."""
+    """Name the key that `path` probably stands for, or the command that takes it, or nothing."""
+    if path in _COMMANDS:
+        return _COMMANDS[path]
     section, _, last = path.rpartition(".")
     values = [candidate for candidate in keys if not keys[candidate].section or not section]
     by_last = {candidate.rpartition(".")[2]: candidate for candidate in values}

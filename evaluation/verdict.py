@@ -58,8 +58,8 @@ def verdict(comparison: Comparison) -> Verdict:
     if not absent:
         return Verdict(
             "open", "No verdict: no question is about an absent object, so there is no hallucination rate.",
-            f"All {len(quiz.splits[quiz.headline].ids):,} {quiz.headline} questions have the answer yes; add some whose "
-            "answer is no.",
+            f"All {len(quiz.splits[quiz.headline].ids):,} {quiz.headline} questions have the answer yes: add some "
+            "with no.",
         )  # fmt: skip
     score = headline.scores[method, quiz.headline]
     change, accuracy = score.hr_change, score.accuracy_change

@@ -100,7 +100,7 @@ def _predictors(config: TrainConfig) -> Iterator[str]:
         else:
             inside = f"{text.rstrip('/')}/predictor"
             hint = f"did you mean {inside}?" if Path(inside).expanduser().is_dir() else "name folders of train.py"
-            yield f"evaluation.predictors: {text} has no {CONFIG_NAME}; {hint}"
+            yield f"predictor (evaluation.predictors): {text} has no {CONFIG_NAME}; {hint}"
     if not given:
         return
     model = model_config(config.model)
@@ -111,4 +111,4 @@ def _predictors(config: TrainConfig) -> Iterator[str]:
         other = [f"{key} {expected[key]!r}, not {value!r}" for key, value in found.items()
                  if expected.get(key, value) != value]  # fmt: skip
         if other:
-            yield f"evaluation.predictors: {folder} is for a model of {', '.join(other)}: leave it out"
+            yield f"predictor (evaluation.predictors): {folder} is for a model of {', '.join(other)}: leave it out"

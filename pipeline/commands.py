@@ -73,7 +73,8 @@ def evaluation(argv: Sequence[str] | None = None) -> int:
     uses = ("model", "data", "evaluation", *(["harvest"] if command == "tune" else []))
     config = parse_cli(long_forms(arguments[bool(command) :]), program, about, uses=uses)
     if command == "tune":
-        return start(f"{program} tune", [config], lambda: import_module("pipeline.tune").tune(config))
+        tune = f"{program} tune"
+        return start(tune, [config], lambda: import_module("pipeline.tune").tune(config), ["harvest", "tuning"])
     run = _run_of(arguments)
     if run is not None and not config.evaluation.predictors:
         chosen = config.evaluation.model_copy(update={"predictors": [str(run / "predictor")]})

@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import RunInfo
@@ -160,7 +161,8 @@ def log_below_run(config: TrainConfig, predictor: SourcePredictor, comparison: C
             client = MlflowClient(config.tracking_uri)
             experiment = client.get_experiment(client.get_run(made).info.experiment_id).name
         name = runs.unused_name(client, experiment, f"evaluation: {config.data.name}, {comparison.images} images")
-        run = runs.create_run(client, experiment, name, {"run.kind": "evaluation"}, made)
+        started = psutil.Process().create_time()
+        run = runs.create_run(client, experiment, name, {"run.kind": "evaluation"}, made, started)
         try:
             _log_files(client, run.info, config, comparison, folder)
         except BaseException:

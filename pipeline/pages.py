@@ -96,9 +96,15 @@ def artifact_link(info: RunInfo, file: str, name: str) -> str:
     return f"[{name}](#/experiments/{info.experiment_id}/runs/{info.run_id}/artifacts/{file})"
 
 
-def artifact_links(info: RunInfo, files: Mapping[str, str]) -> str:
-    """Links to files of a run, by their names. MLflow folds a description, and then nothing in it can be clicked."""
-    return " · ".join(artifact_link(info, file, name) for file, name in files.items()) + " (open *Show more* first)"
+def artifact_links(info: RunInfo, files: Mapping[str, str], model_id: str | None = None) -> str:
+    """Links to files of a run, by their names, and to the predictor that it logged.
+
+    MLflow folds a description, and then nothing in it can be clicked.
+    """
+    links = [artifact_link(info, file, name) for file, name in files.items()]
+    if model_id is not None:
+        links.append(f"[predictor](#/experiments/{info.experiment_id}/models/{model_id})")
+    return " · ".join(links) + " (open *Show more* first)"
 
 
 def picture(info: RunInfo, file: str, width: int = 880) -> str:
@@ -106,11 +112,19 @@ def picture(info: RunInfo, file: str, width: int = 880) -> str:
     return f'<img src="get-artifact?path={file}&run_uuid={info.run_id}" width="{width}">'
 
 
-def describe_sweep(client: MlflowClient, parent: Run, text: str) -> None:
-    """Puts a sweep's table and figure on the page of its parent run, and names it as the newest."""
+def describe_sweep(client: MlflowClient, parent: Run, text: str, children: Mapping[str, str]) -> None:
+    """Puts a sweep's table and figure on the page of its parent run, and names it as the newest.
+
+    Args:
+        client: Of the tracking store.
+        parent: The sweep's own run.
+        text: Its table.
+        children: Name of each child -> its run, which lies elsewhere if another command had finished it.
+    """
     info = parent.info
     files = {"sweep/summary.md": "table", "sweep/children.csv": "every number of every child"}
-    own = "This run's metrics are those of its best child."
+    runs = " · ".join(f"[{name}](#/experiments/{info.experiment_id}/runs/{run})" for name, run in children.items())
+    own = f"Children: {runs}. This run's metrics are those of the best."
     parts = [artifact_links(info, files), text, own, picture(info, "sweep/summary.png")]
     describe_run(client, info.run_id, "\n\n".join(parts))
     describe_experiment(client, info.experiment_id, f"Newest sweep: {run_link(info)}.")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from configs import TrainConfig
+from configs.load import CONFIGS
 from data.settings import CATEGORY_KINDS
 from pipeline.errors import RunError
 from scr_runtime.terminal import filled
@@ -17,7 +18,7 @@ def check_places(configs: Sequence[TrainConfig], sections: Collection[str]) -> N
 
     Args:
         configs: The configurations.
-        sections: What the command does: harvest, evaluation; and run, where it takes what the newest run made.
+        sections: What the command does: harvest, evaluation, tuning; and run, where it takes what the newest run made.
 
     Raises:
         RunError: With every problem, each once.
@@ -25,6 +26,7 @@ def check_places(configs: Sequence[TrainConfig], sections: Collection[str]) -> N
     checks: list[Callable[[TrainConfig], Iterator[str]]] = [_runs_dir]
     checks += [_training_data] * ("harvest" in sections)
     checks += [_held_out_data, _evaluation_files] * ("evaluation" in sections) + [_newest_run] * ("run" in sections)
+    checks += [_tuning] * ("tuning" in sections)
     if problems := [problem for config in configs for check in checks for problem in check(config)]:
         raise RunError(listed(problems))
 
@@ -49,6 +51,19 @@ def _runs_dir(config: TrainConfig) -> Iterator[str]:
 def _newest_run(config: TrainConfig) -> Iterator[str]:
     if not config.paths.latest.exists():
         yield f"no complete run at {config.paths.latest}: run train.py first"
+
+
+def _tuning(config: TrainConfig) -> Iterator[str]:
+    if config.harvest.tuning < 2:
+        yield f"harvest.tuning={config.harvest.tuning} keeps too few images to choose by; the paper takes 200"
+    file = tuned_file(config.model.name)
+    if file.exists() and not config.overwrite:
+        yield f"{file} is there, and the result goes there: move it, or add overwrite=true"
+
+
+def tuned_file(name: str) -> Path:
+    """Where the tuned settings of a model go."""
+    return CONFIGS / "model" / f"{name}-tuned.yaml"
 
 
 def _training_data(config: TrainConfig) -> Iterator[str]:
@@ -85,7 +100,8 @@ def _evaluation_files(config: TrainConfig) -> Iterator[str]:
         for text in [given] if isinstance(given, str) else given or []:
             place = Path(text).expanduser()
             if not place.exists():
-                yield f"evaluation.{key}: {place} does not exist{_beside(place)}"
+                named = "predictor (evaluation.predictors)" if key == "predictors" else f"evaluation.{key}"
+                yield f"{named}: {place} does not exist{_beside(place)}"
 
 
 def _beside(place: Path) -> str:

@@ -94,7 +94,7 @@ def describe(config: TrainConfig, result: Result, tracker: MLFlowLogger, model_i
     if comparison is not None:
         answers = {"reports/answers.jsonl": "answers"} if comparison.prompts else {}
         files = {"reports/evaluation.html": "report", **answers, **files}
-    parts = [f"**{sentence}**", pages.artifact_links(info, files)]
+    parts = [f"**{sentence}**", pages.artifact_links(info, files, model_id)]
     if comparison is not None:
         parts += [report.verdict(comparison).reason, *map(markdown, report.headline_tables(comparison))]
     fitted = fit_table(config, result)

@@ -23,6 +23,7 @@ from pytorch_lightning.loggers import MLFlowLogger
 
 from configs import Child, TrainConfig
 from configs.grid import short_names
+from configs.load import SAVED, saved_config
 from data.folder import HarvestSummary
 from pipeline import pages
 from pipeline.exits import STOPS, way_on
@@ -77,8 +78,12 @@ def tracked(
 def run_name(child: Child) -> str:
     """What a plain run was given beside its model: ``predictor=paper max_epochs=3``."""
     given = {key: value for key, value in child.given.items() if key not in _NAMED and not key.startswith(_PLACES)}
+    saved = given.pop(SAVED, None)
     names = short_names(given)
-    text = " ".join(f"{names[key]}={value}" for key, value in given.items()) or "defaults"
+    words = [f"{names[key]}={value}" for key, value in given.items()]
+    if saved is not None and (file := saved_config([f"{SAVED}={saved}"])) is not None:
+        words.insert(0, f"as {file.resolve().parent.name}")
+    text = " ".join(words) or "defaults"
     return text if len(text) <= _LONGEST_NAME else f"{text[: _LONGEST_NAME - 3]}..."
 
 
@@ -128,7 +133,12 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 
 def create_run(
-    client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str], parent: str | None = None
+    client: MlflowClient,
+    experiment: str,
+    name: str,
+    tags: Mapping[str, str],
+    parent: str | None = None,
+    started: float | None = None,
 ) -> Run:
     """Creates a run that knows its command, its user and the commit of its code.
 
@@ -138,12 +148,14 @@ def create_run(
         name: Name of the run.
         tags: More tags.
         parent: Run id that it is nested under.
+        started: Seconds since the epoch when its work began; now, if None.
     """
     origin = {"command": shlex.join(["python", *sys.argv]), **git_tags(Path(__file__).parents[1]), **process_tags()}
     if parent is not None:
         origin[MLFLOW_PARENT_RUN_ID] = parent
     tags = resolve_tags({**origin, **tags})
-    return client.create_run(experiment_id(client, experiment), run_name=name, tags=tags)
+    start = int(1000 * (time.time() if started is None else started))
+    return client.create_run(experiment_id(client, experiment), start, tags, name)
 
 
 def reopen_run(client: MlflowClient, run_id: str, *, even_finished: bool = False) -> Run | None:

@@ -153,7 +153,8 @@ def close_parent(children: Sequence[Child], trials: Sequence[Trial], parent: Run
     title = f"{config.model.name}: {parent.info.run_name}"
     for file in sweep_report.write(folder, trials, names, title):
         client.log_artifact(run, str(file), "sweep")
-    pages.describe_sweep(client, parent, sweep_report.markdown_text(trials, names))
+    known = {child.short_label: trial.run_id for child, trial in zip(children, trials, strict=True) if trial.run_id}
+    pages.describe_sweep(client, parent, sweep_report.markdown_text(trials, names), known)
     print(f"\n{paragraph(title)}\n\n{sweep_report.summary_table(trials, names)}")
     if any(len(cell.means) and cell.finished > 1 for cell in sweep_report.cells(trials)):
         print(paragraph(sweep_report.NOTE))

@@ -8,14 +8,13 @@ from dataclasses import asdict
 import yaml
 
 from configs import TrainConfig
-from configs.load import CONFIGS
 from data.plan import set_aside
 from data.vlm import load_vlm
-from evaluation.errors import EvaluationError
 from evaluation.tables import bullets, paragraph, table
 from evaluation.tune import candidates, tune_settings, tuned_rows
 from pipeline.folders import new_folder
 from pipeline.harvest import training_images
+from pipeline.places import tuned_file
 from scr_runtime.files import write_file
 
 _FEW = 50
@@ -23,8 +22,6 @@ _FEW = 50
 
 def tune(config: TrainConfig) -> int:
     """Tries every setting, prints all, and writes the best as a file that `model=` can take."""
-    if config.harvest.tuning < 2:
-        raise EvaluationError("harvest.tuning=0 keeps no images for tuning: set it, such as harvest.tuning=200")
     settings = config.evaluation.for_training
     images = training_images(config)
     ids = list(set_aside(images.ids, config.harvest))
@@ -45,7 +42,8 @@ def tune(config: TrainConfig) -> int:
     if tuned.images < _FEW:
         lines.append(f"{tuned.images} images are too few to choose by; the paper takes 200.")
     print("\n" + bullets(lines))
-    name = f"{config.model.name}-tuned"
+    file = tuned_file(config.model.name)
+    name = file.stem
     content = config.model.model_dump()
     content["name"] = name
     content["scr"] |= {
@@ -53,9 +51,6 @@ def tune(config: TrainConfig) -> int:
     }
     head = f"# {config.model.name}, tuned by python -m evaluation tune: the best of {len(tried)} settings on "
     head += f"{tuned.images} tuning images.\n"
-    file = CONFIGS / "model" / f"{name}.yaml"
-    if file.exists() and not config.overwrite:
-        raise EvaluationError(f"{file} is there: move it, or add overwrite=true")
     record = {"tried": [asdict(one) for one in tuned.trials], "vanilla": asdict(tuned.vanilla), "number": len(tried),
               "images": tuned.images, "image_ids": ids, "questions": tuned.questions, "tpr": tuned.tpr}  # fmt: skip
     folder = new_folder(config.paths.fits / "tuning")

@@ -223,6 +223,9 @@ def test_a_sweep_is_nested_runs_under_a_parent_that_sums_them_up(
     mean = sum(child.data.metrics["mass"] for child in children[:2]) / 2
     assert "| kl | 2 |" in parent.data.tags["mlflow.note.content"]
     assert f"path=sweep/summary.png&run_uuid={parent.info.run_id}" in parent.data.tags["mlflow.note.content"]
+    for child in children:  # also of one that another command had finished
+        link = f"[{child.info.run_name}](#/experiments/{parent.info.experiment_id}/runs/{child.info.run_id})"
+        assert link in parent.data.tags["mlflow.note.content"]
     client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
     files = {Path(item.path).name for item in client.list_artifacts(parent.info.run_id, "sweep")}
     assert files == {"sweep.yaml", "summary.md", "summary.csv", "children.csv", "summary.png"}

@@ -121,6 +121,12 @@ def test_mistake_in_a_sweep_is_told(override: str, reason: str, hint: str) -> No
     assert reason in problem.reason and hint in problem.hint
 
 
+def test_a_typo_inside_missing_brackets_is_told_with_them() -> None:
+    missing, typo = problems("evaluation.methods=two-pass,onepass")
+    assert "lists have brackets" in missing.reason
+    assert typo.value == ["two-pass", "onepass"] and "Did you mean one-pass" in typo.hint
+
+
 def test_combination_that_contradicts_is_reported_before_any_other_runs() -> None:
     (problem,) = problems("harvest.samples=100,5900", "seed=0,1,2")
     assert problem.key == "harvest.samples" and problem.value == 5900

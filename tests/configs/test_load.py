@@ -60,6 +60,7 @@ def test_every_yaml_file_is_found():
         "model/llava-1.5-13b.yaml",
         "model/llava-1.5-7b.yaml",
         "model/llava-next-7b.yaml",
+        "model/llava-onevision-7b.yaml",
         "model/qwen2-vl-7b.yaml",
         "model/qwen2.5-vl-7b.yaml",
         "model/qwen3-vl-8b.yaml",
@@ -115,7 +116,10 @@ def test_scene_next_has_the_fractions_of_the_paper():
     assert config.paths.harvest == Path("runs/harvest/scene-next-scenes-next")
 
 
-@pytest.mark.parametrize(("name", "depth"), [("qwen2.5-vl-7b", 28), ("qwen3-vl-8b", 36), ("internvl3-8b", 28)])
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [("llava-onevision-7b", 28), ("qwen2.5-vl-7b", 28), ("qwen3-vl-8b", 36), ("internvl3-8b", 28)],
+)
 def test_other_models_have_the_fractions_of_qwen2_vl(name: str, depth: int):
     scr = load_config([f"model={name}"]).model.scr
     assert scr.edit_layers == [0, int(16 / 28 * depth + 0.5) - 1]
@@ -177,6 +181,7 @@ def test_section_takes_a_mapping():
         ("trainer.max_epoch=3", "trainer.max_epoch", "no such key", "Did you mean trainer.max_epochs?"),
         ("max_epochs=3", "max_epochs", "no such key", "Did you mean trainer.max_epochs?"),
         ("modle=scene-llava", "modle", "no such key", "Did you mean model?"),
+        ("port=7861", "port", "no such key", "port is a setting of `python -m playground`."),
         ("lr=3", "lr", "no such key", "Did you mean trainer.learning_rate?"),
         ("trainer.lr=3", "trainer.lr", "no such key", "Did you mean trainer.learning_rate?"),
         ("seed=" + "9" * 5000, "seed", "not a YAML value", ""),
@@ -196,10 +201,10 @@ def test_section_takes_a_mapping():
             "model=llava",
             "model",
             "no file",
-            "Did you mean model=llava-1.5-7b or model=llava-1.5-13b or model=llava-next-7b? Another model: copy",
+            "or model=llava-next-7b or model=llava-onevision-7b? Another model: copy",
         ),
         ("model=LLaVA-1.5", "model", "no file", "Did you mean model=llava-1.5-7b or model=llava-1.5-13b?"),
-        ("model=lava", "model", "no file", "model=llava-next-7b or model=scene-llava?"),
+        ("model=lava", "model", "no file", "model=llava-onevision-7b or model=scene-llava?"),
         ("model=scene", "model", "no file", "Did you mean model=scene-next or model=scene-llava?"),
         ("model=", "model", "no file", ""),
         ("model=../train", "model", "no file", ""),

@@ -14,10 +14,10 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from configs import load_config, load_sweep
+from configs import load_config, load_sweep, save_config
 from pipeline import pages, runs, tracking
 from pipeline.store import follow_moved_artifacts
-from pipeline.ui import free_port, links
+from pipeline.ui import free_port, links, main
 
 # MLflow's own: its use of SQLAlchemy, and connections that its pool leaves to the garbage collector.
 pytestmark = [
@@ -101,6 +101,15 @@ def test_a_run_is_named_after_what_it_was_given(given: list[str], name: str) -> 
     assert len(found) <= 80 and found[:70] == name[:70]
 
 
+def test_a_run_from_saved_settings_is_named_after_them(tmp_path: Path) -> None:
+    (tmp_path / "20260102-030405").mkdir()
+    save_config(load_config(), tmp_path / "20260102-030405/config.yaml")
+    (tmp_path / "latest").symlink_to("20260102-030405")
+    for place in (tmp_path, tmp_path / "latest", tmp_path / "latest/config.yaml"):
+        (child,) = load_sweep([f"--config={place}", "seed=1"]).children
+        assert runs.run_name(child) == "as 20260102-030405 seed=1"
+
+
 def test_equal_names_are_numbered(folder: Path) -> None:
     client = open_store(folder)
     assert runs.unused_name(client, "fits", "seed=1") == "seed=1"
@@ -134,6 +143,17 @@ def test_artifacts_that_lie_elsewhere_on_purpose_stay_there(folder: Path, tmp_pa
     assert follow_moved_artifacts(tmp_path / "mlflow.db", tmp_path / "mlflow") == []  # no artifacts beside it
     (tmp_path / "mlflow").mkdir()
     assert follow_moved_artifacts(tmp_path / "mlflow.db", tmp_path / "mlflow") == []  # and none of these runs
+
+
+def test_one_worker_serves_the_pages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setenv("PYTHONWARNINGS", "")
+    monkeypatch.setattr("os.execv", lambda _program, command: started.append(command))
+    typed = ["ui", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--port", "5001"]
+    for others in ([], ["--workers", "3"]):
+        monkeypatch.setattr("sys.argv", [*typed, *others])
+        main()
+    assert [command[command.index("--workers") + 1 :] for command in started] == [["1"], ["1", "--workers", "3"]]
 
 
 def test_the_server_takes_the_next_port_where_5000_is_taken(capsys: pytest.CaptureFixture[str]) -> None:

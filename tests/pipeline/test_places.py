@@ -50,6 +50,19 @@ def test_a_predictor_that_does_not_exist_is_named_with_those_beside_it(tmp_path:
     assert problems("evaluation.predictors=[/nowhere/at/all]").endswith("/nowhere/at/all does not exist")
 
 
+def test_what_tuning_needs_is_known_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.places.CONFIGS", tmp_path)
+    with pytest.raises(RunError, match=r"harvest\.tuning=0 keeps too few images"):
+        check_places([load_config([f"runs_dir={tmp_path}"])], ["tuning"])
+    settings = [f"runs_dir={tmp_path}", "harvest.tuning=200"]
+    check_places([load_config(settings)], ["tuning"])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/scene-llava-tuned.yaml").touch()
+    with pytest.raises(RunError, match=r"scene-llava-tuned\.yaml is there"):
+        check_places([load_config(settings)], ["tuning"])
+    check_places([load_config([*settings, "overwrite=true"])], ["tuning"])
+
+
 def test_a_command_that_takes_a_run_when_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (commands.export, commands.evaluation):
         assert command([f"runs_dir={tmp_path}"]) == 1
