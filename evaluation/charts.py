@@ -165,7 +165,7 @@ def curves(lines: Mapping[str, Points], x_label: str, y_label: str, *, unit: boo
         parts.append(_legend(name, width - right, top, place))
     if any("stroke-dasharray" in part for part in parts):
         y = top + 12 + 20 * len(drawn)
-        parts.append(f'<text class="note" x="{width - right + 12}" y="{y}">dashed: lines coincide</text>')
+        parts.append(f'<text class="note" x="{width - right + 12}" y="{y}">dashed: equal lines</text>')
     return _svg(
         width, height, [*parts, *_axes(x_label, y_label, left, width - right, height)], f"{y_label} against {x_label}"
     )

@@ -19,7 +19,7 @@ def dashed(svg: str) -> list[str]:
 
 def test_a_line_that_would_hide_another_is_dashed() -> None:
     same = curves({"vanilla": LINE, "two-pass": LINE + 0.001, "one-pass": LINE * [1, 0.5]}, "x", "y", unit=True)
-    assert dashed(same) == ["c1"] and "dashed: lines coincide" in same  # two-pass over vanilla
+    assert dashed(same) == ["c1"] and "dashed: equal lines" in same  # two-pass over vanilla
     apart = curves({"vanilla": LINE, "one-pass": LINE * [1, 0.5]}, "x", "y", unit=True)
     assert dashed(apart) == [] and "coincide" not in apart
 
