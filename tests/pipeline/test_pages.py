@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import socket
 from collections.abc import Iterator
@@ -148,12 +149,14 @@ def test_artifacts_that_lie_elsewhere_on_purpose_stay_there(folder: Path, tmp_pa
 def test_one_worker_serves_the_pages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
     monkeypatch.setenv("PYTHONWARNINGS", "")
+    monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "true")  # what is set stays
     monkeypatch.setattr("os.execv", lambda _program, command: started.append(command))
     typed = ["ui", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--port", "5001"]
     for others in ([], ["--workers", "3"]):
         monkeypatch.setattr("sys.argv", [*typed, *others])
         main()
     assert [command[command.index("--workers") + 1 :] for command in started] == [["1"], ["1", "--workers", "3"]]
+    assert os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "true"
 
 
 def test_the_server_takes_the_next_port_where_5000_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
