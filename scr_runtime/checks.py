@@ -69,7 +69,7 @@ def check_grid(model: Any, family: Family, config: SCRConfig) -> Grid | None:
     try:
         effective_num_sources(image.grid, config)
     except PrefillError as error:
-        raise ConfigurationError(f"the images of this {type(model).__name__} have {error}") from None
+        raise ConfigurationError(f"the images of this model have {error}") from None
     return image.grid
 
 

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from scr_runtime.checks import check_grid
 from scr_runtime.config import SCRConfig
-from scr_runtime.errors import ConfigurationError, PrefillError
+from scr_runtime.errors import ConfigurationError
 from scr_runtime.families import FAMILIES
 from scr_runtime.identity import fact_differences
 from scr_runtime.network import SourcePredictor
-from scr_runtime.rule import effective_num_sources
 
 VERSIONS = ("0.32",)
 """Of vLLM, major and minor: those that tests/vllm has run with."""
@@ -82,12 +82,10 @@ def _model(model_config: Any, predictor: SourcePredictor, image_backend: str | N
         settings.check_depth(facts["num_blocks"])
     except ConfigurationError as error:
         yield str(error)
-    fixed = FAMILIES[facts["family"]].fixed_grid
     try:
-        if fixed is not None:
-            effective_num_sources(fixed(SimpleNamespace(config=model_config.hf_config), {}).grid, settings)
-    except PrefillError as error:
-        yield f"the images of this model have {error}"
+        check_grid(SimpleNamespace(config=model_config.hf_config), FAMILIES[facts["family"]], settings)
+    except ConfigurationError as error:
+        yield str(error)
 
 
 def _backend_hint(differences: list[str]) -> str:

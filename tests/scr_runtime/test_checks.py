@@ -125,7 +125,7 @@ def test_a_grid_without_an_inner_patch(side: int, border: bool, fits: int) -> No
                 small(**make_inputs(small, [1]))
             assert len(scr.reports[0].sources) == 1
         else:
-            with pytest.raises(errors.ConfigurationError, match=r"images of this Llava.*no patch off its border"):
+            with pytest.raises(errors.ConfigurationError, match=r"images of this model .*no patch off its border"):
                 SCR(small, config=config, mode=kind)
     SCR(small, config=config, mode="off")
 
