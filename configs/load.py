@@ -222,6 +222,9 @@ class _Build:
         close = _close_options(str(option).lower(), options)
         hint = f"Did you mean {' or '.join(f'{group}={name}' for name in close)}?" if close else ""
         hint += " Another model: copy the nearest file of configs/model." * (group == "model")
+        if group == "predictor" and "/" in str(option):
+            hint = "Here it is how to fit one. A predictor's folder goes to evaluation.predictors=[FOLDER], or to "
+            hint += "python -m evaluation or python -m playground."
         self.fail(group, option, f"no file configs/{group}/{option}.yaml", " | ".join(options), hint, where)
 
     def override(self, overrides: Sequence[str]) -> None:

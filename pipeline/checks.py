@@ -54,7 +54,7 @@ def _of(check: Callable[[TrainConfig], Iterator[str]], config: TrainConfig) -> I
     try:
         yield from check(config)
     except (DataError, SCRError) as error:
-        yield str(error)
+        yield str(error).replace("SCRConfig.", "model.scr.")  # what the library calls its settings
 
 
 def _accelerator(config: TrainConfig) -> Iterator[str]:

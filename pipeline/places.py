@@ -74,23 +74,27 @@ def _training_data(config: TrainConfig) -> Iterator[str]:
             f"{config.data.name} has no annotations; use caption, or texts of several words"
         )
     if config.data.world is None:  # else it will be rendered
-        yield from _missing("data.train_images", config.paths.train_images)
-        yield from _missing("data.train_annotations", config.paths.train_annotations)
+        yield from _missing(config, "train_images", "train_annotations")
 
 
 def _held_out_data(config: TrainConfig) -> Iterator[str]:
     settings = config.evaluation
     if config.data.world is not None or not settings.asks:
         return
-    if settings.images_dir is None:
-        yield from _missing("data.eval_images", config.paths.eval_images)
-    if settings.annotations is None and not (settings.pope_files and settings.images_dir):
-        yield from _missing("data.eval_annotations", config.paths.eval_annotations)
+    images = ["eval_images"] * (settings.images_dir is None)
+    annotated = settings.annotations is not None or (settings.pope_files and settings.images_dir)
+    yield from _missing(config, *images, *["eval_annotations"] * (not annotated))
 
 
-def _missing(key: str, place: Path | None) -> Iterator[str]:
-    if place is not None and not place.exists():
-        yield f"{key}: {place} does not exist; set data.root to the folder that holds it"
+def _missing(config: TrainConfig, *keys: str) -> Iterator[str]:
+    root = config.paths.data
+    places: dict[str, Path | None] = {key: getattr(config.paths, key) for key in keys}
+    missing = {key: place for key, place in places.items() if place is not None and not place.exists()}
+    if missing and not root.exists():
+        yield f"data.root: {root} does not exist{_beside(root)}; set it to the folder of data={config.data.name}"
+        return
+    for key, place in missing.items():
+        yield f"data.{key}: {place} does not exist; data.root has to be the folder that holds it"
 
 
 def _evaluation_files(config: TrainConfig) -> Iterator[str]:

@@ -287,7 +287,7 @@ def _settings_without(given: Given, num_blocks: int) -> tuple[SCRConfig, str]:
 
 
 def _ranges(config: SCRConfig) -> str:
-    return f"edit_layers={config.edit_layers}, attention_layers={config.attention_layers}"
+    return f"{config.sources_in_words}, edit_layers={config.edit_layers}, attention_layers={config.attention_layers}"
 
 
 def warn_of_other_settings(config: SCRConfig, fitted: SCRConfig | None, stacklevel: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from textwrap import shorten
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,8 @@ class ImageReport:
         first, last = (self.layers_edited[0], self.layers_edited[-1]) if self.layers_edited else ("none", "none")
         sure = "" if self.confidence is None else f", confidence {self.confidence:.3f}"
         drift = "" if self.drift is None else f", drift {self.drift:.2f}"
-        why = "" if self.fallback_reason is None else f", because {self.fallback_reason}"
+        reason = self.fallback_reason
+        why = "" if reason is None else f", because {shorten(reason, 100, placeholder='...')}"
         return (
             f"<ImageReport, row {self.row} image {self.image} grid {self.place}: {self.provider}, {len(self.sources)} "
             f"sources of {rows} x {columns} patches, blocks {first}-{last} edited{sure}{drift}{why}>"

@@ -49,7 +49,7 @@ class SCRStats:
     def __repr__(self) -> str:
         """One line, without what is zero."""
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.fallbacks.items() if count)
-        counts = {"one-pass": self.one_pass, "two-pass": self.two_pass, "uniform": self.uniform}
+        counts = {ONE_PASS: self.one_pass, TWO_PASS: self.two_pass, ONLINE: self.online, UNIFORM: self.uniform}
         parts = [f"{count:,} {name}" for name, count in counts.items() if count]
         parts += [f"fallbacks: {kinds}"] if kinds else []
         parts += [f"{self.drifted:,} drifted"] if self.drifted else []

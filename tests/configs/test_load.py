@@ -181,6 +181,7 @@ def test_section_takes_a_mapping():
         ("trainer.max_epoch=3", "trainer.max_epoch", "no such key", "Did you mean trainer.max_epochs?"),
         ("max_epochs=3", "max_epochs", "no such key", "Did you mean trainer.max_epochs?"),
         ("modle=scene-llava", "modle", "no such key", "Did you mean model?"),
+        ("predictor=runs/predictors/x", "predictor", "no file", "goes to evaluation.predictors=[FOLDER], or"),
         ("port=7861", "port", "no such key", "port is a setting of `python -m playground`."),
         ("lr=3", "lr", "no such key", "Did you mean trainer.learning_rate?"),
         ("trainer.lr=3", "trainer.lr", "no such key", "Did you mean trainer.learning_rate?"),

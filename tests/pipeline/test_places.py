@@ -24,13 +24,23 @@ def test_the_defaults_have_no_problem(tmp_path: Path) -> None:
 
 
 def test_all_problems_are_reported_together_and_each_once(tmp_path: Path) -> None:
-    message = problems(f"runs_dir={tmp_path / 'runs'}", "data=coco2014", f"data.root={tmp_path / 'nowhere'}")
+    message = problems(f"runs_dir={tmp_path / 'runs'}", "data=coco2014", f"data.root={tmp_path}")
     assert message.startswith("4 problems before the start")
     assert message.count("data.train_annotations: ") == message.count("data.eval_images: ") == 1
 
 
+@pytest.mark.parametrize("data", ["coco2014", "pictures"])
+def test_a_root_that_does_not_exist_is_one_problem(tmp_path: Path, data: str) -> None:
+    (tmp_path / "coco").mkdir()
+    message = problems(f"runs_dir={tmp_path / 'runs'}", f"data={data}", f"data.root={tmp_path / 'cocoa'}")
+    assert message.startswith(
+        f"1 problem before the start data.root: {tmp_path / 'cocoa'} does not exist; beside it: "
+    )
+    assert message.endswith(f"coco; set it to the folder of data={data}")
+
+
 def test_a_command_looks_at_what_it_uses(tmp_path: Path) -> None:
-    config = load_config([f"runs_dir={tmp_path}", "data=coco2014", f"data.root={tmp_path / 'nowhere'}"])
+    config = load_config([f"runs_dir={tmp_path}", "data=coco2014", f"data.root={tmp_path}"])
     check_places([config], [])
     with pytest.raises(RunError, match="2 problems") as caught:
         check_places([config], ["evaluation"])
@@ -80,4 +90,4 @@ assert not {"torch", "transformers", "mlflow", "pytorch_lightning"} & set(sys.mo
     given = ["model=llava-1.5-7b", "data=coco2014", f"data.root={tmp_path}/nowhere", f"runs_dir={tmp_path}"]
     done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("error: 4 problems before the start")
+    assert done.stderr.startswith("error: 1 problem before the start\n  data.root: ")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scr_runtime import SCR, SCRConfig
+from scr_runtime.reports import ImageReport
 from tests.scr_runtime.reference import make_predictor, reference_images
 from tests.scr_runtime.tiny_families import TINY
 
@@ -75,3 +76,12 @@ def test_images_without_a_token_between_them_are_two(tiny_llava: Any, llava_inpu
     with torch.no_grad(), SCR(model, config=CONFIG, mode="two-pass") as scr:
         model(**inputs)
     assert [(one.row, one.image, one.place) for one in scr.reports] == [(0, 0, 0), (0, 1, 0)]
+
+
+def test_a_long_reason_is_cut_in_the_report_s_line() -> None:
+    report = ImageReport(
+        provider="two-pass", fallback_reason="no predictor: " + "words " * 80, sources=[5], confidence=None, entropy=2.0,
+        entropy_normalised=0.5, grid=(4, 6), layers_edited=(0, 1),
+    )  # fmt: skip
+    assert "because no predictor: words" in repr(report) and repr(report).endswith("words...>")
+    assert len(repr(report)) < 250

@@ -102,5 +102,6 @@ def test_stats_can_be_read_and_continued_across_inference_mode(tiny_llava: Any, 
 
 
 def test_one_of_a_kind_is_singular() -> None:
+    assert "1 image (1 online)" in repr(SCRStats(prefills=1, images=1, online=1))
     assert repr(SCRStats(prefills=1, images=1, edits=1)) == "<SCRStats: 1 prefill, 1 image, 1 edited block output>"
     assert repr(SCRStats(prefills=2, images=0, edits=6)) == "<SCRStats: 2 prefills, 0 images, 6 edited block outputs>"
