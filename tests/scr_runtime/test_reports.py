@@ -80,8 +80,8 @@ def test_images_without_a_token_between_them_are_two(tiny_llava: Any, llava_inpu
 
 def test_a_long_reason_is_cut_in_the_report_s_line() -> None:
     report = ImageReport(
-        provider="two-pass", fallback_reason="no predictor: " + "words " * 80, sources=[5], confidence=None, entropy=2.0,
-        entropy_normalised=0.5, grid=(4, 6), layers_edited=(0, 1),
+        provider="two-pass", fallback_reason="no predictor: " + "words " * 80, sources=[5], confidence=None,
+        entropy=2.0, entropy_normalised=0.5, grid=(4, 6), layers_edited=(0, 1),
     )  # fmt: skip
     assert "because no predictor: words" in repr(report) and repr(report).endswith("words...>")
     assert len(repr(report)) < 250
