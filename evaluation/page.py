@@ -27,7 +27,7 @@ from evaluation.report import (
     title,
 )
 from evaluation.scores import Changed, roc
-from evaluation.verdict import reading, verdict
+from evaluation.verdict import deployed, reading, verdict
 from predictor.metrics import Interval
 
 _SHOWN = 12  # changed answers in the gallery, at most
@@ -192,6 +192,8 @@ def _gallery(comparison: Comparison) -> str:
         paired = [one for pair in zip(good, bad, strict=False) for one in pair]
         rest = good[len(bad) :] + bad[len(good) :]
         shown += (paired + rest)[: _SHOWN // 2]
+    items = [one.item for one in shown]
+    shown.sort(key=lambda one: items.index(one.item))  # one question under both methods: side by side
     counts = ", ".join(
         f"{method}: {sum(one.corrected for one in own)} corrected, {sum(not one.corrected for one in own)} broken"
         for method, own in headline.changed.items()
@@ -259,13 +261,14 @@ def _square(patch: int, columns: int, width: float, height: float, kind: str) ->
 
 
 def _table(rows: Sequence[Sequence[str]], comparison: Comparison | None = None, *, words: bool = False) -> str:
-    """A table; names of a comparison's controls are grey."""
+    """A table; names of a comparison's controls are grey, and what would be deployed is bold."""
     if not rows:
         return ""
+    marked = deployed(comparison) if comparison else "predictor"
     controls = {method.name for method in comparison.methods if method.entry.control} if comparison else set[str]()
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
     body = "".join(
-        f"<tr{' class=control' if row[0] in controls else ''}>"
+        f"<tr{' class=control' if row[0] in controls else ' class=marked' * (row[0] == marked and not words)}>"
         + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
         + "</tr>"
         for row in rows[1:]

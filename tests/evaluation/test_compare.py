@@ -22,6 +22,7 @@ from evaluation.fit_report import FitTable
 from evaluation.page import page
 from evaluation.questions import Item
 from evaluation.reference import prepare_reference, unlabelled_reference
+from evaluation.scores import Changed
 from evaluation.settings import DEFAULT_METHODS, EvaluationSettings
 from evaluation.tables import table
 from evaluation.verdict import essentials, verdict
@@ -176,13 +177,30 @@ def test_the_report_of_a_run_has_the_table_of_its_fit(comparison: Comparison) ->
     links = re.findall('<a href="#(part-[0-9]+)">', text)
     assert len(links) > 3 and all(f'<h2 id="{link}">' in text for link in links)
     assert ">The fit</h2>" in text and "400 &lt;test&gt; images, K = 8. 95 % intervals." in text
-    assert "<td>predictor</td><td>0.842 [0.830, 0.850]</td>" in text and "Confidence: good." in text
+    assert "<tr class=marked><td>predictor</td><td>0.842 [0.830, 0.850]</td>" in text and "Confidence: good." in text
+    assert "<tr class=marked><td>one-pass</td>" in text and "<tr class=marked><td>two-pass</td>" not in text
     strict = Strict()
     strict.feed(text)
     assert strict.open == []
     text = report.markdown_text(comparison, embedded=True, fitted=fitted)
     assert "| predictor | 0.842 [0.830, 0.850] |" in text and "Confidence: good." in text
     assert "The fit" not in page(comparison, embedded=True)
+
+
+def test_a_question_that_both_methods_change_has_its_cards_side_by_side(comparison: Comparison) -> None:
+    headline, quiz = comparison.headline, comparison.quiz
+    assert headline is not None and quiz is not None
+    first, second, third = quiz.splits[quiz.headline].rows.tolist()[:3]
+    changed = {
+        method: [Changed(item, method, corrected=True, label="no", before="yes", after="no") for item in items]
+        for method, items in {"two-pass": (first, second), "one-pass": (third, first)}.items()
+    }
+    prompts = [replace(headline, changed=changed), *comparison.prompts[1:]]
+    text = page(replace(comparison, prompts=prompts), embedded=True)
+    cards = re.findall(r"<div>([^<]*)<br><b class=\"good\">corrected</b> by ([a-z-]+):", text)
+    words = {item: quiz.items[item].text for item in (first, second, third)}
+    assert cards == [(words[first], "two-pass"), (words[first], "one-pass"), (words[second], "two-pass"),
+                     (words[third], "one-pass")]  # fmt: skip
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
