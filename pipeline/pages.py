@@ -21,8 +21,10 @@ _COLUMNS = (
     *(f"metrics.`{name}`" for name in _METRICS),
     "params.`data`", "params.`predictor.loss`", "params.`seed`", "attributes.`Duration`",
 )  # fmt: skip
+_NEWEST = ("Newest run", "Newest sweep", "Newest trial")
 _WIDTH = 98  # pixels of a column
 _OWN = "sqlite:///runs/mlflow.db"
+_FOLDED = " (open *Show more* first)"
 _LONGEST_NOTE = 5000  # letters; MLflow takes no longer tag of an experiment
 _LEGEND = """
 Columns: **recall**, **mass** of the test split at K; **hr_...** hallucination rate in percent, on adversarial
@@ -44,11 +46,23 @@ def add_view(client: MlflowClient, experiment_id: str) -> None:
     client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))
 
 
-def describe_experiment(client: MlflowClient, experiment_id: str, newest: str) -> None:
-    """Puts what is newest, and what the columns mean, above the table of runs, unless a user has written there."""
-    if not by_user(client.get_experiment(experiment_id).tags):
-        for key, value in _note(f"{newest}\n{_LEGEND}").items():
-            client.set_experiment_tag(experiment_id, key, value)
+def describe_experiment(client: MlflowClient, experiment_id: str, kind: str, newest: str) -> None:
+    """Puts the newest of each kind, and what the columns mean, above the table of runs, unless a user has written it.
+
+    Args:
+        client: Of the tracking store.
+        experiment_id: Of the experiment.
+        kind: run, sweep or trial. MLflow shows the first line, which is a run's: no sweep and no trial hides it.
+        newest: What to say of it.
+    """
+    tags = client.get_experiment(experiment_id).tags
+    if by_user(tags):
+        return
+    lines = {words: line for line in tags.get(NOTE, "").splitlines() for words in _NEWEST if line.startswith(words)}
+    lines[f"Newest {kind}"] = f"Newest {kind}, {newest}"
+    text = "\n\n".join(lines[words] for words in _NEWEST if words in lines)
+    for key, value in _note(f"{text}\n{_LEGEND}").items():
+        client.set_experiment_tag(experiment_id, key, value)
 
 
 def describe_run(client: MlflowClient, run_id: str, text: str, model_id: str | None = None) -> None:
@@ -56,7 +70,7 @@ def describe_run(client: MlflowClient, run_id: str, text: str, model_id: str | N
     if not by_user(client.get_run(run_id).data.tags):
         client.log_batch(run_id, tags=[RunTag(key, value) for key, value in _note(text).items()])
     if model_id is not None:
-        client.set_logged_model_tags(model_id, {NOTE: cut(text)})
+        client.set_logged_model_tags(model_id, {NOTE: cut(_spaced(text.replace(_FOLDED, "")))})
 
 
 def by_user(tags: Mapping[str, str]) -> bool:
@@ -65,7 +79,13 @@ def by_user(tags: Mapping[str, str]) -> bool:
     return bool(note) and tags.get(WRITTEN) != _checksum(note)
 
 
+def _spaced(text: str) -> str:
+    """A text whose tables have room between their columns, which MLflow's pages give them none."""
+    return text.replace(" | ", "\u2002\u2002| ")
+
+
 def _note(text: str) -> dict[str, str]:
+    text = _spaced(text)
     return {NOTE: cut(text), WRITTEN: _checksum(cut(text))}
 
 
@@ -104,7 +124,7 @@ def artifact_links(info: RunInfo, files: Mapping[str, str], model_id: str | None
     links = [artifact_link(info, file, name) for file, name in files.items()]
     if model_id is not None:
         links.append(f"[predictor](#/experiments/{info.experiment_id}/models/{model_id})")
-    return " · ".join(links) + " (open *Show more* first)"
+    return " · ".join(links) + _FOLDED
 
 
 def picture(info: RunInfo, file: str, width: int = 880) -> str:
@@ -127,7 +147,7 @@ def describe_sweep(client: MlflowClient, parent: Run, text: str, children: Mappi
     own = f"Children: {runs}. This run's metrics are those of the best."
     parts = [artifact_links(info, files), text, own, picture(info, "sweep/summary.png")]
     describe_run(client, info.run_id, "\n\n".join(parts))
-    describe_experiment(client, info.experiment_id, f"Newest sweep: {run_link(info)}.")
+    describe_experiment(client, info.experiment_id, "sweep", run_link(info))
 
 
 def describe_models(client: MlflowClient, parent: Run, title: str) -> None:

@@ -100,8 +100,8 @@ def describe(config: TrainConfig, result: Result, tracker: MLFlowLogger, model_i
     fitted = fit_table(config, result)
     parts += [fitted.title, markdown(fitted.rows), pages.picture(info, "figures/maps.png")]
     pages.describe_run(client, info.run_id, "\n\n".join(parts), model_id)
-    newest = f"Newest run, {pages.run_link(info)}: **{sentence}**"
-    pages.describe_experiment(client, info.experiment_id, newest)
+    kind = "trial" if config.trainer.trial else "run"
+    pages.describe_experiment(client, info.experiment_id, kind, f"{pages.run_link(info)}: **{sentence}**")
 
 
 def verdict_line(result: Result) -> str:

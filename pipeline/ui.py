@@ -16,6 +16,8 @@ from pipeline.store import follow_moved_artifacts
 from scr_runtime.terminal import filled
 
 _SQLITE = "sqlite:///"
+_LOGGING = ("--uvicorn-opts", "--gunicorn-opts", "--dev")
+"""Options of MLflow that say themselves what its server logs."""
 
 
 def main() -> None:
@@ -40,15 +42,17 @@ def main() -> None:
             raise SystemExit(f"error: {database} does not exist: run train.py first, or name another file with URI=")
         for former in follow_moved_artifacts(database, database.with_name("mlflow")):
             print(filled(f"artifacts were at {former}: they are taken from {database.with_name('mlflow')} now"))
-    print("Open in about 10 seconds:")
+    print("Open in about 10 seconds (Ctrl-C ends the server):")
     for link in links(uri, f"http://{options.host}:{port}"):
         print(filled(link, "  ", "    "))
     sys.stdout.flush()
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::DeprecationWarning")  # Starlette's, about itself
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # Starlette's, about itself
     # Each of its four workers and of its job queue's seven processes imports MLflow: without them the first page comes
     # after 8 to 10 s instead of 21 on two cores. The queue serves judges of language models.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     given = ["--backend-store-uri", uri, "--host", options.host, "--port", str(port), "--workers", "1"]
+    if not any(other.partition("=")[0] in _LOGGING for other in others):
+        given += ["--uvicorn-opts", "--log-level warning"]  # else each request of a page is a line below the link
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *given, *others])
 
 

@@ -71,13 +71,29 @@ def test_descriptions_are_cut_between_lines(folder: Path) -> None:
     pages.describe_run(client, run.run_id, "\n".join(f"line {number}" for number in range(1000)))
     text = client.get_run(run.run_id).data.tags["mlflow.note.content"]
     assert len(text) <= 5000 and text.endswith("\n...") and text.splitlines()[-2].startswith("line ")
-    pages.describe_experiment(client, run.experiment_id, "newest " * 900)
-    pages.describe_experiment(client, run.experiment_id, f"Newest run, {pages.run_link(run)}")
+    pages.describe_experiment(client, run.experiment_id, "run", "newest " * 900)
+    pages.describe_experiment(client, run.experiment_id, "run", pages.run_link(run))
     experiment = client.get_experiment(run.experiment_id)
     assert experiment.tags["mlflow.note.content"].startswith("Newest run, [defaults](#/experiments/")
+    for kind in ("trial", "sweep"):  # neither hides the newest run, whose line is the one that MLflow shows
+        pages.describe_experiment(client, run.experiment_id, kind, f"[a {kind}](#)")
+    lines = client.get_experiment(run.experiment_id).tags[pages.NOTE].splitlines()
+    assert lines[:5:2] == [
+        f"Newest run, {pages.run_link(run)}",
+        "Newest sweep, [a sweep](#)",
+        "Newest trial, [a trial](#)",
+    ]
     client.set_experiment_tag(run.experiment_id, pages.NOTE, "What we want to know.")
-    pages.describe_experiment(client, run.experiment_id, "Newest run")
+    pages.describe_experiment(client, run.experiment_id, "run", "x")
     assert client.get_experiment(run.experiment_id).tags[pages.NOTE] == "What we want to know."
+
+
+def test_tables_of_a_description_have_room_between_their_columns(folder: Path) -> None:
+    client = open_store(folder)
+    run = client.search_runs([tracking.experiment_id(client, "fits")])[0].info
+    for _ in range(2):
+        pages.describe_run(client, run.run_id, "| a | b |\n|---|---|\n| 1 | 2 |")
+    assert client.get_run(run.run_id).data.tags[pages.NOTE].splitlines()[2] == "| 1\u2002\u2002| 2 |"
 
 
 def test_every_number_is_found_in_the_files_of_a_run(folder: Path) -> None:
@@ -146,16 +162,20 @@ def test_artifacts_that_lie_elsewhere_on_purpose_stay_there(folder: Path, tmp_pa
     assert follow_moved_artifacts(tmp_path / "mlflow.db", tmp_path / "mlflow") == []  # and none of these runs
 
 
-def test_one_worker_serves_the_pages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_worker_serves_the_pages_without_a_line_for_each_request(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started: list[list[str]] = []
     monkeypatch.setenv("PYTHONWARNINGS", "")
     monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "true")  # what is set stays
     monkeypatch.setattr("os.execv", lambda _program, command: started.append(command))
     typed = ["ui", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--port", "5001"]
-    for others in ([], ["--workers", "3"]):
+    for others in ([], ["--workers", "3", "--dev"]):
         monkeypatch.setattr("sys.argv", [*typed, *others])
         main()
-    assert [command[command.index("--workers") + 1 :] for command in started] == [["1"], ["1", "--workers", "3"]]
+    quiet = ["--uvicorn-opts", "--log-level warning"]
+    ends = [["1", *quiet], ["1", "--workers", "3", "--dev"]]
+    assert [command[command.index("--workers") + 1 :] for command in started] == ends
     assert os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "true"
 
 
