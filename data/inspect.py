@@ -31,7 +31,7 @@ def describe(directory: Path) -> str:
         reader = ShardReader(directory, split)
         lines.append(
             f"  {split}: {len(reader):,} images, {sum(reader.prompts):,} maps, {reader.nbytes / 1e6:,.1f} MB in "
-            f"{len(reader.names)} shards"
+            f"{len(reader.names)} shard{'s' * (len(reader.names) != 1)}"
         )
         if not len(reader):
             continue

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Run
+from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking.context.registry import resolve_tags
@@ -186,6 +187,8 @@ def recorded(
 ) -> Iterator[None]:
     """Logs system metrics inside the block, and gives the run the status and the error that the block ends with.
 
+    ``MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false`` leaves the metrics out.
+
     Args:
         client: Of the tracking store.
         run_id: The run.
@@ -196,7 +199,8 @@ def recorded(
     monitor = SystemMetricsMonitor(run_id, SYSTEM_METRICS_SECONDS, tracking_uri=uri)
     status = "FAILED"
     try:
-        monitor.start()
+        if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get() or not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.is_set():
+            monitor.start()
         yield
         status = "FINISHED"
     except stops as stop:

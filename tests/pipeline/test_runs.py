@@ -109,6 +109,14 @@ def test_system_metrics_are_logged(store: tuple[MlflowClient, str], monkeypatch:
         while "system/cpu_utilization_percentage" not in client.get_run(run).data.metrics:
             assert time.monotonic() < deadline
             time.sleep(0.1)
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+    started: list[object] = []
+    monkeypatch.setattr(runs.SystemMetricsMonitor, "start", lambda monitor: started.append(monitor))
+    with runs.recorded(client, run, uri):
+        assert not started
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    with runs.recorded(client, run, uri):
+        assert started
 
 
 def test_runs_are_found_by_tag_and_status(store: tuple[MlflowClient, str]) -> None:
