@@ -8,10 +8,14 @@ import importlib.metadata
 import json
 import os
 import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -51,7 +55,9 @@ def model_config(settings: VLMSettings) -> Any:
     place = settings.location
     _check_folder(place)
     with _explained(settings):
-        config = AutoConfig.from_pretrained(place, revision=settings.revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            place, revision=settings.revision, trust_remote_code=False, local_files_only=_without_hub(place)
+        )
         sizes = config.get_text_config()
         wrong = {
             key: value
@@ -98,6 +104,7 @@ def load_vlm(settings: VLMSettings) -> tuple[Any, Any]:
             attn_implementation=settings.attn_implementation,
             output_loading_info=True,
             trust_remote_code=False,
+            local_files_only=_without_hub(place),
         )
         model, info = loaded
         missing = sorted(info["missing_keys"])
@@ -122,7 +129,9 @@ def load_processor(settings: VLMSettings, config: Any) -> Any:
     """
     place = settings.location
     with _explained(settings):
-        processor = AutoProcessor.from_pretrained(place, revision=settings.revision, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(
+            place, revision=settings.revision, trust_remote_code=False, local_files_only=_without_hub(place)
+        )
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or getattr(processor, "image_processor", None) is None:
         raise ModelLoadError(
@@ -150,6 +159,20 @@ def load_processor(settings: VLMSettings, config: Any) -> Any:
             ".jinja that belongs to this model."
         )
     return processor
+
+
+def _without_hub(place: str) -> bool:
+    """Whether a model of the Hub is looked for in the cache alone: its files would be asked for six times each.
+
+    So it is where the Hub's name can't be looked up, and no proxy does that.
+    """
+    if Path(place).is_dir() or urllib.request.getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT).hostname, None)
+    except OSError:
+        return True
+    return False
 
 
 def _check_folder(place: str) -> None:

@@ -239,6 +239,29 @@ def test_a_real_processor_without_torchvision(tmp_path: Path):
         load_vlm(settings_of(tmp_path))
 
 
+def test_without_a_network_the_cache_alone_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def from_pretrained(*_: Any, local_files_only: bool, **__: Any) -> Any:
+        asked.append(local_files_only)
+        raise OSError("not there")
+
+    def no_name(*_: Any) -> Any:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(vlm.AutoConfig, "from_pretrained", from_pretrained)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    for lookup in (no_name, lambda *_: []):
+        monkeypatch.setattr("socket.getaddrinfo", lookup)
+        with pytest.raises(ModelLoadError, match="not there"):
+            load_vlm(VLMSettings(hub_id="someone/model", device="cpu"))
+    monkeypatch.setattr("socket.getaddrinfo", no_name)
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "proxy"})
+    with pytest.raises(ModelLoadError, match="not there"):
+        load_vlm(VLMSettings(hub_id="someone/model", device="cpu"))
+    assert asked == [True, False, False]  # a proxy may know the name
+
+
 def test_advice_fits_where_the_model_was_looked_for(copied: Path, monkeypatch: pytest.MonkeyPatch):
     (copied / "config.json").write_text("{")
     with pytest.raises(ModelLoadError) as caught:
