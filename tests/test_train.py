@@ -221,7 +221,7 @@ def test_a_sweep_is_nested_runs_under_a_parent_that_sums_them_up(
     assert parent.data.params == {"predictor.loss": "kl,bce", "seed": "0,1"}
     assert {child.data.params["predictor.loss"] for child in children} == {"kl", "bce"}
     mean = sum(child.data.metrics["mass"] for child in children[:2]) / 2
-    assert "| kl\u2002\u2002| 2\u2002\u2002|" in parent.data.tags["mlflow.note.content"]
+    assert "| kl&ensp;| 2&ensp;|" in parent.data.tags["mlflow.note.content"]
     assert f"path=sweep/summary.png&run_uuid={parent.info.run_id}" in parent.data.tags["mlflow.note.content"]
     for child in children:  # also of one that another command had finished
         link = f"[{child.info.run_name}](#/experiments/{parent.info.experiment_id}/runs/{child.info.run_id})"

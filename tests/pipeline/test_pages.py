@@ -93,7 +93,7 @@ def test_tables_of_a_description_have_room_between_their_columns(folder: Path) -
     run = client.search_runs([tracking.experiment_id(client, "fits")])[0].info
     for _ in range(2):
         pages.describe_run(client, run.run_id, "| a | b |\n|---|---|\n| 1 | 2 |")
-    assert client.get_run(run.run_id).data.tags[pages.NOTE].splitlines()[2] == "| 1\u2002\u2002| 2 |"
+    assert client.get_run(run.run_id).data.tags[pages.NOTE].splitlines()[2] == "| 1&ensp;| 2 |"
 
 
 def test_every_number_is_found_in_the_files_of_a_run(folder: Path) -> None:
