@@ -75,12 +75,12 @@ $(VENV)/venv.stamp:
 
 # torch first and by itself: the largest download, and the one that other packages must not choose.
 $(VENV)/torch.stamp: constraints.txt $(VENV)/venv.stamp
-	@echo "installing torch into $(VENV) (the largest part, once)"
+	@echo "installing torch into $(VENV) (the largest part, once: one to three minutes, without a word)"
 	@$(INSTALL) torch
 	@touch $@
 
 $(VENV)/train.stamp: pyproject.toml $(VENV)/torch.stamp
-	@echo "installing what training needs into $(VENV) (a minute or two, once)"
+	@echo "installing what training needs into $(VENV) (one to three minutes, once)"
 	@$(INSTALL) -e ".[train]"
 	@touch $@
 

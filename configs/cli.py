@@ -16,7 +16,7 @@ from configs.load import CONFIGS, KEYS, SAVED, compose, load_config, options_of
 from configs.problems import ConfigError, value_text, wrap
 
 Loaded = TypeVar("Loaded")
-HELP = {"-h", "--help"}
+HELP = {"-h", "--help", "help"}
 
 
 def parse_cli(
@@ -86,7 +86,7 @@ def _no_topic(topic: str) -> str:
 
 def overview(prog: str, about: Sequence[str], folder: Path = CONFIGS) -> str:
     """Help that fits one screen: what the command does, examples, the groups with their options, the sections."""
-    lines = [f"usage: {prog} [group=option ...] [section.key=value ...] [{SAVED} FILE]", wrap(about[0], 0)]
+    lines = [wrap(f"usage: {prog} [group=option ...] [section.key=value ...] [{SAVED} FILE]", 0, 7), wrap(about[0], 0)]
     lines += [f"  {example}" for example in about[1:]]
     lines += ["", "group=option takes configs/<group>/<option>.yaml (* default):", *_groups(folder)]
     lines += ["", "Sections of keys; `--help SECTION` lists one, `--help all` every key:"]

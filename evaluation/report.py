@@ -118,7 +118,8 @@ def fidelity_rows(comparison: Comparison) -> list[list[str]]:
         cells += [f"{found.effect_cosine:.2f}", f"{found.kl:.2g}", _number(found.spearman, 2)]
         follows = f"{found.followed} of {found.changed}" if math.isfinite(found.agreement) else "-"
         rows.append([name, *cells, follows])
-    return rows if len(rows) > 1 else []
+    kept = [place for place in range(len(rows[0])) if any(row[place] != "-" for row in rows[1:])]
+    return [[row[place] for place in kept] for row in rows] if len(rows) > 1 else []
 
 
 def cost_rows(comparison: Comparison) -> list[list[str]]:

@@ -17,6 +17,7 @@ from export.errors import ExportError, PublishError
 from pipeline.errors import RunError
 from predictor.errors import FitError, Preempted
 from scr_runtime.errors import SCRError
+from scr_runtime.terminal import columns, filled
 
 USER_ERRORS = (DataError, SCRError, FitError, ExportError, PublishError, EvaluationError, RunError)
 """Errors that a user caused or can mend: their message is enough. Every other error keeps its traceback."""
@@ -56,7 +57,7 @@ def exit_code(command: Callable[[], int], resumes: bool = True) -> int:
     try:
         return command()
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(_told(error), file=sys.stderr)
         return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -79,7 +80,7 @@ def exit_code(command: Callable[[], int], resumes: bool = True) -> int:
 def print_error(error: Exception) -> None:
     """Prints an error that does not end the command: one line for what a user caused, else the traceback."""
     if isinstance(error, USER_ERRORS):
-        print(f"error: {error}", file=sys.stderr)
+        print(_told(error), file=sys.stderr)
     else:
         traceback.print_exception(error)
 
@@ -99,6 +100,16 @@ def quieten_libraries() -> None:
         ".*number of training batches.*smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def _told(error: Exception) -> str:
+    """An error's message, each line that is wider than the terminal wrapped at its own indent."""
+    lines = f"error: {error}".splitlines()
+    indents = [line[: len(line) - len(line.lstrip())] for line in lines]
+    return "\n".join(
+        line if len(line) <= columns() else filled(line.lstrip(), indent, indent)
+        for line, indent in zip(lines, indents, strict=True)
+    )
 
 
 def _sentence(words: str) -> str:

@@ -121,6 +121,11 @@ def verdict_line(result: Result) -> str:
     return f"{sentence} It keeps {kept.mean:.0%} of two-pass's edit, a map of positions {control.mean:.0%}."
 
 
+def last_line(config: TrainConfig, result: Result) -> str:
+    """What a command ends with: the verdict, and where it is a trial's."""
+    return verdict_line(result) + " (A trial: fit the whole before you decide.)" * config.trainer.trial
+
+
 def print_result(config: TrainConfig, folder: RunFolder, result: Result, experiment_id: str) -> None:
     """Prints the tables and where everything is."""
     fitted = fit_table(config, result)

@@ -24,7 +24,7 @@ from evaluation.tables import paragraph, table
 from pipeline import pages, runs
 from pipeline.exits import STOPS, print_error
 from pipeline.folders import RunFolder, finish_run, open_run
-from pipeline.result import describe, log_comparison, log_fit, print_result, register, verdict_line
+from pipeline.result import describe, last_line, log_comparison, log_fit, print_result, register
 from pipeline.stages import SELECTED_BY, Result, Work, compare_answers, export, fit_predictor, shared_settings
 from pipeline.tracking import every_number, find_run
 
@@ -45,7 +45,7 @@ def run_once(child: Child, client: MlflowClient) -> int:
     for note in notes:
         print(paragraph(f"note: {note}"))
     register(client, config, str(tracker.run_id))
-    print(f"{ended()}\n\n{paragraph(verdict_line(result), strong=True)}")
+    print(f"{ended()}\n\n{paragraph(last_line(config, result), strong=True)}")
     return 0
 
 

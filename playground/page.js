@@ -126,7 +126,7 @@ function draw() {
     values.forEach((value, patch) => {
       const share = (Math.abs(value) / top) ** 0.7;
       const colour = kind === "difference" ? (value > 0 ? "#d1478f" : "#f2a900") : heat(share);
-      const shade = cell(patch, { fill: colour, "fill-opacity": kind === "difference" ? 0.85 * share : 0.45 + 0.45 * share });
+      const shade = cell(patch, { fill: colour, "fill-opacity": kind === "difference" ? 0.85 * share : 0.15 + 0.7 * share });
       if (!grid.eligible[patch]) shade.setAttribute("fill-opacity", 0);
       shade.append(make("title", {}, `${kind} ${(100 * value).toFixed(2)} %`));
       parts.push(shade);

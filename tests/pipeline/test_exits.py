@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pipeline.errors import RunError
 from pipeline.exits import exit_code
 from predictor.errors import Preempted
 
@@ -36,3 +37,17 @@ def test_a_stopped_command_says_how_it_goes_on(
     assert exit_code(command, resumes) == code
     said = " ".join(capsys.readouterr().err.split())
     assert said.lower().endswith(words.lower())
+
+
+def test_an_error_fits_the_terminal_line_by_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+
+    def command() -> int:
+        raise RunError("2 problems\n  " + "words " * 20 + "\n  short  and spaced")
+
+    assert exit_code(command) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert max(map(len, lines)) <= 60 and lines[0] == "error: 2 problems" and lines[-1] == "  short  and spaced"
+    assert len(lines) == 5 and all(line.startswith("  words") for line in lines[1:-1])

@@ -68,7 +68,7 @@ def test_what_tuning_needs_is_known_before_it_begins(tmp_path: Path, monkeypatch
     check_places([load_config(settings)], ["tuning"])
     (tmp_path / "model").mkdir()
     (tmp_path / "model/scene-llava-tuned.yaml").touch()
-    with pytest.raises(RunError, match=r"scene-llava-tuned\.yaml is there"):
+    with pytest.raises(RunError, match=r"scene-llava-tuned\.yaml is\s+there"):
         check_places([load_config(settings)], ["tuning"])
     check_places([load_config([*settings, "overwrite=true"])], ["tuning"])
 

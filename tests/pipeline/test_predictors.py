@@ -90,7 +90,7 @@ def test_card(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert code == 0 and "**No effect shown.** Too few." in (folder / "README.md").read_text()
     file.write_text("[]")
     code, printed = told(capsys, "card", folder, f"evaluation={file}")
-    assert code == 1 and "not what python -m evaluation writes" in printed
+    assert code == 1 and "not what python -m evaluation writes" in " ".join(printed.split())
 
 
 @pytest.mark.parametrize(

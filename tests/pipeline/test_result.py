@@ -10,7 +10,7 @@ import pytest
 
 from configs import load_config
 from pipeline.folders import RunFolder
-from pipeline.result import fit_table, print_result
+from pipeline.result import fit_table, last_line, print_result
 from pipeline.stages import Fit, Packed, Result
 from predictor.batch import SourceCount
 from predictor.metrics import METRICS, Interval
@@ -40,6 +40,14 @@ def test_every_line_fits_and_the_link_is_whole(
     assert link in lines and all(len(line) <= width for line in lines if line != link)
     assert "num_sources=100 was asked: at most half of a grid's eligible patches are used." in lines
     assert any("(123,456 parameters)" in line for line in lines)
+
+
+def test_the_last_line_says_that_it_is_a_trials() -> None:
+    found = result(6)
+    found.fit.floors["position"] = dict.fromkeys(METRICS, Interval(0.1, 0.1, 0.2))
+    verdict = "No answers were compared; the predictor beats a map of positions (0.500 of the attention recovered, "
+    assert last_line(load_config(), found) == f"{verdict}against 0.100)."
+    assert last_line(load_config(["trainer=quick"]), found).endswith("(A trial: fit the whole before you decide.)")
 
 
 def test_the_table_of_the_fit_is_the_same_for_terminal_and_report() -> None:
