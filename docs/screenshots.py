@@ -119,7 +119,7 @@ def picture_mlflow(browser: Browser, link: str, folder: Path) -> None:
             page.wait_for_timeout(1_000)
         more = page.get_by_text("Show more", exact=True)
         if more.count():  # the description: tables and figures
-            more.first.click()
+            more.last.click()  # the links name it, too
             page.wait_for_timeout(3_000)
         save(page, folder / f"{name}.png")
 
