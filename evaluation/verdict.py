@@ -64,7 +64,10 @@ def verdict(comparison: Comparison) -> Verdict:
     score = headline.scores[method, quiz.headline]
     change, accuracy = score.hr_change, score.accuracy_change
     assert change is not None and accuracy is not None
-    where = f"{len(quiz.splits[quiz.headline].ids):,} {quiz.headline} questions, prompt {headline.name}"
+    named = (
+        "questions" if quiz.headline == "questions" else f"{quiz.headline} questions"
+    )  # questions.json is one's own
+    where = f"{len(quiz.splits[quiz.headline].ids):,} {named}, prompt {headline.name}"
     base = f"{method} changes the hallucination rate by {points(change)} points ({where})"
     felt = comparison.sensitivity
     if change.high < 0 and accuracy.high >= 0:

@@ -174,6 +174,7 @@ def log_below_run(config: TrainConfig, predictor: SourcePredictor, comparison: C
         print(paragraph(f"{words}: {error}"))
         return
     print(paragraph(f"logged as run {run.info.run_id}, below the predictor's run {made}"))
+    print(paragraph(f"compare runs: {pages.where_runs_are(config, run.info.experiment_id)}"))
 
 
 def _log_files(client: MlflowClient, info: RunInfo, config: TrainConfig, comparison: Comparison, folder: Path) -> None:
@@ -186,6 +187,8 @@ def _log_files(client: MlflowClient, info: RunInfo, config: TrainConfig, compari
     parts = [f"**{found.sentence}**", pages.artifact_links(info, files), found.reason]
     parts += map(markdown, report.headline_tables(comparison))
     pages.describe_run(client, info.run_id, "\n\n".join(parts))
+    newest = f"{pages.run_link(info)}: **{found.sentence}**"
+    pages.describe_experiment(client, info.experiment_id, "evaluation", newest)
 
 
 def _provenance(predictor: SourcePredictor) -> dict[str, Any]:

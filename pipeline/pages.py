@@ -21,7 +21,7 @@ _COLUMNS = (
     *(f"metrics.`{name}`" for name in _METRICS),
     "params.`data`", "params.`predictor.loss`", "params.`seed`", "attributes.`Duration`",
 )  # fmt: skip
-_NEWEST = ("Newest run", "Newest sweep", "Newest trial")
+_NEWEST = ("Newest run", "Newest evaluation", "Newest sweep", "Newest trial")
 _WIDTH = 98  # pixels of a column
 _OWN = "sqlite:///runs/mlflow.db"
 _FOLDED = " (open *Show more* first)"
@@ -52,7 +52,7 @@ def describe_experiment(client: MlflowClient, experiment_id: str, kind: str, new
     Args:
         client: Of the tracking store.
         experiment_id: Of the experiment.
-        kind: run, sweep or trial. MLflow shows the first line, which is a run's: no sweep and no trial hides it.
+        kind: run, evaluation, sweep or trial. MLflow shows the first line, which is a run's: nothing hides it.
         newest: What to say of it.
     """
     tags = client.get_experiment(experiment_id).tags
@@ -132,7 +132,7 @@ def picture(info: RunInfo, file: str, width: int = 880) -> str:
     return f'<img src="get-artifact?path={file}&run_uuid={info.run_id}" width="{width}">'
 
 
-def describe_sweep(client: MlflowClient, parent: Run, text: str, children: Mapping[str, str]) -> None:
+def describe_sweep(client: MlflowClient, parent: Run, text: str, children: Mapping[str, str], best: str) -> None:
     """Puts a sweep's table and figure on the page of its parent run, and names it as the newest.
 
     Args:
@@ -140,11 +140,12 @@ def describe_sweep(client: MlflowClient, parent: Run, text: str, children: Mappi
         parent: The sweep's own run.
         text: Its table.
         children: Name of each child -> its run, which lies elsewhere if another command had finished it.
+        best: Which of them is best, and by what.
     """
     info = parent.info
     files = {"sweep/summary.md": "table", "sweep/children.csv": "every number of every child"}
     runs = " · ".join(f"[{name}](#/experiments/{info.experiment_id}/runs/{run})" for name, run in children.items())
-    own = f"Children: {runs}. This run's metrics are those of the best."
+    own = f"Children: {runs}. " + f"This run's metrics are those of its {best}." * bool(best)
     parts = [artifact_links(info, files), text, own, picture(info, "sweep/summary.png")]
     describe_run(client, info.run_id, "\n\n".join(parts))
     describe_experiment(client, info.experiment_id, "sweep", run_link(info))

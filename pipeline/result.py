@@ -88,7 +88,7 @@ def log_comparison(
 
 def describe(config: TrainConfig, result: Result, tracker: MLFlowLogger, model_id: str) -> None:
     """Describes the run, its model and its experiment on MLflow's pages: verdict, tables, links, pictures."""
-    client, comparison, sentence = tracker.experiment, result.comparison, verdict_line(result)
+    client, comparison, sentence = tracker.experiment, result.comparison, last_line(config, result)
     info = client.get_run(tracker.run_id).info
     files = {"figures/maps.png": "maps", "figures/reliability.png": "reliability", "config.yaml": "settings"}
     if comparison is not None:
@@ -122,7 +122,7 @@ def verdict_line(result: Result) -> str:
 
 
 def last_line(config: TrainConfig, result: Result) -> str:
-    """What a command ends with: the verdict, and where it is a trial's."""
+    """What a command ends with, and MLflow's pages begin with: the verdict, and whether it is a trial's."""
     return verdict_line(result) + " (A trial: fit the whole before you decide.)" * config.trainer.trial
 
 

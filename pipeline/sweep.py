@@ -135,7 +135,8 @@ def open_parent(children: Sequence[Child], sweep: Sweep, client: MlflowClient) -
         client.update_run(found.info.run_id, status="RUNNING")
         return found
     swept_names = " x ".join(short_names(sweep.keys).values())
-    name = runs.unused_name(client, experiment, f"sweep: {swept_names} ({len(children)})")
+    number = f"{len(children)} trials" if children[0].config.trainer.trial else str(len(children))
+    name = runs.unused_name(client, experiment, f"sweep: {swept_names} ({number})")
     tags = {"run.kind": "sweep", "sweep.keys": " ".join(sweep.keys), GRID_TAG: grid}
     parent = runs.create_run(client, experiment, name, tags)
     swept = {key: list(dict.fromkeys(child.choices[key] for child in children)) for key in sweep.keys}
@@ -154,17 +155,19 @@ def close_parent(children: Sequence[Child], trials: Sequence[Trial], parent: Run
     for file in sweep_report.write(folder, trials, names, title):
         client.log_artifact(run, str(file), "sweep")
     known = {child.short_label: trial.run_id for child, trial in zip(children, trials, strict=True) if trial.run_id}
-    pages.describe_sweep(client, parent, sweep_report.markdown_text(trials, names), known)
+    best = max(trials, key=_selected_by)
+    chosen = f"best by val/mass: {_label(best)} ({best.metrics[SELECTED_BY]:.4f})" if _finished(best) else ""
+    pages.describe_sweep(client, parent, sweep_report.markdown_text(trials, names), known, chosen)
     print(f"\n{paragraph(title)}\n\n{sweep_report.summary_table(trials, names)}")
     if any(len(cell.means) and cell.finished > 1 for cell in sweep_report.cells(trials)):
         print(paragraph(sweep_report.NOTE))
     for trial in trials:
         if trial.status != "FINISHED":
-            label = " ".join(f"{key}={value}" for key, value in trial.choices.items())
             state = trial.status + (f", run {trial.run_id}" if trial.run_id else "")
-            print(paragraph(f"without a result: {label} ({state})"))
+            print(paragraph(f"without a result: {_label(trial)} ({state})"))
+    if chosen:
+        print(paragraph(chosen))
     if not missing:
-        best = max(trials, key=_selected_by)
         register(client, config, best.run_id)
         runs.log_metrics(client, run, pages.columns(best.metrics))
     print(f"\n{paragraph(f'summary: {folder}')}\n{paragraph(f'children: {config.paths.sweeps}')}")
@@ -200,6 +203,10 @@ def compare_models(
         pages.describe_models(client, client.get_run(parent), title)
     page = _comparison_page([trial.run_id for trial in best.values()], client)
     print(paragraph(f"compare models: {pages.server(config)}{page}"))
+
+
+def _label(trial: Trial) -> str:
+    return " ".join(f"{key}={value}" for key, value in trial.choices.items())
 
 
 def _finished(trial: Trial) -> bool:

@@ -1,4 +1,4 @@
-"""The command behind `make ui`: prints the link to each experiment's runs, and starts MLflow's server.
+"""The command behind `make ui`: prints the link to each experiment's runs, and runs MLflow's server.
 
 python -m pipeline.ui --backend-store-uri sqlite:///runs/mlflow.db --port 5001
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import socket
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.store import follow_moved_artifacts
@@ -21,7 +24,7 @@ _LOGGING = ("--uvicorn-opts", "--gunicorn-opts", "--dev")
 
 
 def main() -> None:
-    """Becomes the server; other options are MLflow's own."""
+    """Runs the server; other options are MLflow's own."""
     parser = argparse.ArgumentParser(
         "python -m pipeline.ui",
         add_help=False,  # -h is MLflow's --host
@@ -53,7 +56,22 @@ def main() -> None:
     given = ["--backend-store-uri", uri, "--host", options.host, "--port", str(port), "--workers", "1"]
     if not any(other.partition("=")[0] in _LOGGING for other in others):
         given += ["--uvicorn-opts", "--log-level warning"]  # else each request of a page is a line below the link
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *given, *others])
+    sys.exit(serve([sys.executable, "-m", "mlflow", "ui", *given, *others]))
+
+
+def serve(command: Sequence[str]) -> int:
+    """Runs a server until it ends, or until Ctrl-C or SIGTERM; returns its exit code, or 0 if it was stopped.
+
+    It has a session of its own: a Ctrl-C inside uvicorn would end in two tracebacks, SIGTERM ends it without a word.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with subprocess.Popen(command, start_new_session=True) as server:
+        try:
+            return server.wait()
+        except KeyboardInterrupt:
+            os.killpg(server.pid, signal.SIGTERM)
+            print("\nStopped.", flush=True)
+            return 0
 
 
 def free_port(host: str) -> int:

@@ -6,12 +6,17 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import url2pathname
 
 import mlflow
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -168,15 +173,36 @@ def test_one_worker_serves_the_pages_without_a_line_for_each_request(
     started: list[list[str]] = []
     monkeypatch.setenv("PYTHONWARNINGS", "")
     monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "true")  # what is set stays
-    monkeypatch.setattr("os.execv", lambda _program, command: started.append(command))
+    monkeypatch.setattr("pipeline.ui.serve", lambda command: started.append(command) or 0)
     typed = ["ui", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--port", "5001"]
     for others in ([], ["--workers", "3", "--dev"]):
         monkeypatch.setattr("sys.argv", [*typed, *others])
-        main()
+        with pytest.raises(SystemExit):
+            main()
     quiet = ["--uvicorn-opts", "--log-level warning"]
     ends = [["1", *quiet], ["1", "--workers", "3", "--dev"]]
     assert [command[command.index("--workers") + 1 :] for command in started] == ends
     assert os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "true"
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_server_and_its_processes_end_without_a_traceback(tmp_path: Path, stop: signal.Signals) -> None:
+    child = "import subprocess, sys, time; subprocess.Popen(['sleep', '60']); open(sys.argv[1], 'w'); time.sleep(60)"
+    command = [sys.executable, "-c", child, str(tmp_path / "up")]
+    code = f"import signal, sys; from pipeline.ui import serve; sys.exit(serve({command!r}))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as ui:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "up").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (server,) = psutil.Process(ui.pid).children()
+        processes = [server, *server.children()]
+        ui.send_signal(stop)
+        said, errors = ui.communicate(timeout=60)
+    assert (ui.returncode, said, errors) == (0, "\nStopped.\n", "") and len(processes) == 2
+    assert not psutil.wait_procs(processes, timeout=30)[1]
 
 
 def test_the_server_takes_the_next_port_where_5000_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
