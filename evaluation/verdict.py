@@ -94,6 +94,11 @@ def verdict(comparison: Comparison) -> Verdict:
             "This model does not feel the edit, so no choice of sources can show an effect: don't deploy.",
             f"{base}; {felt[-1].in_words}.",
         )  # fmt: skip
+    return _nothing_shown(base, change, absent, f"; {felt[0].in_words}." if felt else ".")
+
+
+def _nothing_shown(base: str, change: Interval, absent: int, felt: str) -> Verdict:
+    """No change beyond noise: none to be seen, or too few questions about absent objects to see one."""
     # where nothing changed, 3/n (Hanley and Lippman-Hand, JAMA 1983): the upper end of 95 % for 0 of n
     seen = max(50 * (change.high - change.low), 300 / absent)
     unclear = seen > _VISIBLE
@@ -101,7 +106,7 @@ def verdict(comparison: Comparison) -> Verdict:
         "unclear" if unclear else "none",
         "Too few questions to say: don't deploy on this alone." if unclear else "No effect shown: don't deploy.",
         f"{base}: not distinguishable from none. Changes under about {seen:.1f} points can't be seen with {absent:,} "
-        "questions about absent objects" + (f"; {felt[0].in_words}." if felt else "."),
+        f"questions about absent objects{felt}",
     )  # fmt: skip
 
 
