@@ -206,6 +206,10 @@ def swept(
     return folder, result, {"before": before}
 
 
+def parent_best(children: list[Any]) -> float:
+    return max(child.data.metrics["best_mass"] for child in children)
+
+
 @pytest.mark.slow
 def test_a_sweep_is_nested_runs_under_a_parent_that_sums_them_up(
     swept: tuple[Path, subprocess.CompletedProcess[str], dict[str, Any]],
@@ -229,6 +233,8 @@ def test_a_sweep_is_nested_runs_under_a_parent_that_sums_them_up(
     client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
     files = {Path(item.path).name for item in client.list_artifacts(parent.info.run_id, "sweep")}
     assert files == {"sweep.yaml", "summary.md", "summary.csv", "children.csv", "summary.png"}
+    best_words = rf"best by val/mass: predictor.loss=\w+ seed=\d \({parent_best(children):.4f}\)"
+    assert re.search(best_words, result.stdout) and re.search(best_words, parent.data.tags["mlflow.note.content"])
     for text in ("[child 3/4] predictor.loss=bce seed=0", f" {mean:.3f}"[:5], "compare runs: make ui"):
         assert text in result.stdout
     assert result.stdout.count("[1/5]") == 1 and result.stdout.count("[5/5]") == 0  # one model, no answers

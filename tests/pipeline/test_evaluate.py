@@ -203,6 +203,9 @@ def test_it_is_logged_below_the_run_that_made_the_predictor(
         and "artifacts/reports/evaluation.html" in found.data.tags["mlflow.note.content"]
     )
     assert re.fullmatch(r"evaluation: scenes, \d+ images( #2)?", str(found.info.run_name))
+    described = store.get_experiment(found.info.experiment_id).tags["mlflow.note.content"]
+    assert f"Newest evaluation, [{found.info.run_name}](#/experiments/" in described
+    assert f"/#/experiments/{found.info.experiment_id}/runs?" in printed
     assert store.get_run(made).data.metrics == {"hr_one_pass": 12.5} and not store.get_run(other).data.metrics
     assert read_run(found.info.run_id, load_config([f"runs_dir={evaluated}"]).tracking_uri)[0] == "scene-llava"
 
