@@ -91,3 +91,7 @@ def test_sweeps_of_other_settings_get_other_names(tmp_path: Path) -> None:
             names += [parent.info.run_name, client.get_run(str(tracker.run_id)).info.run_name]
     first, second = ["sweep: loss (2)", "loss=kl"], ["sweep: loss (2) #2", "loss=kl #2"]
     assert names == [*first, *second, *first]  # the third is the first, continued
+    sweep = load_sweep(
+        ["predictor.loss=kl,bce", "trainer=quick", f"runs_dir={tmp_path / 'runs'}", f"tracking.uri={uri}"]
+    )
+    assert open_parent(sweep.children, sweep, client).info.run_name == "sweep: loss (2 trials)"
