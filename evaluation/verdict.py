@@ -64,9 +64,8 @@ def verdict(comparison: Comparison) -> Verdict:
     score = headline.scores[method, quiz.headline]
     change, accuracy = score.hr_change, score.accuracy_change
     assert change is not None and accuracy is not None
-    named = (
-        "questions" if quiz.headline == "questions" else f"{quiz.headline} questions"
-    )  # questions.json is one's own
+    # a file of one's own is called questions.json
+    named = "questions" if quiz.headline == "questions" else f"{quiz.headline} questions"
     where = f"{len(quiz.splits[quiz.headline].ids):,} {named}, prompt {headline.name}"
     base = f"{method} changes the hallucination rate by {points(change)} points ({where})"
     felt = comparison.sensitivity

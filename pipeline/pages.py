@@ -70,7 +70,7 @@ def describe_run(client: MlflowClient, run_id: str, text: str, model_id: str | N
     if not by_user(client.get_run(run_id).data.tags):
         client.log_batch(run_id, tags=[RunTag(key, value) for key, value in _note(text).items()])
     if model_id is not None:
-        client.set_logged_model_tags(model_id, {NOTE: cut(_spaced(text.replace(_FOLDED, "")))})
+        client.set_logged_model_tags(model_id, {NOTE: _note(text.replace(_FOLDED, ""))[NOTE]})
 
 
 def by_user(tags: Mapping[str, str]) -> bool:
@@ -85,8 +85,8 @@ def _spaced(text: str) -> str:
 
 
 def _note(text: str) -> dict[str, str]:
-    text = _spaced(text)
-    return {NOTE: cut(text), WRITTEN: _checksum(cut(text))}
+    text = cut(_spaced(text))
+    return {NOTE: text, WRITTEN: _checksum(text)}
 
 
 def _checksum(text: str) -> str:
@@ -108,12 +108,16 @@ def runs_page(experiment_id: str) -> str:
 
 def run_link(info: RunInfo) -> str:
     """A link to a run, in a description."""
-    return f"[{info.run_name}](#/experiments/{info.experiment_id}/runs/{info.run_id})"
+    return f"[{info.run_name}]({_place(info.experiment_id, info.run_id)})"
+
+
+def _place(experiment_id: str, run_id: str) -> str:
+    return f"#/experiments/{experiment_id}/runs/{run_id}"
 
 
 def artifact_link(info: RunInfo, file: str, name: str) -> str:
     """A link to a file of a run, in a description."""
-    return f"[{name}](#/experiments/{info.experiment_id}/runs/{info.run_id}/artifacts/{file})"
+    return f"[{name}]({_place(info.experiment_id, info.run_id)}/artifacts/{file})"
 
 
 def artifact_links(info: RunInfo, files: Mapping[str, str], model_id: str | None = None) -> str:
@@ -144,7 +148,7 @@ def describe_sweep(client: MlflowClient, parent: Run, text: str, children: Mappi
     """
     info = parent.info
     files = {"sweep/summary.md": "table", "sweep/children.csv": "every number of every child"}
-    runs = " · ".join(f"[{name}](#/experiments/{info.experiment_id}/runs/{run})" for name, run in children.items())
+    runs = " · ".join(f"[{name}]({_place(info.experiment_id, run)})" for name, run in children.items())
     own = f"Children: {runs}. " + f"This run's metrics are those of its {best}." * bool(best)
     parts = [artifact_links(info, files), text, own, picture(info, "sweep/summary.png")]
     describe_run(client, info.run_id, "\n\n".join(parts))

@@ -154,17 +154,18 @@ def close_parent(children: Sequence[Child], trials: Sequence[Trial], parent: Run
     title = f"{config.model.name}: {parent.info.run_name}"
     for file in sweep_report.write(folder, trials, names, title):
         client.log_artifact(run, str(file), "sweep")
-    known = {child.short_label: trial.run_id for child, trial in zip(children, trials, strict=True) if trial.run_id}
-    best = max(trials, key=_selected_by)
-    chosen = f"best by val/mass: {_label(best)} ({best.metrics[SELECTED_BY]:.4f})" if _finished(best) else ""
+    pairs = list(zip(children, trials, strict=True))
+    known = {child.short_label: trial.run_id for child, trial in pairs if trial.run_id}
+    winner, best = max(pairs, key=lambda pair: _selected_by(pair[1]))
+    chosen = f"best by val/mass: {winner.label} ({best.metrics[SELECTED_BY]:.4f})" if _finished(best) else ""
     pages.describe_sweep(client, parent, sweep_report.markdown_text(trials, names), known, chosen)
     print(f"\n{paragraph(title)}\n\n{sweep_report.summary_table(trials, names)}")
     if any(len(cell.means) and cell.finished > 1 for cell in sweep_report.cells(trials)):
         print(paragraph(sweep_report.NOTE))
-    for trial in trials:
+    for child, trial in pairs:
         if trial.status != "FINISHED":
             state = trial.status + (f", run {trial.run_id}" if trial.run_id else "")
-            print(paragraph(f"without a result: {_label(trial)} ({state})"))
+            print(paragraph(f"without a result: {child.label} ({state})"))
     if chosen:
         print(paragraph(chosen))
     if not missing:
@@ -203,10 +204,6 @@ def compare_models(
         pages.describe_models(client, client.get_run(parent), title)
     page = _comparison_page([trial.run_id for trial in best.values()], client)
     print(paragraph(f"compare models: {pages.server(config)}{page}"))
-
-
-def _label(trial: Trial) -> str:
-    return " ".join(f"{key}={value}" for key, value in trial.choices.items())
 
 
 def _finished(trial: Trial) -> bool:

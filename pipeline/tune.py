@@ -14,14 +14,19 @@ from evaluation.tables import bullets, paragraph, table
 from evaluation.tune import candidates, tune_settings, tuned_rows
 from pipeline.folders import new_folder
 from pipeline.harvest import training_images
-from pipeline.places import tuned_file
+from pipeline.places import check_places, tuned_file
 from scr_runtime.files import write_file
 
 _FEW = 50
 
 
 def tune(config: TrainConfig) -> int:
-    """Tries every setting, prints all, and writes the best as a file that `model=` can take."""
+    """Tries every setting, prints all, and writes the best as a file that `model=` can take.
+
+    Raises:
+        RunError: There are no images to choose by, or a file of the result's name, which is not replaced unasked.
+    """
+    check_places([config], ["tuning"])
     settings = config.evaluation.for_training
     images = training_images(config)
     ids = list(set_aside(images.ids, config.harvest))

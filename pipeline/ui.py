@@ -51,7 +51,7 @@ def main() -> None:
     sys.stdout.flush()
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # Starlette's, about itself
     # Each of its four workers and of its job queue's seven processes imports MLflow: without them the first page comes
-    # after 8 to 10 s instead of 21 on two cores. The queue serves judges of language models.
+    # after 8 to 11 s instead of 21 on two cores. The queue serves judges of language models.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     given = ["--backend-store-uri", uri, "--host", options.host, "--port", str(port), "--workers", "1"]
     if not any(other.partition("=")[0] in _LOGGING for other in others):

@@ -289,6 +289,8 @@ def _empty(folder: Path) -> Path:
 
 
 def test_tuning_takes_the_tuning_images_and_writes_a_model(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    with pytest.raises(RunError, match=r"harvest\.tuning=0 keeps too few images"):
+        tune(load_config([*SMALL, f"runs_dir={tmp_path}"]))
     (tmp_path / "model").mkdir()
     monkeypatch.setattr("pipeline.places.CONFIGS", tmp_path)
     arguments = [*SMALL, f"runs_dir={tmp_path}", "harvest.tuning=2", "evaluation.tune_strengths=[1.1,2.0]"]
@@ -299,6 +301,8 @@ def test_tuning_takes_the_tuning_images_and_writes_a_model(tmp_path: Path, monke
     assert "the best of 2 settings" in text and "name: scene-llava-tuned" in text
     (record,) = (tmp_path / "fits/scene-llava/tuning").rglob("tuning.json")
     assert json.loads(record.read_text())["number"] == 2
+    with pytest.raises(RunError, match=r"add\s+overwrite=true"):
+        tune(load_config(arguments))
 
 
 @pytest.mark.slow
